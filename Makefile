@@ -1,0 +1,35 @@
+# Everything a fresh machine needs: Python >= 3.11, make and a package registry.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard pyproject.toml dotresize_fx/*.py dotresize_fx/*.j2 dotresize_fx/solvers/*.py passes/*.py export/*.py)
+
+.PHONY: demo test check clean
+
+# torch goes first: pinned, before anything that depends on it can pull another build.
+$(VENV)/dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt '.[cpu,test,check]'
+	touch $@
+
+# A plain install, not an editable one: mypy finds the mapped folders only so.
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/dotresize-fx export smollm2-135m demo --ratio 0.2 --force
+
+test: check
+	$(BIN)/pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p dotresize_fx
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info

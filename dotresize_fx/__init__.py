@@ -1,0 +1,1 @@
+"""dotresize-fx: a compiler that makes transformers narrower."""

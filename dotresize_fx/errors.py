@@ -1,0 +1,72 @@
+"""What can go wrong for a user, one class a kind, each with an exit code of its own.
+
+A message is one line: what was wrong, where, and what to do. The command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class DotresizeError(Exception):
+    """Any error that a user can act on. ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(DotresizeError):
+    """An option or argument has a value that cannot be used (a ratio of 1.2, an unknown method)."""
+
+    exit_code = 2
+
+
+class ModelNotFoundError(DotresizeError):
+    """The model's folder, file, hub id or built-in name leads to nothing that can be loaded."""
+
+    exit_code = 3
+
+
+class BadWeightsError(DotresizeError):
+    """The weights are truncated, do not match their checksum, or hold NaN or infinity."""
+
+    exit_code = 4
+
+
+class CaptureError(DotresizeError):
+    """``torch.export`` refused the model; the message quotes what it said."""
+
+    exit_code = 5
+
+
+class NothingToSlimError(DotresizeError):
+    """No region matched, or the ratio asks for more than the matched regions hold."""
+
+    exit_code = 6
+
+
+class TextError(DotresizeError):
+    """Calibration or evaluation text is missing, empty, too short or not UTF-8."""
+
+    exit_code = 7
+
+
+class OutputError(DotresizeError):
+    """OUT cannot be written: it exists and is not empty, or the disk is full."""
+
+    exit_code = 8
+
+
+class MissingExtraError(DotresizeError):
+    """ONNX Runtime is not installed; the message names the extra that brings it."""
+
+    exit_code = 9
+
+
+class VerificationError(DotresizeError):
+    """The emitted ONNX differs from the slim program by more than the tolerance."""
+
+    exit_code = 10
+
+
+class SolverError(DotresizeError):
+    """A solver met numbers it cannot work with (non-finite costs, no mass to transport)."""
+
+    exit_code = 11

@@ -1,0 +1,87 @@
+"""Run an exported program in pieces, so that one block's activations are in flight and not the whole model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind
+
+from dotresize_fx.fx_graph import FxGraph
+
+Environment = dict[torch.fx.Node, Any]
+
+
+class Execution:
+    """Runs a graph's nodes in order over environments that hold what later nodes still need.
+
+    The graph must not gain or lose nodes between construction and use; weights may change.
+    """
+
+    def __init__(self, graph: FxGraph) -> None:
+        self.graph = graph
+        self.program = graph.program
+        specs = self.program.graph_signature.input_specs
+        placeholders = [node for node in graph.nodes.nodes if node.op == "placeholder"]
+        self.inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.USER_INPUT]
+        self.parameters = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is not InputKind.USER_INPUT]
+        self._keys = {n: str(s.target) for n, s in zip(placeholders, specs, strict=True)}
+        self.nodes = [node for node in graph.nodes.nodes if node.op == "call_function"]
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.results = list(graph.nodes.output_node().all_input_nodes)
+        self._last_use = self._find_last_uses()
+
+    def _find_last_uses(self) -> dict[torch.fx.Node, int]:
+        last: dict[torch.fx.Node, int] = {}
+        for i, node in enumerate(self.nodes):
+            for used in node.all_input_nodes:
+                last[used] = i
+        return last | dict.fromkeys(self.results, len(self.nodes))
+
+    def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
+        """An environment with the program's inputs, by the names the program gives them."""
+        return {node: inputs[node.name] for node in self.inputs}
+
+    def parameter(self, node: torch.fx.Node) -> torch.Tensor:
+        """The tensor behind a parameter placeholder, as it is now."""
+        key = self._keys[node]
+        found = self.program.state_dict.get(key)
+        tensor: torch.Tensor = self.program.constants[key] if found is None else found
+        return tensor
+
+    @torch.no_grad()
+    def run(
+        self, environment: Environment, start: int, stop: int, keep: Iterable[torch.fx.Node] = ()
+    ) -> dict[torch.fx.Node, Any]:
+        """Run nodes ``start`` to ``stop`` (exclusive) in place; returns the values of ``keep``.
+
+        Values that no node from ``stop`` on needs are dropped from the environment as soon as they were used.
+        """
+        wanted = set(keep)
+        kept = {node: environment[node] for node in wanted & environment.keys()}
+        parameters = set(self.parameters)
+
+        def look_up(node: torch.fx.Node) -> Any:
+            return self.parameter(node) if node in parameters else environment[node]
+
+        for i in range(start, stop):
+            node = self.nodes[i]
+            args = torch.fx.node.map_arg(node.args, look_up)
+            kwargs = torch.fx.node.map_arg(node.kwargs, look_up)
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            environment[node] = value
+            if node in wanted:
+                kept[node] = value
+            for used in node.all_input_nodes:
+                if self._last_use[used] <= i:
+                    environment.pop(used, None)
+        for node in [n for n in environment if self._last_use.get(n, -1) < stop]:
+            del environment[node]
+        return kept
+
+    def outputs(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Run everything; returns the program's outputs in their order."""
+        environment = self.start(inputs)
+        values = self.run(environment, 0, len(self.nodes), keep=self.results)
+        return [values[node] for node in self.results]

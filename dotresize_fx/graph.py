@@ -1,0 +1,214 @@
+"""The neutral view: the one form in which analysis and rewriting see a graph, be it torch.fx or ONNX.
+
+A graph is a list of :class:`Op` in topological order over named :class:`Value`. Ops have *kinds*, the few that
+width analysis has to tell apart; each graph form maps its own op names to these kinds once, in its adapter
+(:mod:`dotresize_fx.fx_graph`, :mod:`dotresize_fx.onnx_graph`). Passes read and edit graphs only through this class.
+
+Weights are seen in one orientation, whatever the form stores: a linear's weight is (out, in), an embedding's
+table (rows, width), a norm's gain (width,).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+class Kind(StrEnum):
+    """What an op does to the last dimension of its inputs."""
+
+    LINEAR = "linear"  # x @ weight.T + bias
+    EMBEDDING = "embedding"  # rows of a table
+    RMS_NORM = "rms_norm"
+    LAYER_NORM = "layer_norm"
+    ADD = "add"  # x + y or x - y, broadcast
+    MUL = "mul"  # x * y, broadcast
+    SCALE = "scale"  # x times a number
+    POINTWISE = "pointwise"  # any other function of one tensor, element by element
+    KEEP = "keep"  # passes the last dimension on untouched: cast, dropout, a reshape of other dimensions
+    MEAN = "mean"  # over the last dimension
+    ADDMM = "addmm"  # bias + x @ weight on a matrix x: GPT-2's linear before RecogniseLinears
+    RESHAPE = "reshape"  # splits or joins dimensions
+    ATTENTION = "attention"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph, identified by its name. ``shape`` has the symbol's name for dynamic dimensions."""
+
+    name: str
+    shape: tuple[int | str, ...] = field(compare=False)
+    is_parameter: bool = field(compare=False, default=False)
+
+    @property
+    def width(self) -> int | None:
+        """Size of the last dimension; None when dynamic or absent."""
+        last = self.shape[-1] if self.shape else None
+        return last if isinstance(last, int) else None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. ``inputs`` are activations; ``weight`` and ``bias`` are the parameters it owns by its kind."""
+
+    name: str
+    kind: Kind
+    inputs: tuple[Value, ...] = field(compare=False)
+    output: Value = field(compare=False)
+    weight: Value | None = field(compare=False, default=None)
+    bias: Value | None = field(compare=False, default=None)
+    attributes: Mapping[str, Any] = field(compare=False, default_factory=dict)
+    spelling: str = field(compare=False, default="")  # the form's own name of the op, for messages
+
+    @property
+    def function(self) -> str:
+        """Name of a pointwise function (``silu``, ``relu``, ``pow``); empty for other kinds."""
+        return str(self.attributes.get("function", ""))
+
+
+class Graph(ABC):
+    """Reading is cached; every edit drops the cache."""
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @cached_property
+    def ops(self) -> list[Op]:
+        """All ops in topological order."""
+        return self._read_ops()
+
+    @cached_property
+    def outputs(self) -> frozenset[Value]:
+        """Values the graph returns."""
+        return self._read_outputs()
+
+    @cached_property
+    def _producers(self) -> dict[Value, Op]:
+        return {op.output: op for op in self.ops}
+
+    @cached_property
+    def _users(self) -> dict[Value, list[Op]]:
+        users: dict[Value, list[Op]] = defaultdict(list)
+        for op in self.ops:
+            for value in dict.fromkeys((*op.inputs, op.weight, op.bias)):
+                if value is not None:
+                    users[value].append(op)
+        return users
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Op name -> index in :attr:`ops`."""
+        return {op.name: i for i, op in enumerate(self.ops)}
+
+    def producer(self, value: Value) -> Op | None:
+        """The op that computes ``value``; None for inputs and parameters."""
+        return self._producers.get(value)
+
+    def users(self, value: Value) -> list[Op]:
+        """Ops that read ``value``, as an activation or as a parameter, in topological order."""
+        return self._users.get(value, [])
+
+    def op(self, name: str) -> Op:
+        """The op of this name, as it is now (an Op held across an edit may be stale)."""
+        return self.ops[self.positions[name]]
+
+    def changed(self) -> None:
+        """Forget what was read; called by every edit."""
+        for name in ("ops", "outputs", "_producers", "_users", "positions"):
+            self.__dict__.pop(name, None)
+
+    def weight(self, op: Op) -> torch.Tensor:
+        """The op's weight in the view's orientation: (out, in), (rows, width) or (width,)."""
+        if op.weight is None:
+            raise ValueError(f"{op.name} ({op.kind}) has no weight")
+        return self._read_weight(op)
+
+    def bias(self, op: Op) -> torch.Tensor | None:
+        """The op's bias, (out,) or (width,); None when it has none."""
+        return None if op.bias is None else self.parameter(op.bias)
+
+    # -- what each form supplies -------------------------------------------------------------------
+
+    @abstractmethod
+    def _read_ops(self) -> list[Op]: ...
+
+    @abstractmethod
+    def _read_outputs(self) -> frozenset[Value]: ...
+
+    @abstractmethod
+    def _read_weight(self, op: Op) -> torch.Tensor: ...
+
+    @abstractmethod
+    def parameter(self, value: Value) -> torch.Tensor:
+        """The tensor behind a parameter value, as it is stored."""
+
+    @abstractmethod
+    def parameter_name(self, value: Value) -> str:
+        """The name the model gives this parameter, such as ``model.layers.0.mlp.up_proj.weight``."""
+
+    @abstractmethod
+    def set_weight(self, ops: Op | Sequence[Op], tensor: torch.Tensor) -> None:
+        """Give the op another weight, in the view's orientation; its shape may differ.
+
+        Several ops given together share the new tensor afterwards. A weight that ops not named here use too is
+        forked, so that they keep theirs.
+        """
+
+    @abstractmethod
+    def set_bias(self, op: Op, tensor: torch.Tensor | None) -> None:
+        """Give the op another bias, or none; forked like a weight."""
+
+    @abstractmethod
+    def resize_norm(self, op: Op, width: int, epsilon: float) -> None:
+        """Let a norm without gain and bias act on another width, with another epsilon."""
+
+    @abstractmethod
+    def resize_reshape(self, op: Op, width: int) -> None:
+        """Let a reshape that keeps the last dimension (attribute ``reshape``) keep another width."""
+
+    @abstractmethod
+    def drop_affine(self, op: Op) -> None:
+        """Take a norm's gain and bias away."""
+
+    @abstractmethod
+    def insert_linear(
+        self,
+        source: Value,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        users: Iterable[Op] | None = None,
+        name: str = "inserted",
+    ) -> Op:
+        """Put ``linear(source, weight, bias)`` behind ``source``; the given users (default: all) read it instead."""
+
+    @abstractmethod
+    def replace_with_rms_norm(self, last: Op, source: Value, gain: Value | None, epsilon: float) -> None:
+        """Compute ``last.output`` as one RMSNorm of ``source`` instead; what only ``last`` needed becomes dead."""
+
+    @abstractmethod
+    def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
+        """Compute ``last.output`` as a linear of ``source`` with the weight and bias of the ADDMM op ``like``."""
+
+    @abstractmethod
+    def make_rms_norm(self, op: Op) -> None:
+        """Turn a layer norm without gain and bias into an RMSNorm of the same epsilon."""
+
+    @abstractmethod
+    def bypass(self, op: Op) -> None:
+        """Let the users of ``op`` read its first input instead, and remove it."""
+
+    @abstractmethod
+    def remove_dead(self) -> int:
+        """Remove ops and parameters that nothing needs; returns how many ops went."""
+
+    @abstractmethod
+    def copy(self) -> Graph:
+        """An independent graph over the same tensors: edits to one do not show in the other."""

@@ -1,0 +1,174 @@
+"""Follow one dimension from a value to everything it is coupled with, or say where it escapes."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from dotresize_fx.graph import Graph, Kind, Op, Value
+
+
+class Escape(Exception):
+    """The dimension reaches something that is not understood; ``values`` are those it was followed through."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.values: frozenset[Value] = frozenset()
+
+
+@dataclass
+class ClosedDimension:
+    """A dimension with all its ends known: ``writers`` and ``readers`` are its ends, ``crossed`` stands between.
+
+    ``normed`` are the values behind a norm. All lists are in topological order.
+    """
+
+    width: int
+    values: set[Value] = field(default_factory=set)
+    normed: set[Value] = field(default_factory=set)
+    writers: list[Op] = field(default_factory=list)
+    readers: list[Op] = field(default_factory=list)
+    norms: list[Op] = field(default_factory=list)
+    crossed: list[Op] = field(default_factory=list)
+
+
+def close_dimension(graph: Graph, start: Value) -> ClosedDimension:
+    """Everything coupled with the last dimension of ``start``.
+
+    Raises:
+        Escape: with the reason in words, when any way leads to an op or an end that is not understood.
+    """
+    walk = _Walk(graph, start)
+    try:
+        return walk.run()
+    except Escape as escape:
+        escape.values = frozenset(walk.values)
+        raise
+
+
+class _Walk:
+    def __init__(self, graph: Graph, start: Value) -> None:
+        self.graph = graph
+        if start.width is None:
+            raise Escape("its size is not fixed")
+        self.width = start.width
+        self.values: dict[Value, bool] = {}  # value -> whether it is behind a norm
+        self.queue: deque[Value] = deque()
+        self.ends: dict[str, set[Op]] = {"writers": set(), "readers": set(), "norms": set(), "crossed": set()}
+        self.axes: set[tuple[Value, int]] = set()
+        self.join(start, self._starts_normed(start))
+
+    def _starts_normed(self, start: Value) -> bool:
+        """A walk may start behind a norm: it then begins on the norm's other side."""
+        value: Value | None = start
+        while value is not None:
+            op = self.graph.producer(value)
+            if op is None or op.kind not in (Kind.KEEP, Kind.SCALE):
+                return op is not None and op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM)
+            value = op.inputs[0]
+        return False
+
+    def run(self) -> ClosedDimension:
+        while self.queue:
+            value = self.queue.popleft()
+            self._backwards(value)
+            self._forwards(value)
+        ordered = {end: sorted(ops, key=lambda op: self.graph.positions[op.name]) for end, ops in self.ends.items()}
+        if not ordered["writers"] or not ordered["readers"]:
+            raise Escape("nothing reads it" if ordered["writers"] else "no weight writes it")
+        if ordered["norms"] and any(op.kind in (Kind.POINTWISE, Kind.MUL) for op in ordered["crossed"]):
+            raise Escape("a nonlinearity and a norm act on the same width")
+        normed = {value for value, behind in self.values.items() if behind}
+        return ClosedDimension(self.width, set(self.values), normed, **ordered)
+
+    def join(self, value: Value, normed: bool) -> None:
+        """Couple ``value``; a value cannot be on both sides of a norm."""
+        if value in self.values:
+            if self.values[value] != normed:
+                raise Escape(
+                    "post-norm or sandwich norm: a normalised value, gain and all, is added back to the stream, "
+                    "so only permutations pass"
+                )
+            return
+        if value.width != self.width:
+            raise Escape(f"it is broadcast against a width of {value.width}")
+        if value in self.graph.outputs:
+            raise Escape("it is an output of the graph")
+        if value.is_parameter:
+            raise Escape("a parameter is combined with it directly")
+        self.values[value] = normed
+        self.queue.append(value)
+
+    # -- towards the writers -----------------------------------------------------------------------
+
+    def _backwards(self, value: Value) -> None:
+        op = self.graph.producer(value)
+        normed = self.values[value]
+        if op is None:
+            raise Escape("it comes from an input of the graph")
+        if op.kind in (Kind.LINEAR, Kind.EMBEDDING):
+            if normed:
+                raise Escape("a weight writes it behind the norm")
+            self.ends["writers"].add(op)
+            self._couple_parameter(op, 0 if op.kind is Kind.LINEAR else 1)
+        elif op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
+            self._norm(op)
+        elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
+            self._cross(op, normed)
+        else:
+            raise Escape(_in_words(op, "comes from"))
+
+    # -- towards the readers -----------------------------------------------------------------------
+
+    def _forwards(self, value: Value) -> None:
+        users = self.graph.users(value)
+        if not users:
+            raise Escape("nothing reads it")
+        for op in users:
+            if op.kind is Kind.LINEAR and op.inputs[0] == value:
+                self.ends["readers"].add(op)
+                self._couple_parameter(op, 1)
+            elif op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM) and op.inputs[0] == value:
+                self._norm(op)
+            elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
+                self._cross(op, self.values[value])
+            else:
+                raise Escape(_in_words(op, "goes into"))
+
+    def _norm(self, op: Op) -> None:
+        self.ends["norms"].add(op)
+        self.join(op.inputs[0], False)
+        self.join(op.output, True)
+
+    def _cross(self, op: Op, normed: bool) -> None:
+        """An op between: its output and all its inputs of this width are one dimension."""
+        self.ends["crossed"].add(op)
+        self.join(op.output, normed)
+        for value in op.inputs:
+            if value.width != 1 and value.shape:
+                self.join(value, normed)
+
+    def _couple_parameter(self, op: Op, axis: int) -> None:
+        """A weight used twice is one weight: its other users' dimensions are this dimension too."""
+        assert op.weight is not None
+        if (op.weight, axis) in self.axes:
+            return
+        self.axes.add((op.weight, axis))
+        for other in self.graph.users(op.weight):
+            if other.weight != op.weight or other.kind not in (Kind.LINEAR, Kind.EMBEDDING):
+                raise Escape(f"its weight is also used by {other.spelling or other.kind}")
+            if other.kind is Kind.EMBEDDING and axis == 0:
+                continue  # the rows of a table are looked up, not written
+            value = other.inputs[0] if other.kind is Kind.LINEAR and axis == 1 else other.output
+            if value not in self.values:
+                self.join(value, other.kind is Kind.LINEAR and axis == 1 and self._starts_normed(value))
+
+
+def _in_words(op: Op, direction: str) -> str:
+    words = {
+        Kind.RESHAPE: "it is split into heads or reshaped",
+        Kind.ATTENTION: f"it {direction} attention",
+        Kind.MEAN: "a mean is taken over it",
+    }
+    return words.get(op.kind, f"it {direction} {op.spelling or op.kind}, which is not understood")

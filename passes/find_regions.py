@@ -1,0 +1,137 @@
+"""Find every width of a graph by dataflow, with its writers, its readers and its symmetry.
+
+From a linear's output (or input) the coupled dimension is followed through the ops that stand between, forwards
+and backwards, until every way ends at a linear or an embedding: that is a region. A way that ends anywhere else
+(the graph's output, a split into heads, an op nobody taught us) is an escape: the width is left alone and the
+match report says why. No architecture is asked for by name.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.passes.close_dimension import ClosedDimension, Escape, close_dimension
+from dotresize_fx.passes.pass_base import promise
+from dotresize_fx.regions import LinearMatch, MatchReport, Region, RegionKind, Symmetry
+
+
+def find_regions(graph: Graph) -> MatchReport:
+    """Every region and the fate of every linear. The graph is not changed."""
+    found: dict[Value, Region | str] = {}
+    regions: list[Region] = []
+    for start in _starts(graph):
+        if start in found:
+            continue
+        try:
+            closed = close_dimension(graph, start)
+        except Escape as escape:
+            found.update(dict.fromkeys(escape.values, escape.reason))
+            found[start] = escape.reason
+            continue
+        region = _region(graph, closed.writers, closed.readers, closed)
+        promise(not any(isinstance(found.get(value), Region) for value in closed.values), "regions overlap")
+        found.update(dict.fromkeys(closed.values, region))
+        regions.append(region)
+    ordered = sorted(regions, key=lambda r: graph.positions[r.writers[0]])
+    unique = _with_unique_names(ordered)
+    renamed = dict(zip(ordered, unique, strict=True))
+    linears = tuple(_linear_match(graph, op, found, renamed) for op in graph.ops if op.kind is Kind.LINEAR)
+    return MatchReport(tuple(unique), linears)
+
+
+def _starts(graph: Graph) -> Iterable[Value]:
+    for op in graph.ops:
+        if op.kind is Kind.LINEAR:
+            yield op.inputs[0]
+        if op.kind in (Kind.LINEAR, Kind.EMBEDDING):
+            yield op.output
+
+
+def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDimension) -> Region:
+    pointwise = [op for op in closed.crossed if op.kind in (Kind.POINTWISE, Kind.MUL)]
+    if closed.norms:
+        kind, symmetry = RegionKind.RESIDUAL, Symmetry.ORTHOGONAL
+    elif pointwise:
+        kind, symmetry = RegionKind.FFN, Symmetry.PERMUTATION
+    else:
+        kind, symmetry = RegionKind.PLAIN, Symmetry.GENERAL_LINEAR
+    functions = {op.function for op in closed.crossed if op.kind is Kind.POINTWISE}
+    products = [op for op in closed.crossed if op.kind is Kind.MUL]
+    return Region(
+        name=_name(graph, writers, readers, kind),
+        kind=kind,
+        symmetry=symmetry,
+        width=closed.width,
+        writers=tuple(op.name for op in writers),
+        readers=tuple(op.name for op in readers),
+        norms=tuple(op.name for op in closed.norms),
+        normed_readers=tuple(op.name for op in readers if op.inputs[0] in closed.normed),
+        linear_branch=_linear_branch(graph, products, writers),
+        positive_scale=functions == {"relu"} and not products,
+        target=_target(graph, readers[-1]) if kind is RegionKind.FFN else "",
+        crossed=tuple(op.name for op in closed.crossed),
+    )
+
+
+def _name(graph: Graph, writers: list[Op], readers: list[Op], kind: RegionKind) -> str:
+    """The module that holds all its weights, as far as names tell; names are for people only."""
+    if kind is RegionKind.RESIDUAL:
+        return "residual stream"
+    names = [graph.parameter_name(op.weight) for op in (*writers, *readers) if op.weight is not None]
+    stem = os.path.commonprefix(names)
+    return stem.rsplit(".", 1)[0] if "." in stem else writers[0].name
+
+
+def _with_unique_names(regions: list[Region]) -> list[Region]:
+    seen: dict[str, int] = {}
+    unique = []
+    for region in regions:
+        seen[region.name] = count = seen.get(region.name, 0) + 1
+        unique.append(region if count == 1 else replace(region, name=f"{region.name} #{count}"))
+    return unique
+
+
+def _linear_branch(graph: Graph, products: list[Op], writers: list[Op]) -> tuple[str, ...]:
+    """Writers from which a gate product is reached through nothing but linear ops, when there is one product."""
+    if len(products) != 1 or len(products[0].inputs) != 2:
+        return ()
+    names = {op.name for op in writers}
+    chosen: list[str] = []
+    for value in products[0].inputs:
+        op = graph.producer(value)
+        while op is not None and op.kind in (Kind.KEEP, Kind.SCALE):
+            op = graph.producer(op.inputs[0])
+        if op is not None and op.name in names and len(graph.users(op.output)) == 1:
+            chosen.append(op.name)
+    # Two plain branches are a bilinear form: one of them may take the scale, not both.
+    return tuple(chosen[:1])
+
+
+def _target(graph: Graph, reader: Op) -> str:
+    """Follow the reader's output through the additions that only it feeds: the stream after the sublayer."""
+    value = reader.output
+    while len(users := graph.users(value)) == 1 and users[0].kind in (Kind.ADD, Kind.KEEP):
+        if users[0].attributes.get("subtract"):
+            break
+        value = users[0].output
+    return value.name
+
+
+def _linear_match(
+    graph: Graph, op: Op, found: dict[Value, Region | str], renamed: dict[Region, Region]
+) -> LinearMatch:
+    reads, writes = found.get(op.inputs[0], "not reached"), found.get(op.output, "not reached")
+    rows, columns = graph.weight(op).shape
+    assert op.weight is not None
+    return LinearMatch(
+        op=op.name,
+        parameter=graph.parameter_name(op.weight),
+        shape=(rows, columns),
+        reads=renamed[reads].name if isinstance(reads, Region) else None,
+        writes=renamed[writes].name if isinstance(writes, Region) else None,
+        reads_reason="" if isinstance(reads, Region) else reads,
+        writes_reason="" if isinstance(writes, Region) else writes,
+    )

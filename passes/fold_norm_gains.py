@@ -1,0 +1,83 @@
+"""Fold a norm's gain and bias into the linears that read it, so that nothing diagonal stands in the way."""
+
+from __future__ import annotations
+
+import torch
+
+from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.passes.pass_base import Pass, PassResult, promise
+from dotresize_fx.regions import Region
+
+
+class FoldNormGains(Pass):
+    """``linear(norm(x) * g + b, W, c)`` becomes ``linear(norm(x), W diag(g), c + W b)``.
+
+    A reader whose weight something else shares (a head tied to the embedding) would lose its tie: there the gain
+    stays as an explicit linear in front of the reader, and a later map turns it into a small k x k matrix.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+
+    def call(self, graph: Graph) -> PassResult:
+        records = []
+        for name in self.region.norms:
+            norm = graph.op(name)
+            if norm.weight is None and norm.bias is None:
+                continue
+            records.append(self._fold(graph, norm))
+        return PassResult(tuple(records))
+
+    def _fold(self, graph: Graph, norm: Op) -> str:
+        gain = graph.weight(norm).double() if norm.weight is not None else None
+        bias = graph.bias(norm)
+        readers = _readers(graph, norm.output)
+        tied = [op for op in readers if len(graph.users(_weight_of(op))) > 1]
+        for op in (op for op in readers if op not in tied):
+            weight = graph.weight(op)
+            if bias is not None:
+                shift = weight.double() @ bias.double()
+                own = graph.bias(op)
+                graph.set_bias(op, (shift if own is None else own.double() + shift).to(weight.dtype))
+                op = graph.op(op.name)
+            if gain is not None:
+                graph.set_weight(op, (weight.double() * gain).to(weight.dtype))
+        width = norm.output.width
+        assert width is not None
+        diagonal = torch.diag(gain) if gain is not None else torch.eye(width, dtype=torch.float64)
+        for op in tied:
+            dtype = graph.weight(op).dtype
+            graph.insert_linear(
+                op.inputs[0],
+                diagonal.to(dtype),
+                None if bias is None else bias.detach().clone(),
+                users=[op],
+                name=f"{op.name}_gain",
+            )
+        graph.drop_affine(graph.op(norm.name))
+        graph.remove_dead()
+        kept = f"; kept in front of {tied[0].name}, whose weight is tied" if tied else ""
+        return f"{norm.name}: gain folded into {len(readers) - len(tied)} readers{kept}"
+
+    def ensures(self, graph: Graph) -> None:
+        for name in self.region.norms:
+            norm = graph.op(name)
+            promise(norm.weight is None and norm.bias is None, f"{name} still has a gain or a bias")
+
+
+def _weight_of(op: Op) -> Value:
+    assert op.weight is not None
+    return op.weight
+
+
+def _readers(graph: Graph, value: Value) -> list[Op]:
+    """The linears that read ``value``, directly or behind ops that pass it on untouched."""
+    readers: list[Op] = []
+    for op in graph.users(value):
+        if op.kind is Kind.LINEAR:
+            readers.append(op)
+        else:
+            promise(op.kind in (Kind.KEEP, Kind.SCALE), f"{op.name} between a norm and its readers")
+            promise(op.kind is Kind.KEEP, f"{op.name} scales a norm's output: its bias cannot be folded")
+            readers.extend(_readers(graph, op.output))
+    return readers

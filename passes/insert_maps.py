@@ -1,0 +1,69 @@
+"""Put a region's map into the graph as explicit linears: n -> k behind the writers, k -> n before the readers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dotresize_fx.graph import Graph, Op
+from dotresize_fx.passes.pass_base import Pass, PassResult, promise
+from dotresize_fx.region_map import RegionMap
+from dotresize_fx.regions import Region
+
+
+class InsertMaps(Pass):
+    """Afterwards everything between the region's writers and readers is k wide. ``downs`` and ``ups`` name the new linears.
+
+    A norm of k instead of n dimensions divides by the root mean square of k: with epsilon n/k larger, its output is
+    sqrt(n/k) times too small, which the readers behind it make good.
+    """
+
+    def __init__(self, region: Region, region_map: RegionMap) -> None:
+        self.region = region
+        self.map = region_map
+        self.downs: list[str] = []
+        self.ups: list[str] = []
+
+    def requires(self, graph: Graph) -> None:
+        n = self.region.width
+        promise(self.map.down.shape[0] == n, f"{self.region.name}: the map starts at {self.map.down.shape[0]}, not {n}")
+        for name in self.region.norms:
+            promise(graph.op(name).weight is None, f"{name}: a map that is not diagonal cannot cross a gain")
+
+    def call(self, graph: Graph) -> PassResult:
+        region, k = self.region, self.map.width
+        for name in region.writers:
+            down = self.map.down
+            if self.map.branch_down is not None and name in region.linear_branch:
+                down = self.map.branch_down
+            writer = graph.op(name)
+            weight = down.T.to(_dtype(graph, writer))
+            self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down").name)
+        for name in region.norms:
+            norm = graph.op(name)
+            graph.resize_norm(norm, k, norm.attributes["epsilon"] * region.width / k)
+        for op in (graph.op(name) for name in region.crossed):
+            if op.attributes.get("reshape"):
+                graph.resize_reshape(op, k)
+        for name in region.readers:
+            self._before_reader(graph, graph.op(name))
+        return PassResult((f"{region.name}: {region.width} -> {k}",))
+
+    def _before_reader(self, graph: Graph, reader: Op) -> None:
+        if reader.name in self.map.reader_weights:
+            dtype = _dtype(graph, reader)
+            graph.set_weight(reader, self.map.reader_weights[reader.name].to(dtype))
+            if reader.name in self.map.reader_biases:
+                graph.set_bias(graph.op(reader.name), self.map.reader_biases[reader.name].to(dtype))
+            return
+        promise(self.map.up is not None, f"{self.region.name}: no way up to {reader.name}")
+        assert self.map.up is not None
+        gain = math.sqrt(self.region.width / self.map.width) if reader.name in self.region.normed_readers else 1.0
+        weight = (gain * self.map.up.T).to(_dtype(graph, reader))
+        up = graph.insert_linear(reader.inputs[0], weight, users=[reader], name="inserted_up")
+        self.ups.append(up.name)
+
+
+def _dtype(graph: Graph, op: Op) -> torch.dtype:
+    return graph.weight(op).dtype
