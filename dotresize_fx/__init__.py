@@ -1,1 +1,26 @@
-"""dotresize-fx: a compiler that makes transformers narrower."""
+"""dotresize-fx: a compiler that makes transformers narrower.
+
+>>> import dotresize_fx
+>>> result = dotresize_fx.slim("smollm2-135m", ratio=0.2)  # doctest: +SKIP
+>>> result.save("smollm2-slim")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dotresize_fx.errors import DotresizeError
+
+if TYPE_CHECKING:
+    from dotresize_fx.compiler import SlimResult, slim
+
+__all__ = ["DotresizeError", "SlimResult", "slim"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; errors and the command line's help need neither.
+    if name in ("SlimResult", "slim"):
+        from dotresize_fx import compiler
+
+        return getattr(compiler, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -70,3 +70,9 @@ class SolverError(DotresizeError):
     """A solver met numbers it cannot work with (non-finite costs, no mass to transport)."""
 
     exit_code = 11
+
+
+class OnnxRuntimeError(DotresizeError):
+    """ONNX Runtime's process failed: it was killed, or the graph holds what this build cannot run."""
+
+    exit_code = 12

@@ -52,18 +52,26 @@ class Execution:
 
     @torch.no_grad()
     def run(
-        self, environment: Environment, start: int, stop: int, keep: Iterable[torch.fx.Node] = ()
+        self,
+        environment: Environment,
+        start: int,
+        stop: int,
+        keep: Iterable[torch.fx.Node] = (),
+        parameters: Mapping[torch.fx.Node, torch.Tensor] | None = None,
     ) -> dict[torch.fx.Node, Any]:
         """Run nodes ``start`` to ``stop`` (exclusive) in place; returns the values of ``keep``.
 
         Values that no node from ``stop`` on needs are dropped from the environment as soon as they were used.
+        ``parameters`` stand in for the program's own where given.
         """
         wanted = set(keep)
         kept = {node: environment[node] for node in wanted & environment.keys()}
-        parameters = set(self.parameters)
+        given = parameters or {}
 
         def look_up(node: torch.fx.Node) -> Any:
-            return self.parameter(node) if node in parameters else environment[node]
+            if node.op != "placeholder" or node in environment:
+                return environment[node]
+            return given[node] if node in given else self.parameter(node)
 
         for i in range(start, stop):
             node = self.nodes[i]

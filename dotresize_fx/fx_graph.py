@@ -54,7 +54,13 @@ KEEP = CASTS | {
     aten.lift_fresh_copy.default,
 }
 # Ops that keep the last dimension when the one they act on (argument 1) is another.
-KEEP_UNLESS_LAST = {aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.index_select.default}
+KEEP_UNLESS_LAST = {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.index_select.default,
+}
 FLATTEN = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 RESHAPE = FLATTEN | {
     aten.transpose.int,
@@ -185,7 +191,10 @@ class FxGraph(Graph):
         if target is aten.mul.Scalar or target is aten.neg.default:
             return Kind.SCALE, {"number": args[1] if len(args) > 1 else -1}
         if target in POINTWISE:
-            return Kind.POINTWISE, {"function": POINTWISE[target], "number": args[1] if len(args) > 1 else None}
+            return Kind.POINTWISE, {
+                "function": POINTWISE[target],
+                "number": args[1] if len(args) > 1 else None,
+            }
         if target in KEEP:
             copies = target in (aten.clone.default, aten.contiguous.default)
             return Kind.KEEP, {"no_op": not copies and self._same_dtype(node), "cast": target in CASTS}

@@ -27,12 +27,16 @@ LARGEST_BATCH = 4096
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured model: the editable graph, the sample it was traced with, and what converting it needs."""
+    """A captured model: the editable graph, the sample it was traced with, and what converting it needs.
+
+    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids.
+    """
 
     graph: FxGraph
     sample: Mapping[str, torch.Tensor]
     metadata: Any
     longest: int
+    vocabulary: int
 
 
 def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
@@ -53,7 +57,8 @@ def capture(model: torch.nn.Module) -> Captured:
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = int(getattr(text_config, "max_position_embeddings", None) or 2048)
-    sample = sample_inputs(int(text_config.vocab_size))
+    vocabulary = int(text_config.vocab_size)
+    sample = sample_inputs(vocabulary)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     length = torch.export.Dim("length", min=1, max=longest)
     shapes = {name: {0: batch, 1: length} for name in sample}
@@ -62,7 +67,7 @@ def capture(model: torch.nn.Module) -> Captured:
         with quiet_exporter():
             _StoppedOnnxExporter().export(model, dict(sample), export_config)
     except _Captured as captured:
-        return Captured(FxGraph(captured.program), sample, captured.metadata, longest)
+        return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary)
     except Exception as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(
@@ -72,10 +77,18 @@ def capture(model: torch.nn.Module) -> Captured:
     raise AssertionError("the exporter returned without a program")
 
 
-class quiet_exporter:  # noqa: N801 - reads as a statement
+class quiet_exporter:
     """Silence the exporters' experimental-version notes and registration warnings; errors still come through."""
 
-    names = ("transformers", "torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter._registration")
+    names = (
+        "transformers",
+        "torch.onnx",
+        "torch.export",
+        "torch.fx",
+        "onnxscript",
+        "onnx_ir",
+        "torch.onnx._internal.exporter._registration",
+    )
 
     def __enter__(self) -> None:
         self._levels = {name: logging.getLogger(name).level for name in self.names}

@@ -70,4 +70,7 @@ class CentreLayerNorms(Pass):
         return [name for name in self.region.readers if graph.op(name).weight in embeddings]
 
     def ensures(self, graph: Graph) -> None:
-        promise(not any(op.kind is Kind.LAYER_NORM and op.name in self.region.norms for op in graph.ops), "a layer norm is left")
+        promise(
+            not any(op.kind is Kind.LAYER_NORM and op.name in self.region.norms for op in graph.ops),
+            "a layer norm is left",
+        )

@@ -8,7 +8,6 @@ match report says why. No architecture is asked for by name.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -81,8 +80,12 @@ def _name(graph: Graph, writers: list[Op], readers: list[Op], kind: RegionKind) 
     if kind is RegionKind.RESIDUAL:
         return "residual stream"
     names = [graph.parameter_name(op.weight) for op in (*writers, *readers) if op.weight is not None]
-    stem = os.path.commonprefix(names)
-    return stem.rsplit(".", 1)[0] if "." in stem else writers[0].name
+    stem = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        stem.append(parts[0])
+    return ".".join(stem) or writers[0].name
 
 
 def _with_unique_names(regions: list[Region]) -> list[Region]:
@@ -120,9 +123,7 @@ def _target(graph: Graph, reader: Op) -> str:
     return value.name
 
 
-def _linear_match(
-    graph: Graph, op: Op, found: dict[Value, Region | str], renamed: dict[Region, Region]
-) -> LinearMatch:
+def _linear_match(graph: Graph, op: Op, found: dict[Value, Region | str], renamed: dict[Region, Region]) -> LinearMatch:
     reads, writes = found.get(op.inputs[0], "not reached"), found.get(op.output, "not reached")
     rows, columns = graph.weight(op).shape
     assert op.weight is not None

@@ -13,7 +13,7 @@ from dotresize_fx.regions import Region
 
 
 class InsertMaps(Pass):
-    """Afterwards everything between the region's writers and readers is k wide. ``downs`` and ``ups`` name the new linears.
+    """Afterwards all between the region's writers and readers is k wide. ``downs`` and ``ups`` name the new linears.
 
     A norm of k instead of n dimensions divides by the root mean square of k: with epsilon n/k larger, its output is
     sqrt(n/k) times too small, which the readers behind it make good.
@@ -27,7 +27,10 @@ class InsertMaps(Pass):
 
     def requires(self, graph: Graph) -> None:
         n = self.region.width
-        promise(self.map.down.shape[0] == n, f"{self.region.name}: the map starts at {self.map.down.shape[0]}, not {n}")
+        promise(
+            self.map.down.shape[0] == n,
+            f"{self.region.name}: the map starts at {self.map.down.shape[0]}, not {n}",
+        )
         for name in self.region.norms:
             promise(graph.op(name).weight is None, f"{name}: a map that is not diagonal cannot cross a gain")
 

@@ -14,9 +14,7 @@ class RecogniseLinears(Pass):
     """
 
     def call(self, graph: Graph) -> PassResult:
-        records = []
-        for op in [op for op in graph.ops if op.kind is Kind.ADDMM]:
-            records.append(self._rewrite(graph, op))
+        records = [self._rewrite(graph, op) for op in graph.ops if op.kind is Kind.ADDMM]
         graph.remove_dead()
         return PassResult(tuple(r for r in records if r))
 

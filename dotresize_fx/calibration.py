@@ -1,0 +1,93 @@
+"""Batches of inputs for calibration and for measurement, from the user's text or the built-in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dotresize_fx.errors import UsageError
+from dotresize_fx.options import Options
+from dotresize_fx.text import (
+    Tokenizer,
+    default_text,
+    read_text,
+    sentence_batches,
+    split_text,
+    text_sha256,
+    token_batches,
+)
+
+# Sequences run through the model at once: few, so that one block's activations stay small.
+CALIBRATION_BATCH = 4
+# One at a time: a batch of logits over a large vocabulary is the largest tensor of a run.
+EVALUATION_BATCH = 1
+SENTENCES_PER_BATCH = 16
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Calibration and evaluation text, which share nothing, and where they are from."""
+
+    calibration: str
+    evaluation: str
+    description: str
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Two sets of batches that share no text. ``description`` says where the text is from, ``sha256`` what it was."""
+
+    calibration: Sequence[Inputs]
+    evaluation: Sequence[Inputs]
+    description: str
+    sha256: Mapping[str, str]
+
+
+def load_text(files: Sequence[Path]) -> Text:
+    """The first 80 % of each source calibrates, the last 20 % measures.
+
+    Raises:
+        TextError: a file is missing, empty or not UTF-8.
+    """
+    if not files:
+        return Text(*default_text(), "pydoc_data.topics, first 80 % calibrates, last 20 % measures")
+    parts = [split_text(read_text([file])) for file in files]
+    names = ", ".join(Path(file).name for file in files)
+    return Text(
+        "\n\n".join(part[0] for part in parts),
+        "\n\n".join(part[1] for part in parts),
+        f"{names}, first 80 % of each calibrates, last 20 % measures",
+    )
+
+
+def prepare_data(text: Text, options: Options, tokenizer: Tokenizer | None, task: str, longest: int) -> CalibrationData:
+    """Tokenise calibration and evaluation text as the options ask.
+
+    Raises:
+        TextError: the text cannot be used or is too short.
+        UsageError: the model came without a tokenizer.
+    """
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer, which calibration text needs: add its files to the folder")
+    hashes = {"calibration text": text_sha256(text.calibration), "evaluation text": text_sha256(text.evaluation)}
+    length = min(options.sequence_length, longest)
+
+    def batches(part: str, tokens: int, batch: int) -> list[Inputs]:
+        if task == "encoder":
+            count = max(2 * SENTENCES_PER_BATCH, tokens // 64)
+            pairs = sentence_batches(part, tokenizer, length=min(length, 128), count=count, batch=SENTENCES_PER_BATCH)
+            return [{"input_ids": ids, "attention_mask": mask} for ids, mask in pairs]
+        count = max(2, round(tokens / length))
+        return [
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            for ids in token_batches(part, tokenizer, length=length, count=count, batch=batch)
+        ]
+
+    calibrating = batches(text.calibration, options.calibration_tokens, CALIBRATION_BATCH)
+    measured = batches(text.evaluation, options.evaluation_tokens, EVALUATION_BATCH)
+    return CalibrationData(calibrating, measured, text.description, hashes)

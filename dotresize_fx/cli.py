@@ -1,0 +1,160 @@
+"""The command line: export, inspect, eval. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from dotresize_fx.errors import DotresizeError, OutputError, UsageError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0, the error's own code, or 130 after Ctrl-C. No traceback for a user's mistake."""
+    signal.signal(signal.SIGTERM, _terminated)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except DotresizeError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away (`| head`): no message, and none from the interpreter at exit
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full: {error.filename or ''}: free some space and run again", OutputError.exit_code)
+    raise SystemExit(0)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"dotresize-fx: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (see `{self.prog} --help`)", UsageError.exit_code)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dotresize-fx", description="Make a transformer narrower: a smaller, proved ONNX out.")
+    parser.add_argument("--version", action="version", version=f"dotresize-fx {version('dotresize-fx')}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    model = "a Hugging Face folder, a GGUF file, a hub id, or a built-in name: smollm2-135m, minilm-l6"
+
+    export = commands.add_parser("export", help="slim MODEL and write ONNX, config, tokenizer and report into OUT")
+    export.set_defaults(run=_export)
+    export.add_argument("model", metavar="MODEL", help=model)
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
+    export.add_argument("--ratio", type=float, default=0.2, help="share of block linear weights to remove (0.2)")
+    export.add_argument("--regions", default="ffn", help="ffn, residual, or ffn,residual (ffn)")
+    export.add_argument("--method", default="dotresize", help="dotresize, magnitude, or pca (residual only)")
+    export.add_argument("--multiple", type=int, default=16, help="widths are multiples of this (16)")
+    export.add_argument(
+        "--calibration",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help=".txt or .jsonl, repeatable; 80 %% calibrates, 20 %% measures (default: a text that Python carries)",
+    )
+    export.add_argument("--calibration-tokens", type=int, default=24_576, metavar="N", help="(24576)")
+    export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
+    export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")
+    export.add_argument("--seed", type=int, default=0)
+    export.add_argument("--force", action="store_true", help="replace an OUT that an earlier export wrote")
+    export.add_argument("--check", action="store_true", help="run every pass's pre- and postconditions")
+    _common(export)
+
+    inspect = commands.add_parser("inspect", help="show what would be matched, and why the rest would not")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", metavar="MODEL", help=model)
+    _common(inspect)
+
+    evaluate = commands.add_parser("eval", help="perplexity of a model or of an exported OUT on a text")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", metavar="MODEL_OR_OUT", help=f"{model}, or a folder that export wrote")
+    evaluate.add_argument("--text", metavar="FILE", type=Path, action="append", required=True)
+    evaluate.add_argument("--sequence-length", type=int, default=512, metavar="N", help="(512)")
+    evaluate.add_argument("--tokens", type=int, default=None, metavar="N", help="spread over the text (all)")
+    _common(evaluate)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from dotresize_fx.options import Options
+
+    options = Options(
+        ratio=arguments.ratio,
+        regions=tuple(part for part in arguments.regions.split(",") if part),
+        method=arguments.method,
+        multiple=arguments.multiple,
+        calibration=tuple(arguments.calibration),
+        calibration_tokens=arguments.calibration_tokens,
+        sequence_length=arguments.sequence_length,
+        evaluation_tokens=arguments.evaluation_tokens,
+        seed=arguments.seed,
+        check=arguments.check,
+    )
+    from dotresize_fx.compiler import export
+    from dotresize_fx.progress import Progress
+    from dotresize_fx.terminal_table import terminal_table
+
+    report = export(
+        arguments.model,
+        arguments.out,
+        options,
+        force=arguments.force,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=Progress(quiet=arguments.quiet),
+    )
+    print(terminal_table(report))
+    print(f"\nwrote {arguments.out} (report.html shows all of it)")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from dotresize_fx.compiler import inspect
+    from dotresize_fx.match_table import match_table
+    from dotresize_fx.progress import Progress
+
+    matches, reasons = inspect(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, progress=Progress(quiet=arguments.quiet)
+    )
+    print(match_table(matches, reasons))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from dotresize_fx.compiler import evaluate
+    from dotresize_fx.progress import Progress
+
+    value, tokens = evaluate(
+        arguments.model,
+        arguments.text,
+        sequence_length=arguments.sequence_length,
+        tokens=arguments.tokens,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=Progress(quiet=arguments.quiet),
+    )
+    print(f"perplexity {value:.4f} over {tokens} tokens")

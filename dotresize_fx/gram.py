@@ -1,0 +1,70 @@
+"""Calibration statistics: Gram matrices in float64, never activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+class GramAccumulator:
+    """Sums x.T @ x and x.T @ y over batches of rows.
+
+    Products are taken in the activations' dtype (at least float32), sums in float64. ``gram`` is (n, n), each
+    entry of ``cross`` (n, m) and each of ``energy`` a float64 scalar, the sum of y squared.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.gram = torch.zeros(0)
+        self.cross: dict[str, torch.Tensor] = {}
+        self.energy: dict[str, torch.Tensor] = {}
+
+    def add(self, x: torch.Tensor, **others: torch.Tensor) -> None:
+        """x: (tokens, n); others: (tokens, m) each."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.tokens == 0:
+            self.gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        self.tokens += len(x)
+        self.gram += x.T @ x
+        for name, y in others.items():
+            y = y.to(x.dtype)
+            if name not in self.cross:
+                self.cross[name] = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+                self.energy[name] = torch.zeros((), dtype=torch.float64, device=x.device)
+            self.cross[name] += x.T @ y
+            self.energy[name] += y.double().square().sum()
+
+
+def token_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The rows (tokens, width) of an activation that belong to real tokens.
+
+    value: (batch, length, width), or with the leading dimensions joined. mask: (batch, length), 0 for padding, or
+    None. An activation that has no row per token (a pooled one) is taken whole.
+    """
+    rows = value.reshape(-1, value.shape[-1])
+    if mask is None or len(rows) != mask.numel():
+        return rows
+    return rows[mask.reshape(-1).bool()]
+
+
+@dataclass(frozen=True)
+class RegionStatistics:
+    """What a solver sees of a region on calibration data; all float64.
+
+    gram: (n, n), mean of x x.T over tokens, x being what the readers read (for a residual stream: the normalised
+    stream, so that every token counts alike). writer_gram: (n, n), the same for what the writers write, summed
+    over them, or None. reader_norm: (n,), Euclidean norm over the readers of the weights that read each neuron.
+    samples: (tokens, n), some rows of x, or None.
+    """
+
+    tokens: int
+    gram: torch.Tensor
+    reader_norm: torch.Tensor
+    writer_gram: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+
+    @property
+    def activation_norm(self) -> torch.Tensor:
+        """(n,): root mean square of each neuron's activation."""
+        return self.gram.diagonal().clamp_min(0).sqrt()

@@ -1,0 +1,43 @@
+"""Progress on standard error: one line a stage with its time, and a bar where a stage has steps."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Times stages; ``seconds`` maps each stage's name to what it took, in order. Quiet ones only time."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, steps: int = 0) -> Iterator[Callable[[], None]]:
+        """Time a stage; yields what to call after each of its ``steps``."""
+        started = time.perf_counter()
+        bar = tqdm(
+            total=steps or None,
+            desc=name,
+            file=sys.stderr,
+            leave=False,
+            disable=self.quiet or not sys.stderr.isatty(),
+            bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}" if steps else "{desc} ... {elapsed}",
+        )
+        try:
+            yield lambda: self._step(bar)
+        finally:
+            bar.close()
+        taken = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        if not self.quiet:
+            print(f"{name:<42} {taken:8.1f} s", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _step(bar: tqdm[None]) -> None:
+        bar.update(1)

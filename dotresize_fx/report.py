@@ -1,0 +1,272 @@
+"""What one run did and measured, typed: the source of report.json, report.html and the terminal table.
+
+Sizes are bytes, times seconds, losses nats. ``None`` means that the figure was not measured, and every
+rendering says so; no figure is ever filled in. report.json holds what :meth:`Report.to_json` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dotresize_fx.errors import OutputError
+
+SCHEMA_VERSION = 1
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """The model that went in. ``description`` says where the weights came from and in which form."""
+
+    name: str
+    description: str
+    task: Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Where the run took place; ``threads`` is what torch used."""
+
+    cpu: str
+    threads: int
+    platform: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegionRow:
+    """One coupled dimension and what became of it.
+
+    ``writers`` and ``readers`` are names of linears. ``method`` is None where the region was found and left
+    alone. ``error`` is ||slim - dense|| / ||dense|| of the region's output on held-out tokens. ``notes``
+    holds what the method has to say of itself (Sinkhorn iterations, marginal error).
+    """
+
+    name: str
+    kind: str
+    symmetry: str
+    width_before: int
+    width_after: int
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    method: str | None = None
+    error: float | None = None
+    notes: dict[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRole:
+    """A linear's part in one region. A linear may have two: it reads the stream and writes an FFN's width."""
+
+    region: str
+    role: Literal["writer", "reader"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRow:
+    """One line of the match table. ``shape`` is (out, in); ``reason`` is in words that a user understands.
+
+    Raises ValueError where neither a role nor a reason is given: no linear goes without either.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    roles: tuple[LinearRole, ...] = ()
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.roles and not self.reason:
+            raise ValueError(f"linear {self.name}: skipped without a reason")
+
+    @property
+    def status(self) -> Literal["matched", "skipped"]:
+        return "matched" if self.roles else "skipped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Seconds per run of one model, from runs interleaved with the other model's in one process.
+
+    ``p25`` and ``p75`` are quartiles. ``batch`` and ``length`` are the first two dimensions of the inputs
+    (None where they have fewer). ``peak_rss_bytes`` is of the measuring process with all its models open.
+    """
+
+    median: float
+    min: float
+    max: float
+    p25: float
+    p75: float
+    runs: int
+    batch: int | None
+    length: int | None
+    threads: int
+    provider: str
+    peak_rss_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideFigures:
+    """The figures of one side, dense or slim. MACs count a multiply with its add as one.
+
+    ``macs_per_token`` has head and attention in it, ``block_macs_per_token`` the blocks' linears alone;
+    ``file_bytes`` is model.onnx with its external data.
+    """
+
+    parameters: int | None = None
+    block_linear_weights: int | None = None
+    macs_per_token: int | None = None
+    block_macs_per_token: int | None = None
+    file_bytes: int | None = None
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderFidelity:
+    """A language model against its dense self on ``tokens`` tokens of held-out ``text``.
+
+    ``top1_agreement`` is the share of positions at which both predict the same next token; ``kl_to_dense`` is
+    the mean KL(dense || slim) of the next-token distributions, in nats.
+    """
+
+    text: str
+    tokens: int
+    dense_perplexity: float | None = None
+    slim_perplexity: float | None = None
+    top1_agreement: float | None = None
+    kl_to_dense: float | None = None
+
+    @property
+    def excess(self) -> float | None:
+        """ln(perplexity slim / perplexity dense), in nats."""
+        if self.dense_perplexity is None or self.slim_perplexity is None:
+            return None
+        return math.log(self.slim_perplexity / self.dense_perplexity)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderFidelity:
+    """An encoder against its dense self: mean cosine of ``count`` pooled embeddings of held-out ``text``."""
+
+    text: str
+    count: int
+    mean_cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """Slim program against slim ONNX in ONNX Runtime: the largest absolute difference over ``cases`` inputs.
+
+    ``max_abs_output`` is the slim program's largest absolute output, the scale of the difference.
+    """
+
+    max_abs_difference: float
+    tolerance: float
+    max_abs_output: float | None = None
+    cases: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """False for a NaN too."""
+        return self.max_abs_difference <= self.tolerance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """Everything measured. ``macs_length`` is the length in tokens at which attention's MACs are counted."""
+
+    dense: SideFigures = SideFigures()
+    slim: SideFigures = SideFigures()
+    macs_length: int | None = None
+    fidelity: tuple[DecoderFidelity | EncoderFidelity, ...] = ()
+    verification: Verification | None = None
+    peak_export_bytes: int | None = None
+    peak_runtime_bytes: int | None = None
+
+    @property
+    def block_weights_removed(self) -> float | None:
+        """Share of the blocks' linear weights that is gone; negative where there are more."""
+        dense, slim = self.dense.block_linear_weights, self.slim.block_linear_weights
+        return None if not dense or slim is None else 1 - slim / dense
+
+    @property
+    def speedup(self) -> float | None:
+        """Median dense latency over median slim latency: above 1 is faster."""
+        dense, slim = self.dense.latency, self.slim.latency
+        return None if dense is None or slim is None or slim.median <= 0 else dense.median / slim.median
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """One run of the compiler.
+
+    ``inputs_sha256`` and ``outputs_sha256`` map file names to hex digests (outputs: every file of OUT except
+    the reports). ``stage_seconds`` keeps the order of the stages and may end in ``total``.
+    """
+
+    tool_version: str
+    packages: dict[str, str]
+    machine: Machine
+    model: ModelSource
+    options: dict[str, Any]
+    seed: int
+    inputs_sha256: dict[str, str] = field(default_factory=dict)
+    outputs_sha256: dict[str, str] = field(default_factory=dict)
+    regions: tuple[RegionRow, ...] = ()
+    linears: tuple[LinearRow, ...] = ()
+    figures: Figures = Figures()
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What report.json holds: the fields, ``schema_version`` and a ``summary`` of derived figures.
+
+        JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan".
+        """
+        content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        for entry, linear in zip(content["linears"], self.linears, strict=True):
+            entry["status"] = linear.status
+        for entry, fidelity in zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True):
+            if isinstance(fidelity, DecoderFidelity):
+                entry["excess"] = fidelity.excess
+        verification = self.figures.verification
+        content["summary"] = {
+            "block_weights_removed": self.figures.block_weights_removed,
+            "speedup": self.figures.speedup,
+            "verified": None if verification is None else verification.passed,
+        }
+        plain: dict[str, Any] = _plain(content)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it. What is no JSON type (a path among the options) becomes its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.html into the existing ``folder``. Raises OutputError where that fails."""
+    from dotresize_fx.report_page import render_page  # reading and printing a report needs no template engine
+
+    texts = {
+        "report.json": json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": render_page(report),
+    }
+    for name, text in texts.items():
+        try:
+            # Bytes, and with lone surrogates escaped: file names can hold what UTF-8 cannot.
+            (folder / name).write_bytes(text.encode("utf-8", errors="backslashreplace"))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {folder / name}: {error.strerror}; free space or choose another OUT"
+            ) from error

@@ -1,0 +1,238 @@
+"""report.html: one self-contained page from a report, with its plots laid out here as plain SVG geometry.
+
+Nothing on the page comes from elsewhere: no script, no font, no link; names out of model files are escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from dotresize_fx import figure_rows as words
+from dotresize_fx.report import DecoderFidelity, Figures, Latency, RegionRow, Report
+
+_KINDS = {"ffn": "FFN intermediate width", "residual": "Residual stream width"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One headline figure. ``tone`` is good, bad or plain."""
+
+    label: str
+    value: str
+    unit: str
+    note: str
+    tone: str = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class RegionBar:
+    """One region in the width plot; lengths in percent of the widest region of its kind."""
+
+    row: RegionRow
+    dense_percent: float
+    slim_percent: float
+    change: str
+    error: str
+    error_percent: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegionPlot:
+    """All regions of one kind on one scale. ``name_length`` is the longest name's, in characters."""
+
+    title: str
+    bars: list[RegionBar]
+    average: str
+    name_length: int
+    has_errors: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyMark:
+    """One side of the latency plot; places in percent of the axis. ``beyond`` names a maximum outside it."""
+
+    name: str
+    latency: Latency
+    low: float
+    high: float
+    quartile_1: float
+    quartile_3: float
+    median: float
+    text: str
+    beyond: str
+    title: str
+
+
+def render_page(report: Report) -> str:
+    """The whole HTML document."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files("dotresize_fx").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    marks, ticks = _latency_plot(report.figures)
+    stages = {name: seconds for name, seconds in report.stage_seconds.items() if name != "total"}
+    longest = max(stages.values(), default=0.0)
+    content: dict[str, Any] = {
+        "report": report,
+        "verdict": words.verdict_parts(report),
+        "failed": report.figures.verification is not None and not report.figures.verification.passed,
+        "tiles": _tiles(report),
+        "rows": words.figure_rows(report),
+        "plots": [_region_plot(kind, rows) for kind, rows in _by_kind(report.regions).items()],
+        "marks": marks,
+        "ticks": ticks,
+        "conditions": words.conditions(marks[0].latency) if marks else "",
+        "matched": [linear for linear in report.linears if linear.status == "matched"],
+        "skipped": _by_reason(report),
+        "stages": [
+            (name, words.duration(seconds), 100 * seconds / longest if longest else 0.0)
+            for name, seconds in stages.items()
+        ],
+        "total": words.duration(report.stage_seconds.get("total")),
+        "peak_export": words.size(report.figures.peak_export_bytes),
+        "peak_runtime": words.size(report.figures.peak_runtime_bytes),
+        "number": words.number,
+    }
+    page: str = template.render(content)
+    return page
+
+
+def _tiles(report: Report) -> list[Tile]:
+    """The four figures a deployment is decided on. Missing ones stay on the page and say so."""
+    figures = report.figures
+    dense, slim = figures.dense, figures.slim
+    missing = ("–", "", words.NOT_MEASURED)
+
+    removed = figures.block_weights_removed
+    if removed is None:
+        tiles = [Tile("Block weights removed", *missing)]
+    else:
+        value = words.share(removed).replace("-", "−")
+        note = f"{words.count(dense.block_linear_weights)} → {words.count(slim.block_linear_weights)}"
+        tiles = [Tile("Block weights removed", value, "", note, "good" if removed > 0 else "plain")]
+
+    speed, better = words.speed(figures)
+    if better is None and figures.speedup is None:
+        tiles.append(Tile("Latency", *missing))
+    else:
+        value, _, unit = speed.partition(" ")
+        tone = {True: "good", False: "bad", None: "plain"}[better]
+        ends = [words.duration(side.median) for side in (dense.latency, slim.latency) if side is not None]
+        tiles.append(Tile("Latency", value, unit.strip("()"), " → ".join(ends), tone))
+
+    first = figures.fidelity[0] if figures.fidelity else None
+    if isinstance(first, DecoderFidelity) and first.excess is not None:
+        note = f"perplexity {words.number(first.dense_perplexity)} → {words.number(first.slim_perplexity)}"
+        tiles.append(Tile("Excess", words.number(first.excess), "nats", note))
+    elif first is not None and not isinstance(first, DecoderFidelity) and first.mean_cosine is not None:
+        tiles.append(Tile("Cosine to dense", f"{first.mean_cosine:.4f}", "", "pooled embeddings, mean"))
+    else:
+        tiles.append(Tile("Fidelity", *missing))
+
+    check = figures.verification
+    if check is None:
+        tiles.append(Tile("Slim program to ONNX", *missing))
+    else:
+        limit = f"limit {words.number(check.tolerance)}"
+        unit, tone = ("verified", "good") if check.passed else ("failed", "bad")
+        tiles.append(Tile("Slim program to ONNX", words.number(check.max_abs_difference), unit, limit, tone))
+    return tiles
+
+
+def _by_kind(regions: Iterable[RegionRow]) -> dict[str, list[RegionRow]]:
+    kinds: dict[str, list[RegionRow]] = {}
+    for region in regions:
+        kinds.setdefault(region.kind, []).append(region)
+    return kinds
+
+
+def _region_plot(kind: str, rows: list[RegionRow]) -> RegionPlot:
+    widest = max(max(row.width_before, row.width_after) for row in rows)
+    errors = [row.error for row in rows if row.error is not None and math.isfinite(row.error)]
+    largest = max(errors, default=0.0)
+    bars = []
+    for row in rows:
+        percent = 100 * row.error / largest if row.error in errors and row.error and largest else 0.0
+        title = [
+            f"{row.name}: {row.width_before} → {row.width_after}",
+            f"method: {row.method or 'left as it was'}; symmetry: {row.symmetry}",
+            f"written by {', '.join(row.writers)}" if len(row.writers) < 9 else f"{len(row.writers)} writers",
+            f"read by {', '.join(row.readers)}" if len(row.readers) < 9 else f"{len(row.readers)} readers",
+            f"held-out error: {words.share(row.error)}",
+            *(f"{name}: {value}" for name, value in row.notes.items()),
+        ]
+        bars.append(
+            RegionBar(
+                row,
+                100 * row.width_before / widest if widest else 0.0,
+                100 * row.width_after / widest if widest else 0.0,
+                words.change(row.width_before, row.width_after),
+                words.share(row.error),
+                percent,
+                "\n".join(title),
+            )
+        )
+    before, after = sum(row.width_before for row in rows), sum(row.width_after for row in rows)
+    average = f"{before} → {after} in total, {words.change(before, after)}" if len(rows) > 1 else ""
+    name_length = max(len(row.name) for row in rows)
+    return RegionPlot(_KINDS.get(kind, kind), bars, average, min(name_length, 34), bool(errors))
+
+
+def _latency_plot(figures: Figures) -> tuple[list[LatencyMark], list[tuple[float, str]]]:
+    """Marks and axis ticks (percent, label). The axis starts at zero, so that lengths can be compared."""
+    sides = {"dense": figures.dense.latency, "slim": figures.slim.latency}
+    measured = {name: latency for name, latency in sides.items() if latency is not None}
+    if not measured:
+        return [], []
+    # One disturbed run on a shared machine must not press everything else into a corner.
+    bound = 1.6 * max(latency.p75 for latency in measured.values())
+    end = min(max(latency.max for latency in measured.values()), bound) * 1.04 or 1.0
+    rough = end / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+
+    def place(seconds: float) -> float:
+        return min(100 * seconds / end, 100.0)
+
+    marks = []
+    for name, item in measured.items():
+        middle = f"quartiles {words.duration(item.p25)} to {words.duration(item.p75)}"
+        ends = f"fastest {words.duration(item.min)}, slowest {words.duration(item.max)}"
+        title = f"{name}: median {words.duration(item.median)}, {middle}, {ends}, {item.runs} runs"
+        beyond = f"slowest {words.duration(item.max)} →" if item.max > end else ""
+        marks.append(
+            LatencyMark(
+                name=name,
+                latency=item,
+                low=place(item.min),
+                high=place(item.max),
+                quartile_1=place(item.p25),
+                quartile_3=place(item.p75),
+                median=place(item.median),
+                text=words.spread(item),
+                beyond=beyond,
+                title=title,
+            )
+        )
+    factor, unit = (1.0, "s") if step >= 1 else (1e3, "ms") if step >= 1e-3 else (1e6, "µs")
+    ticks = [
+        (place(index * step), f"{index * step * factor:g} {unit}" if index else "0")
+        for index in range(int(end / step) + 1)
+    ]
+    return marks, ticks
+
+
+def _by_reason(report: Report) -> list[tuple[str, list[Any]]]:
+    """Skipped linears by reason, the commonest first: 120 times the same sentence tells less than once."""
+    reasons: dict[str, list[Any]] = {}
+    for linear in report.linears:
+        if linear.status == "skipped":
+            reasons.setdefault(linear.reason, []).append(linear)
+    return sorted(reasons.items(), key=lambda item: -len(item[1]))

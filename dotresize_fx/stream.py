@@ -1,0 +1,47 @@
+"""Calibration statistics of a residual stream, over all its norms at once: one shared basis serves every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dotresize_fx.execution import Execution
+from dotresize_fx.fidelity import Inputs
+from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
+from dotresize_fx.regions import Region
+
+# Rows kept for costs that a Gram matrix cannot give, such as L1 distances.
+SAMPLES = 4096
+
+
+def stream_statistics(
+    graph: FxGraph, region: Region, batches: Sequence[Inputs], advanced: Callable[[], None] = lambda: None
+) -> RegionStatistics:
+    """Run the batches and gather what the readers see behind the region's norms, whose gains were folded away.
+
+    The stream is taken as the norms leave it, so that every token counts alike. ``advanced`` is called once a batch.
+    """
+    execution = Execution(graph)
+    nodes = sorted((graph.node(name) for name in region.norms), key=execution.index.__getitem__)
+    total = GramAccumulator()
+    kept: list[torch.Tensor] = []
+    per_visit = max(1, SAMPLES // (len(nodes) * len(batches)))
+    for batch in batches:
+        environment, position = execution.start(batch), 0
+        for node in nodes:
+            stop = execution.index[node] + 1
+            rows = token_rows(
+                execution.run(environment, position, stop, keep=[node])[node], batch.get("attention_mask")
+            )
+            total.add(rows)
+            kept.append(rows[:: max(1, len(rows) // per_visit)][:per_visit].double())
+            position = stop
+        advanced()
+    return RegionStatistics(
+        tokens=total.tokens,
+        gram=total.gram / total.tokens,
+        reader_norm=torch.ones(region.width, dtype=torch.float64),
+        samples=torch.cat(kept),
+    )

@@ -1,0 +1,61 @@
+"""The report as plain text: one dense/slim table, at most 100 columns, no colours, no dependency."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+from dotresize_fx.figure_rows import NOT_MEASURED, duration, figure_rows, size, verdict
+from dotresize_fx.report import Report
+
+WIDTH = 100
+_COLUMNS = (18, 18, 26)  # dense, slim, change; the label takes what is left of WIDTH
+_LABEL = WIDTH - sum(_COLUMNS)
+_ASCII = str.maketrans({"–": "-", "±": "+-", "×": "x", "µ": "u", "→": "->", "─": "-"})
+
+
+def terminal_table(report: Report, *, ascii_only: bool | None = None) -> str:
+    """The whole table, ending without a line break; no line is longer than 100 columns.
+
+    ``ascii_only`` keeps to ASCII; left out, it follows the encoding of standard output.
+    """
+    if ascii_only is None:
+        ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
+    figures = report.figures
+    rule = _plain("─", ascii_only) * WIDTH
+    lines = _wrapped(f"{report.model.name} ({report.model.task}): {verdict(report)}", 0, ascii_only)
+    lines += [rule, _line(("", "dense", "slim", "change"), ascii_only), rule]
+    for row in figure_rows(report):
+        lines.append(_line((row.label, row.dense, row.slim, row.change), ascii_only))
+        lines += _wrapped(row.detail, 2, ascii_only)
+    changed = sum(region.width_before != region.width_after for region in report.regions)
+    matched = sum(linear.status == "matched" for linear in report.linears)
+    why = "" if matched == len(report.linears) else ", report.html says why the others were skipped"
+    total = duration(report.stage_seconds.get("total"))
+    closing = [
+        f"{changed} of {len(report.regions)} regions narrowed; "
+        f"{matched} of {len(report.linears)} linears matched{why}.",
+        f"Peak memory: export {size(figures.peak_export_bytes)}, "
+        f"ONNX Runtime child {size(figures.peak_runtime_bytes)}; "
+        f"{'took' if total != NOT_MEASURED else 'time'} {total}.",
+        *(f"Note: {note}" for note in report.notes),
+    ]
+    return "\n".join([*lines, rule, *(line for text in closing for line in _wrapped(text, 0, ascii_only))])
+
+
+def _plain(text: str, ascii_only: bool) -> str:
+    """``text`` without what would steer a terminal (names come from model files), in ASCII if asked for."""
+    # A hyphen for the minus sign even in UTF-8: figures copied from a terminal should parse.
+    safe = "".join(character if character.isprintable() else " " for character in text.replace("−", "-"))
+    return safe.translate(_ASCII).encode("ascii", "replace").decode("ascii") if ascii_only else safe
+
+
+def _line(cells: tuple[str, str, str, str], ascii_only: bool) -> str:
+    label, *figures = (_plain(cell, ascii_only) for cell in cells)
+    aligned = (f"{cell:>{width}}" for cell, width in zip(figures, _COLUMNS, strict=True))
+    return f"{label:<{_LABEL}}{''.join(aligned)}".rstrip()
+
+
+def _wrapped(text: str, indent: int, ascii_only: bool) -> list[str]:
+    start = " " * indent
+    return textwrap.wrap(_plain(text, ascii_only), WIDTH, initial_indent=start, subsequent_indent=f"{start}  ")

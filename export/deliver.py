@@ -1,0 +1,206 @@
+"""Deliver: emit both models, prove the slim one in ONNX Runtime, measure it beside the dense one, report."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dotresize_fx.cost import count_cost
+from dotresize_fx.errors import VerificationError
+from dotresize_fx.execution import Execution
+from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
+from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
+from dotresize_fx.export.onnx_session import require_onnx_runtime
+from dotresize_fx.export.runtime_process import peak_rss_bytes
+from dotresize_fx.export.weight_files import file_sha256
+from dotresize_fx.fidelity import Inputs, compare_decoders, mean_cosine
+from dotresize_fx.provenance import package_versions, this_machine
+from dotresize_fx.report import (
+    DecoderFidelity,
+    EncoderFidelity,
+    Figures,
+    Latency,
+    LinearRole,
+    LinearRow,
+    ModelSource,
+    RegionRow,
+    Report,
+    SideFigures,
+    Verification,
+    write_report,
+)
+
+if TYPE_CHECKING:
+    from dotresize_fx.compiler import SlimResult
+
+MACS_LENGTH = 512
+# (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
+VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
+LATENCY_RUNS = 20
+
+
+def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
+    """Fill ``folder`` with everything OUT holds; ``work`` takes what is not kept.
+
+    Raises:
+        MissingExtraError: ONNX Runtime is not installed.
+        VerificationError: slim ONNX and slim program differ by more than the tolerance.
+    """
+    require_onnx_runtime()
+    progress, options = result.progress, result.options
+    with progress.stage("convert slim to ONNX"):
+        path = emit_onnx(result.loaded.model, result.captured, result.slim, folder)
+        result.loaded.write_auxiliary_files(folder)
+    with progress.stage("verify in ONNX Runtime"):
+        comparison = compare_outputs(path, _cases(result), work)
+        verification = Verification(
+            max_abs_difference=comparison.max_abs_difference,
+            tolerance=options.tolerance,
+            max_abs_output=comparison.max_abs_expected,
+            cases=len(comparison.cases),
+        )
+    if not verification.passed:
+        raise VerificationError(
+            f"the slim ONNX differs from the slim program by {comparison.max_abs_difference:.2e} "
+            f"(tolerance {options.tolerance:.0e}): nothing was written; please report this model"
+        )
+    with progress.stage("measure fidelity", 2):
+        fidelity = _fidelity(result)
+    with progress.stage("convert dense to ONNX"):
+        gc.collect()
+        dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work)
+    with progress.stage("measure latency"):
+        length = min(options.latency_length, result.captured.longest)
+        inputs = {name: value.numpy() for name, value in _inputs(result, 1, length, 0).items()}
+        latency = measure_latency({"dense": dense_path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
+    sizes = {"dense": onnx_size(dense_path), "slim": onnx_size(path)}
+    peaks = [comparison.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
+    figures = Figures(
+        dense=_side(result.dense, latency["dense"], sizes["dense"]),
+        slim=_side(result.slim, latency["slim"], sizes["slim"]),
+        macs_length=MACS_LENGTH,
+        fidelity=(fidelity,),
+        verification=verification,
+        peak_export_bytes=peak_rss_bytes(),
+        peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
+    )
+    report = _report(result, figures, folder)
+    write_report(report, folder)
+    return report
+
+
+def _inputs(result: SlimResult, batch: int, length: int, padding: int) -> dict[str, torch.Tensor]:
+    """Random token ids (a language model's answer to noise is as comparable as any) and a mask padded on the left."""
+    generator = torch.Generator().manual_seed(result.options.seed + 1)
+    ids = torch.randint(0, result.captured.vocabulary, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    execution = Execution(result.slim)
+    for batch, length, padding in VERIFIED_SHAPES:
+        inputs = _inputs(result, batch, min(length, result.captured.longest), padding)
+        expected = [output.numpy() for output in execution.outputs(inputs)]
+        yield {name: value.numpy() for name, value in inputs.items()}, expected
+
+
+def _fidelity(result: SlimResult) -> DecoderFidelity | EncoderFidelity:
+    dense, slim = Execution(result.dense), Execution(result.slim)
+
+    def first(execution: Execution, batch: Inputs) -> torch.Tensor:
+        return execution.outputs(batch)[0]
+
+    runs = (lambda batch: first(dense, batch)), (lambda batch: first(slim, batch))
+    if result.loaded.task == "encoder":
+        cosine, count = mean_cosine(*runs, result.data.evaluation)
+        return EncoderFidelity(text=result.data.description, count=count, mean_cosine=cosine)
+    figures = compare_decoders(*runs, result.data.evaluation)
+    return DecoderFidelity(
+        text=result.data.description,
+        tokens=figures.tokens,
+        dense_perplexity=figures.dense_perplexity,
+        slim_perplexity=figures.slim_perplexity,
+        top1_agreement=figures.top1_agreement,
+        kl_to_dense=figures.kl_to_dense,
+    )
+
+
+def _side(graph: Any, latency: Latency, size: int) -> SideFigures:
+    cost = count_cost(graph, MACS_LENGTH)
+    return SideFigures(
+        parameters=cost.parameters,
+        block_linear_weights=cost.block_linear_weights,
+        macs_per_token=cost.macs_per_token,
+        block_macs_per_token=cost.block_macs_per_token,
+        file_bytes=size,
+        latency=latency,
+    )
+
+
+def _report(result: SlimResult, figures: Figures, folder: Path) -> Report:
+    options = {key: value for key, value in asdict(result.options).items() if key != "seed"}
+    seconds = {**result.progress.seconds, "total": time.perf_counter() - result.started}
+    return Report(
+        tool_version=version("dotresize-fx"),
+        packages=package_versions(),
+        machine=this_machine(torch.get_num_threads()),
+        model=ModelSource(
+            name=type(result.loaded.model).__name__,
+            description=result.loaded.source,
+            task=result.loaded.task,
+        ),
+        options=options,
+        seed=result.options.seed,
+        inputs_sha256={**result.loaded.sha256, **result.data.sha256},
+        outputs_sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()},
+        regions=_region_rows(result),
+        linears=_linear_rows(result),
+        figures=figures,
+        stage_seconds=seconds,
+        notes=result.notes,
+    )
+
+
+def _region_rows(result: SlimResult) -> tuple[RegionRow, ...]:
+    swept = {entry.region.name: entry for entry in result.swept}
+    names = {row.op: row.parameter.removesuffix(".weight") for row in result.matches.linears}
+    rows = []
+    for region in result.matches.regions:
+        entry = swept.get(region.name)
+        rows.append(
+            RegionRow(
+                name=region.name,
+                kind=region.kind.value,
+                symmetry=region.symmetry.value,
+                width_before=region.width,
+                width_after=entry.width if entry else region.width,
+                writers=tuple(names.get(op, op) for op in region.writers),
+                readers=tuple(names.get(op, op) for op in region.readers),
+                method=result.options.method if entry else None,
+                error=entry.error if entry else None,
+                notes=dict(entry.notes) if entry else {},
+            )
+        )
+    return tuple(rows)
+
+
+def _linear_rows(result: SlimResult) -> tuple[LinearRow, ...]:
+    rows = []
+    for match in result.matches.linears:
+        roles = []
+        if match.reads is not None:
+            roles.append(LinearRole(region=match.reads, role="reader"))
+        if match.writes is not None:
+            roles.append(LinearRole(region=match.writes, role="writer"))
+        name = match.parameter.removesuffix(".weight")
+        rows.append(LinearRow(name=name, shape=match.shape, roles=tuple(roles), reason=match.reason))
+    return tuple(rows)

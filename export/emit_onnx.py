@@ -1,0 +1,58 @@
+"""Emit: a captured (and slimmed) program becomes model.onnx with its weights in one external file.
+
+transformers' ONNX exporter converts; it is given our program where it would have traced the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+import torch
+from transformers.exporters.configs import OnnxConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.exporter_onnx import OnnxExporter
+
+from dotresize_fx.export.capture import Captured, quiet_exporter
+from dotresize_fx.fx_graph import FxGraph
+
+ONNX_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+
+
+def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder: Path) -> Path:
+    """Convert ``graph``, a rewriting of ``captured.graph``, and write it into ``folder``; returns model.onnx's path.
+
+    ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
+    """
+    graph.refresh_shapes()
+    exporter = _GivenProgramExporter(graph.program, captured)
+    with quiet_exporter(), torch.no_grad():
+        exported = exporter.export(model, dict(captured.sample), OnnxConfig(dynamic=True))
+    path = folder / ONNX_FILE
+    onnx_ir.save(exported.program, str(path), external_data=WEIGHTS_FILE)
+    return path
+
+
+def onnx_size(path: Path) -> int:
+    """Bytes of model.onnx and its external data."""
+    return sum(file.stat().st_size for file in (path, path.with_name(WEIGHTS_FILE)) if file.exists())
+
+
+class _GivenProgram(DynamoExporter):  # type: ignore[misc]
+    """Hands a program over in place of tracing one."""
+
+    program: torch.export.ExportedProgram
+    metadata: Any
+
+    def export_program(self, model: torch.nn.Module, sample_inputs: Mapping[str, Any], config: Any) -> Any:
+        model(**sample_inputs)  # the exporter records the names of inputs and outputs while this runs
+        return self.program, self.metadata
+
+
+class _GivenProgramExporter(OnnxExporter, _GivenProgram):  # type: ignore[misc]
+    def __init__(self, program: torch.export.ExportedProgram, captured: Captured) -> None:
+        super().__init__()
+        self.program, self.metadata = program, captured.metadata

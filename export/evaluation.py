@@ -1,0 +1,73 @@
+"""What ``eval`` measures: a loaded model, or the ONNX that an export wrote, as a function from ids to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotresize_fx.errors import UsageError
+from dotresize_fx.export.emit_onnx import ONNX_FILE
+from dotresize_fx.export.model_source import load_model
+from dotresize_fx.export.onnx_session import OnnxModel
+from dotresize_fx.fidelity import Run
+
+DEFAULT_LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """``run`` maps int64 input_ids and attention_mask (batch, length) to logits (batch, length, vocabulary)."""
+
+    run: Run
+    tokenizer: Any
+    longest: int
+
+
+def open_decoder(name: str, *, trust_remote_code: bool = False) -> Decoder:
+    """A decoder by any name that ``export`` takes, or a folder that it wrote.
+
+    Raises:
+        UsageError: the model is an encoder, which has no perplexity, or has no tokenizer.
+    """
+    if (Path(name) / ONNX_FILE).is_file():
+        return _open_exported(Path(name))
+    loaded = load_model(name, trust_remote_code=trust_remote_code)
+    if loaded.task == "encoder":
+        raise UsageError(f"{name} is an encoder, which has no perplexity: export's report gives its cosine instead")
+    if loaded.tokenizer is None:
+        raise UsageError(f"{name} has no tokenizer: {loaded.tokenizer_problem}")
+
+    @torch.no_grad()
+    def run(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = loaded.model(**batch)[0]
+        return logits
+
+    return Decoder(run, loaded.tokenizer, _longest(loaded.config))
+
+
+def _open_exported(folder: Path) -> Decoder:
+    from transformers import AutoConfig, AutoTokenizer
+
+    model = OnnxModel(folder / ONNX_FILE)
+    if model.output_names[0] != "logits":
+        raise UsageError(
+            f"{folder} holds an encoder, which has no perplexity: its report.json gives the cosine instead"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} has no readable tokenizer and config: {str(error).splitlines()[0]}") from error
+
+    def run(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.from_numpy(model({key: value.numpy() for key, value in batch.items()})[0])
+
+    return Decoder(run, tokenizer, _longest(config))
+
+
+def _longest(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_LONGEST)

@@ -1,0 +1,15 @@
+"""The rewrites that every captured graph goes through before regions are looked for. All are exact."""
+
+from __future__ import annotations
+
+from dotresize_fx.graph import Graph
+from dotresize_fx.passes.drop_no_ops import DropNoOps
+from dotresize_fx.passes.pass_base import PassResult
+from dotresize_fx.passes.recognise_linears import RecogniseLinears
+from dotresize_fx.passes.recognise_norms import RecogniseNorms
+
+
+def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
+    """No-ops gone, linears and norms each one op."""
+    passes = (DropNoOps(), RecogniseLinears(), RecogniseNorms())
+    return PassResult(tuple(record for step in passes for record in step(graph, check=check).records))
