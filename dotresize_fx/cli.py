@@ -146,7 +146,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from dotresize_fx.compiler import evaluate
+    from dotresize_fx.export.evaluation import evaluate
     from dotresize_fx.progress import Progress
 
     value, tokens = evaluate(

@@ -77,7 +77,7 @@ class Execution:
             node = self.nodes[i]
             args = torch.fx.node.map_arg(node.args, look_up)
             kwargs = torch.fx.node.map_arg(node.kwargs, look_up)
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)
             environment[node] = value
             if node in wanted:
                 kept[node] = value

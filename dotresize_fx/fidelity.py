@@ -58,7 +58,7 @@ def perplexity(run: Run, batches: Iterable[Inputs]) -> tuple[float, int]:
     loss, tokens = 0.0, 0
     for batch in batches:
         logits, wanted = _predictions(run(batch), batch)
-        for part, target in zip(logits.split(POSITIONS_AT_ONCE), wanted.split(POSITIONS_AT_ONCE), strict=True):
+        for part, target in zip(_parts(logits), _parts(wanted), strict=True):
             loss += float(torch.nn.functional.cross_entropy(part.float(), target, reduction="sum"))
         tokens += len(wanted)
     return math.exp(loss / tokens), tokens
@@ -72,18 +72,17 @@ def compare_decoders(dense: Run, slim: Run, batches: Iterable[Inputs]) -> Decode
         dense_logits, wanted = _predictions(dense(batch), batch)
         slim_logits, _ = _predictions(slim(batch), batch)
         tokens += len(wanted)
-        for p, q, target in zip(
-            dense_logits.split(POSITIONS_AT_ONCE),
-            slim_logits.split(POSITIONS_AT_ONCE),
-            wanted.split(POSITIONS_AT_ONCE),
-            strict=True,
-        ):
+        for p, q, target in zip(_parts(dense_logits), _parts(slim_logits), _parts(wanted), strict=True):
             log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
             dense_loss -= float(log_p.gather(1, target[:, None]).double().sum())
             slim_loss -= float(log_q.gather(1, target[:, None]).double().sum())
             agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
     return DecoderComparison(tokens, dense_loss, slim_loss, agreements, divergence)
+
+
+def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(rows, POSITIONS_AT_ONCE)
 
 
 def _predictions(logits: torch.Tensor, batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,68 +11,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from dotresize_fx.fx_kinds import classify
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
 aten = torch.ops.aten
-
-POINTWISE: dict[Any, str] = {
-    aten.silu.default: "silu",
-    aten.gelu.default: "gelu",
-    aten.relu.default: "relu",
-    aten.relu6.default: "relu6",
-    aten.tanh.default: "tanh",
-    aten.sigmoid.default: "sigmoid",
-    aten.erf.default: "erf",
-    aten.exp.default: "exp",
-    aten.softplus.default: "softplus",
-    aten.leaky_relu.default: "leaky_relu",
-    aten.elu.default: "elu",
-    aten.mish.default: "mish",
-    aten.hardswish.default: "hardswish",
-    aten.hardsigmoid.default: "hardsigmoid",
-    aten.hardtanh.default: "hardtanh",
-    aten.clamp.default: "clamp",
-    aten.clamp_min.default: "clamp",
-    aten.clamp_max.default: "clamp",
-    aten.abs.default: "abs",
-    aten.square.default: "square",
-    aten.sqrt.default: "sqrt",
-    aten.rsqrt.default: "rsqrt",
-    aten.reciprocal.default: "reciprocal",
-    aten.pow.Tensor_Scalar: "pow",
-    aten.add.Scalar: "add",
-    aten.sub.Scalar: "add",
-    aten.rsub.Scalar: "add",
-}
-CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
-KEEP = CASTS | {
-    aten.dropout.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-}
-# Ops that keep the last dimension when the one they act on (argument 1) is another.
-KEEP_UNLESS_LAST = {
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.index_select.default,
-}
-FLATTEN = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-RESHAPE = FLATTEN | {
-    aten.transpose.int,
-    aten.permute.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.t.default,
-}
-_PLAIN_NUMBERS = (int, float)
 
 
 class FxGraph(Graph):
@@ -91,7 +33,8 @@ class FxGraph(Graph):
     @property
     def nodes(self) -> torch.fx.Graph:
         """The torch.fx graph itself."""
-        return self.program.graph_module.graph
+        graph: torch.fx.Graph = self.program.graph_module.graph
+        return graph
 
     def node(self, name: str) -> torch.fx.Node:
         """The torch.fx node behind an op or value name."""
@@ -146,7 +89,7 @@ class FxGraph(Graph):
     def _read_op(self, node: torch.fx.Node) -> Op:
         inputs = tuple(self._value(n) for n in node.all_input_nodes)
         output = self._value(node)
-        kind, attributes = self._kind(node)
+        kind, attributes = classify(node, self._parameter_targets)
         weight = bias = None
         if kind is Kind.LINEAR:
             inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]
@@ -164,74 +107,6 @@ class FxGraph(Graph):
     def _owned(self, node: torch.fx.Node, position: int, keyword: str) -> Value | None:
         argument = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
         return self._value(argument) if isinstance(argument, torch.fx.Node) else None
-
-    def _kind(self, node: torch.fx.Node) -> tuple[Kind, dict[str, Any]]:
-        target, args = node.target, node.args
-        if target in (aten.linear.default, aten.embedding.default):
-            weight = args[1] if target is aten.linear.default else args[0]
-            bias = args[2] if target is aten.linear.default and len(args) > 2 else None
-            if all(isinstance(p, torch.fx.Node) and p.name in self._parameter_targets for p in (weight, bias) if p):
-                return (Kind.LINEAR if target is aten.linear.default else Kind.EMBEDDING), {}
-        if target is aten.addmm.default and len(node.kwargs) == 0:
-            return Kind.ADDMM, {}
-        if target in (aten.rms_norm.default, aten.layer_norm.default) and len(args[1]) == 1:  # type: ignore[arg-type]
-            is_rms = target is aten.rms_norm.default
-            epsilon = args[3 if is_rms else 4] if len(args) > (3 if is_rms else 4) else None
-            default = torch.finfo(torch.float32).eps if is_rms else 1e-5
-            chosen = epsilon if isinstance(epsilon, float) else default
-            return (Kind.RMS_NORM if is_rms else Kind.LAYER_NORM), {"epsilon": chosen}
-        if target in (aten.add.Tensor, aten.sub.Tensor):
-            if isinstance(args[1], torch.fx.Node):
-                return (Kind.ADD if not node.kwargs else Kind.OTHER), {"subtract": target is aten.sub.Tensor}
-            return Kind.POINTWISE, {"function": "add", "number": args[1]}
-        if target is aten.mul.Tensor:
-            return (Kind.MUL, {}) if isinstance(args[1], torch.fx.Node) else (Kind.SCALE, {"number": args[1]})
-        if target is aten.div.Tensor and isinstance(args[1], _PLAIN_NUMBERS):
-            return Kind.SCALE, {"number": 1 / args[1]}
-        if target is aten.mul.Scalar or target is aten.neg.default:
-            return Kind.SCALE, {"number": args[1] if len(args) > 1 else -1}
-        if target in POINTWISE:
-            return Kind.POINTWISE, {
-                "function": POINTWISE[target],
-                "number": args[1] if len(args) > 1 else None,
-            }
-        if target in KEEP:
-            copies = target in (aten.clone.default, aten.contiguous.default)
-            return Kind.KEEP, {"no_op": not copies and self._same_dtype(node), "cast": target in CASTS}
-        if target in KEEP_UNLESS_LAST:
-            return (Kind.OTHER if self._acts_on_last(node) else Kind.KEEP), {"no_op": False}
-        if target is aten.mean.dim and list(args[1]) in ([-1], [self._rank(node) - 1]):  # type: ignore[arg-type]
-            return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
-        if target in FLATTEN and self._keeps_width(node):
-            return Kind.KEEP, {"no_op": False, "reshape": True}
-        if target in RESHAPE:
-            return Kind.RESHAPE, {}
-        if target is aten.scaled_dot_product_attention.default:
-            return Kind.ATTENTION, {}
-        return Kind.OTHER, {}
-
-    @staticmethod
-    def _keeps_width(node: torch.fx.Node) -> bool:
-        """A reshape between tensors of one last dimension joins or splits the others only."""
-        source = node.args[0]
-        before = source.meta["val"].shape if isinstance(source, torch.fx.Node) else ()
-        after = node.meta["val"].shape
-        return bool(before and after and isinstance(after[-1], int) and before[-1] == after[-1])
-
-    @staticmethod
-    def _same_dtype(node: torch.fx.Node) -> bool:
-        source = node.args[0]
-        return isinstance(source, torch.fx.Node) and bool(source.meta["val"].dtype == node.meta["val"].dtype)
-
-    @staticmethod
-    def _rank(node: torch.fx.Node) -> int:
-        source = node.args[0]
-        return len(source.meta["val"].shape) if isinstance(source, torch.fx.Node) else 0
-
-    def _acts_on_last(self, node: torch.fx.Node) -> bool:
-        dim = node.args[1] if len(node.args) > 1 else 0
-        rank = self._rank(node) + (node.target is aten.unsqueeze.default)
-        return not isinstance(dim, int) or dim % rank == rank - 1
 
     def parameter(self, value: Value) -> torch.Tensor:
         key = self._parameter_targets[value.name]
@@ -307,7 +182,8 @@ class FxGraph(Graph):
 
     def resize_reshape(self, op: Op, width: int) -> None:
         node = self.node(op.name)
-        *leading, last = node.args[1]  # type: ignore[misc]
+        shape: Any = node.args[1]
+        *leading, last = shape
         node.args = (node.args[0], [*leading, last if last == -1 else width])
         self._shapes_stale = True
         self.changed()
@@ -350,8 +226,8 @@ class FxGraph(Graph):
 
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
         node, start = self.node(last.name), self.node(source.name)
-        bias, _, weight = self.node(like.name).args
-        assert isinstance(weight, torch.fx.Node)
+        arguments: Any = self.node(like.name).args
+        bias, _, weight = arguments
         transposed = self.parameter(self._value(weight)).t()
         stored = self.add_parameter(self.parameter_name(self._value(weight)), transposed)
         with self.nodes.inserting_before(node):
@@ -420,11 +296,10 @@ class FxGraph(Graph):
     def copy(self) -> FxGraph:
         program = self.program
         graph = torch.fx.Graph()
-        output = graph.graph_copy(program.graph_module.graph, {}, return_output_node=True)
-        assert output is not None
-        result, old = output
+        ends: Any = graph.graph_copy(program.graph_module.graph, {}, return_output_node=True)
+        result, old = ends
         graph.output(result).meta.update(old.meta)
-        return FxGraph(
+        copied = FxGraph(
             ExportedProgram(
                 root=program.graph_module,
                 graph=graph,
@@ -437,6 +312,8 @@ class FxGraph(Graph):
                 verifiers=program.verifiers,
             )
         )
+        copied._shapes_stale = self._shapes_stale
+        return copied
 
 
 def _is_impure(node: torch.fx.Node) -> bool:

@@ -52,7 +52,8 @@ def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return solution
     values, vectors = torch.linalg.eigh(matrix)
     inverse = torch.where(values > values.amax() * 1e-12, 1 / values, 0)
-    return vectors @ (inverse[:, None] * (vectors.T @ right))
+    minimal: torch.Tensor = vectors @ (inverse[:, None] * (vectors.T @ right))
+    return minimal
 
 
 def relative_error(held_out: GramAccumulator, target: str, weight: torch.Tensor) -> float:

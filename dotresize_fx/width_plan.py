@@ -61,8 +61,10 @@ def plan_widths(
     widths = {name: int(width // steps[name] * steps[name]) for name, width in ideal.items()}
     removed = sum((region.width - widths[region.name]) * weights_per_unit[region.name] for region in regions)
     for region in sorted(regions, key=lambda r: (widths[r.name] - ideal[r.name], r.name)):
-        gain = steps[region.name] * weights_per_unit[region.name]
+        # A width that was never on the grid has no whole step above it: there the next one is the dense width.
+        above = min(widths[region.name] + steps[region.name], region.width)
+        gain = (above - widths[region.name]) * weights_per_unit[region.name]
         if removed - gain / 2 >= wanted:
-            widths[region.name] += steps[region.name]
+            widths[region.name] = above
             removed -= gain
     return widths

@@ -6,8 +6,6 @@ exporter is stopped once it has the program, and :mod:`dotresize_fx.export.emit_
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.errors import CaptureError
+from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_graph import FxGraph
 
 # Traced with two sequences, one of them padded, so that the attention mask stays an input.
@@ -64,7 +63,7 @@ def capture(model: torch.nn.Module) -> Captured:
     shapes = {name: {0: batch, 1: length} for name in sample}
     export_config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
     try:
-        with quiet_exporter():
+        with quiet_libraries():
             _StoppedOnnxExporter().export(model, dict(sample), export_config)
     except _Captured as captured:
         return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary)
@@ -75,33 +74,6 @@ def capture(model: torch.nn.Module) -> Captured:
             "(only models whose forward pass has no data-dependent control flow can be slimmed)"
         ) from error
     raise AssertionError("the exporter returned without a program")
-
-
-class quiet_exporter:
-    """Silence the exporters' experimental-version notes and registration warnings; errors still come through."""
-
-    names = (
-        "transformers",
-        "torch.onnx",
-        "torch.export",
-        "torch.fx",
-        "onnxscript",
-        "onnx_ir",
-        "torch.onnx._internal.exporter._registration",
-    )
-
-    def __enter__(self) -> None:
-        self._levels = {name: logging.getLogger(name).level for name in self.names}
-        for name in self.names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *exc: object) -> None:
-        self._warnings.__exit__(*exc)  # type: ignore[arg-type]
-        for name, level in self._levels.items():
-            logging.getLogger(name).setLevel(level)
 
 
 class _Captured(BaseException):

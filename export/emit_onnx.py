@@ -15,7 +15,8 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from dotresize_fx.export.capture import Captured, quiet_exporter
+from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_graph import FxGraph
 
 ONNX_FILE = "model.onnx"
@@ -29,7 +30,7 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     """
     graph.refresh_shapes()
     exporter = _GivenProgramExporter(graph.program, captured)
-    with quiet_exporter(), torch.no_grad():
+    with quiet_libraries(), torch.no_grad():
         exported = exporter.export(model, dict(captured.sample), OnnxConfig(dynamic=True))
     path = folder / ONNX_FILE
     onnx_ir.save(exported.program, str(path), external_data=WEIGHTS_FILE)

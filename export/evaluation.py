@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.emit_onnx import ONNX_FILE
 from dotresize_fx.export.model_source import load_model
 from dotresize_fx.export.onnx_session import OnnxModel
-from dotresize_fx.fidelity import Run
+from dotresize_fx.fidelity import Inputs, Run, perplexity
+from dotresize_fx.progress import Progress
+from dotresize_fx.text import read_text, token_batches
 
 DEFAULT_LONGEST = 2048
 
@@ -67,6 +69,35 @@ def _open_exported(folder: Path) -> Decoder:
         return torch.from_numpy(model({key: value.numpy() for key, value in batch.items()})[0])
 
     return Decoder(run, tokenizer, _longest(config))
+
+
+def evaluate(
+    name: str,
+    files: Sequence[Path],
+    *,
+    sequence_length: int,
+    tokens: int | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[float, int]:
+    """(perplexity, predicted tokens) of a model, or of an exported folder's ONNX in ONNX Runtime."""
+    text = read_text(files)
+    with progress.stage("load"):
+        decoder = open_decoder(name, trust_remote_code=trust_remote_code)
+    length = min(sequence_length, decoder.longest)
+    count = None if tokens is None else max(2, round(tokens / length))
+    batches = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for ids in token_batches(text, decoder.tokenizer, length=length, count=count, batch=1)
+    ]
+    with progress.stage("evaluate", len(batches)) as step:
+        return perplexity(decoder.run, _counted(batches, step))
+
+
+def _counted(batches: Sequence[Inputs], step: Callable[[], None]) -> Iterator[Inputs]:
+    for batch in batches:
+        yield batch
+        step()
 
 
 def _longest(config: Any) -> int:

@@ -7,11 +7,8 @@ safetensors or GGUF files only; nothing here unpickles.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +19,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging as transformers_logging
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
+from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import file_sha256, first_line, weight_files
 
 Task = Literal["decoder", "encoder"]
@@ -54,7 +51,7 @@ class LoadedModel:
 
     def write_auxiliary_files(self, folder: Path) -> None:
         """Write ``config.json`` and the tokenizer's files into the existing ``folder``."""
-        with _quiet_transformers():
+        with quiet_libraries():
             self.config.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
@@ -115,7 +112,7 @@ def _load_folder(folder: Path, source: str, trust_remote_code: bool) -> LoadedMo
     if (folder / "adapter_config.json").is_file():
         raise UsageError(f"{folder}: holds an adapter: merge it into its base model (PEFT's merge_and_unload) first")
     weights = weight_files(folder)
-    with _quiet_transformers():
+    with quiet_libraries():
         try:
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -169,7 +166,7 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> tuple[An
 
 def _load_weights(model_class: Any, folder: Path, where: str, **extra: Any) -> Any:
     """The model in float32, with every tensor of it in the checkpoint, in its shape and finite."""
-    with _quiet_transformers():
+    with quiet_libraries():
         try:
             model, info = model_class.from_pretrained(
                 folder,
@@ -201,7 +198,7 @@ def _load_weights(model_class: Any, folder: Path, where: str, **extra: Any) -> A
 
 def _finish(model: Any, task: Task, source: str, files: list[Path], folder: Path, **extra: Any) -> LoadedModel:
     tokenizer, problem = None, None
-    with _quiet_transformers():
+    with quiet_libraries():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
         except Exception as error:
@@ -214,19 +211,3 @@ def _finish(model: Any, task: Task, source: str, files: list[Path], folder: Path
     model.config.use_cache = False
     sha256 = {file.name: file_sha256(file) for file in files}
     return LoadedModel(model, tokenizer, problem, config, task, source, sha256)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' progress bars and everything below its errors; exceptions pass."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        # The GGUF reader has a bar of its own, which only goes where stderr goes.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

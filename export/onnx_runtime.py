@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 import dotresize_fx.errors
-from dotresize_fx.errors import DotresizeError, OutputError
+from dotresize_fx.errors import DotresizeError, OnnxRuntimeError, OutputError
 from dotresize_fx.export.onnx_session import (
     CPU,
     OnnxModel,
-    OnnxRuntimeError,
     physical_cores,
     require_onnx_runtime,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "CaseComparison",
     "Comparison",
     "OnnxModel",
-    "OnnxRuntimeError",
     "compare_outputs",
     "measure_latency",
 ]

@@ -80,6 +80,8 @@ class _Walk:
         if ordered["norms"] and any(op.kind in (Kind.POINTWISE, Kind.MUL) for op in ordered["crossed"]):
             raise Escape("a nonlinearity and a norm act on the same width")
         normed = {value for value, behind in self.values.items() if behind}
+        if any(op.kind is Kind.ADD and op.output in normed for op in ordered["crossed"]):
+            raise Escape("two normalised values are added, each with a gain of its own")
         return ClosedDimension(self.width, set(self.values), normed, **ordered)
 
     def join(self, value: Value, normed: bool) -> None:
@@ -148,6 +150,8 @@ class _Walk:
         for value in op.inputs:
             if value.width != 1 and value.shape:
                 self.join(value, normed)
+            elif op.kind is Kind.ADD and self.width > 1:
+                raise Escape("one number is added to the whole width")
 
     def _couple_parameter(self, op: Op, axis: int) -> None:
         """A weight used twice is one weight: its other users' dimensions are this dimension too."""

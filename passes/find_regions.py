@@ -68,7 +68,7 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
         readers=tuple(op.name for op in readers),
         norms=tuple(op.name for op in closed.norms),
         normed_readers=tuple(op.name for op in readers if op.inputs[0] in closed.normed),
-        linear_branch=_linear_branch(graph, products, writers),
+        linear_branch=_linear_branch(graph, products, writers, readers),
         positive_scale=functions == {"relu"} and not products,
         target=_target(graph, readers[-1]) if kind is RegionKind.FFN else "",
         crossed=tuple(op.name for op in closed.crossed),
@@ -97,20 +97,36 @@ def _with_unique_names(regions: list[Region]) -> list[Region]:
     return unique
 
 
-def _linear_branch(graph: Graph, products: list[Op], writers: list[Op]) -> tuple[str, ...]:
-    """Writers from which a gate product is reached through nothing but linear ops, when there is one product."""
+def _linear_branch(graph: Graph, products: list[Op], writers: list[Op], readers: list[Op]) -> tuple[str, ...]:
+    """Writers from which a gate product is reached through nothing but linear ops, when there is one product.
+
+    From there on nothing but linear ops may lead to the readers, and no other way may: a scale on the branch has
+    to arrive whole.
+    """
     if len(products) != 1 or len(products[0].inputs) != 2:
+        return ()
+    if _reached(graph, products[0].output) != {op.name for op in readers}:
         return ()
     names = {op.name for op in writers}
     chosen: list[str] = []
     for value in products[0].inputs:
-        op = graph.producer(value)
+        op, alone = graph.producer(value), len(graph.users(value)) == 1
         while op is not None and op.kind in (Kind.KEEP, Kind.SCALE):
+            alone = alone and len(graph.users(op.inputs[0])) == 1
             op = graph.producer(op.inputs[0])
-        if op is not None and op.name in names and len(graph.users(op.output)) == 1:
+        if op is not None and op.name in names and alone:
             chosen.append(op.name)
     # Two plain branches are a bilinear form: one of them may take the scale, not both.
     return tuple(chosen[:1])
+
+
+def _reached(graph: Graph, value: Value) -> set[str]:
+    """Names of the ops at which ``value`` arrives through ops that pass it on, scaled at most."""
+    reached: set[str] = set()
+    for op in graph.users(value):
+        passed_on = op.kind in (Kind.KEEP, Kind.SCALE)
+        reached |= _reached(graph, op.output) if passed_on else {op.name}
+    return reached
 
 
 def _target(graph: Graph, reader: Op) -> str:

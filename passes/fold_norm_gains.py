@@ -31,12 +31,13 @@ class FoldNormGains(Pass):
     def _fold(self, graph: Graph, norm: Op) -> str:
         gain = graph.weight(norm).double() if norm.weight is not None else None
         bias = graph.bias(norm)
-        readers = _readers(graph, norm.output)
+        scales = _readers(graph, norm.output)
+        readers = list(scales)
         tied = [op for op in readers if len(graph.users(_weight_of(op))) > 1]
         for op in (op for op in readers if op not in tied):
             weight = graph.weight(op)
             if bias is not None:
-                shift = weight.double() @ bias.double()
+                shift = weight.double() @ bias.double() * scales[op]
                 own = graph.bias(op)
                 graph.set_bias(op, (shift if own is None else own.double() + shift).to(weight.dtype))
                 op = graph.op(op.name)
@@ -50,7 +51,7 @@ class FoldNormGains(Pass):
             graph.insert_linear(
                 op.inputs[0],
                 diagonal.to(dtype),
-                None if bias is None else bias.detach().clone(),
+                None if bias is None else bias.detach() * scales[op],
                 users=[op],
                 name=f"{op.name}_gain",
             )
@@ -70,14 +71,14 @@ def _weight_of(op: Op) -> Value:
     return op.weight
 
 
-def _readers(graph: Graph, value: Value) -> list[Op]:
-    """The linears that read ``value``, directly or behind ops that pass it on untouched."""
-    readers: list[Op] = []
+def _readers(graph: Graph, value: Value, scale: float = 1.0) -> dict[Op, float]:
+    """The linears that read ``value``, behind nothing but ops that pass it on, and the number that scales it there."""
+    readers: dict[Op, float] = {}
     for op in graph.users(value):
         if op.kind is Kind.LINEAR:
-            readers.append(op)
+            readers[op] = scale
         else:
             promise(op.kind in (Kind.KEEP, Kind.SCALE), f"{op.name} between a norm and its readers")
-            promise(op.kind is Kind.KEEP, f"{op.name} scales a norm's output: its bias cannot be folded")
-            readers.extend(_readers(graph, op.output))
+            number = float(op.attributes["number"]) if op.kind is Kind.SCALE else 1.0
+            readers |= _readers(graph, op.output, scale * number)
     return readers

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dotresize_fx.graph import Graph, Op
+from dotresize_fx.graph import Graph, Kind, Op
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region
@@ -32,7 +32,9 @@ class InsertMaps(Pass):
             f"{self.region.name}: the map starts at {self.map.down.shape[0]}, not {n}",
         )
         for name in self.region.norms:
-            promise(graph.op(name).weight is None, f"{name}: a map that is not diagonal cannot cross a gain")
+            norm = graph.op(name)
+            promise(norm.weight is None, f"{name}: a map that is not diagonal cannot cross a gain")
+            promise(norm.kind is Kind.RMS_NORM, f"{name}: centre the layer norm first")
 
     def call(self, graph: Graph) -> PassResult:
         region, k = self.region, self.map.width

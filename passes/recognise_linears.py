@@ -19,12 +19,15 @@ class RecogniseLinears(Pass):
         return PassResult(tuple(r for r in records if r))
 
     def _rewrite(self, graph: Graph, op: Op) -> str:
+        if len(op.inputs) != 3:
+            return ""
         bias, source, weight = op.inputs
-        if not (bias.is_parameter and weight.is_parameter):
+        if not (bias.is_parameter and weight.is_parameter and len(bias.shape) == 1):
             return ""
         joined = graph.producer(source)
         users = graph.users(op.output)
-        if joined is not None and joined.attributes.get("reshape") and all(self._undoes(joined, u) for u in users):
+        undone = op.output not in graph.outputs and all(self._undoes(joined, u) for u in users if joined)
+        if joined is not None and joined.attributes.get("reshape") and undone:
             for last in users:
                 graph.replace_with_linear(last, joined.inputs[0], op)
         else:

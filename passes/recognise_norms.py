@@ -75,7 +75,7 @@ class RecogniseNorms(Pass):
     def _gain(graph: Graph, product: Op) -> tuple[Op, Value | None]:
         """The last op of the norm and its gain: a product with a parameter, behind casts if any."""
         op = product
-        while len(users := graph.users(op.output)) == 1 and users[0].kind is Kind.KEEP:
+        while len(users := graph.users(op.output)) == 1 and users[0].attributes.get("cast"):
             op = users[0]
         if len(users) == 1 and users[0].kind is Kind.MUL:
             for value in users[0].inputs:

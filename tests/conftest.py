@@ -195,9 +195,7 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
     """A two-layer model of width 32, all parameters re-drawn; ``kind`` is its Hugging Face model type."""
     grouped = {**SIZES, "num_key_value_heads": 2}
     if kind == "llama":
-        model: Any = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**grouped, tie_word_embeddings=True)
-        )
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**grouped, tie_word_embeddings=True))
     elif kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**grouped, tie_word_embeddings=False))
     elif kind == "gpt2":
@@ -205,9 +203,7 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
     elif kind == "opt":
         config = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
-        model = transformers.OPTForCausalLM(
-            transformers.OPTConfig(**config, ffn_dim=64, word_embed_proj_dim=32)
-        )
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(**config, ffn_dim=64, word_embed_proj_dim=32))
     else:
         model = transformers.BertModel(transformers.BertConfig(**SIZES))
     model.config.use_cache = False

@@ -15,11 +15,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError
+from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError, OnnxRuntimeError
 from dotresize_fx.export.onnx_runtime import (
     Comparison,
     OnnxModel,
-    OnnxRuntimeError,
     compare_outputs,
     measure_latency,
 )

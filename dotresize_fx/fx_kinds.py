@@ -1,0 +1,155 @@
+"""What each torch.fx node is in the neutral view: the one table from aten ops to kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+
+from dotresize_fx.graph import Kind
+
+aten = torch.ops.aten
+
+POINTWISE: dict[Any, str] = {
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+    aten.relu.default: "relu",
+    aten.relu6.default: "relu6",
+    aten.tanh.default: "tanh",
+    aten.sigmoid.default: "sigmoid",
+    aten.erf.default: "erf",
+    aten.exp.default: "exp",
+    aten.softplus.default: "softplus",
+    aten.leaky_relu.default: "leaky_relu",
+    aten.elu.default: "elu",
+    aten.mish.default: "mish",
+    aten.hardswish.default: "hardswish",
+    aten.hardsigmoid.default: "hardsigmoid",
+    aten.hardtanh.default: "hardtanh",
+    aten.clamp.default: "clamp",
+    aten.clamp_min.default: "clamp",
+    aten.clamp_max.default: "clamp",
+    aten.abs.default: "abs",
+    aten.square.default: "square",
+    aten.sqrt.default: "sqrt",
+    aten.rsqrt.default: "rsqrt",
+    aten.reciprocal.default: "reciprocal",
+    aten.pow.Tensor_Scalar: "pow",
+    aten.rsub.Scalar: "rsub",
+}
+SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar}
+CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
+KEEP = CASTS | {
+    aten.dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+}
+# Ops that keep the last dimension when the one they act on (argument 1) is another.
+KEEP_UNLESS_LAST = {
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.index_select.default,
+}
+FLATTEN = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+RESHAPE = FLATTEN | {
+    aten.transpose.int,
+    aten.permute.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.t.default,
+}
+_PLAIN_NUMBERS = (int, float)
+
+
+def classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, dict[str, Any]]:
+    """The kind of a call node and the attributes that go with it; ``parameters`` are names of placeholders."""
+    target, args = node.target, node.args
+    if target in (aten.linear.default, aten.embedding.default):
+        weight = args[1] if target is aten.linear.default else args[0]
+        bias = args[2] if target is aten.linear.default and len(args) > 2 else None
+        if all(isinstance(p, torch.fx.Node) and p.name in parameters for p in (weight, bias) if p):
+            return (Kind.LINEAR if target is aten.linear.default else Kind.EMBEDDING), {}
+    if target is aten.addmm.default and len(node.kwargs) == 0:
+        return Kind.ADDMM, {}
+    if target in (aten.rms_norm.default, aten.layer_norm.default) and len(args[1]) == 1:  # type: ignore[arg-type]
+        if any(isinstance(p, torch.fx.Node) and p.name not in parameters for p in args[2:4]):
+            return Kind.OTHER, {}  # a computed gain (one plus a parameter) is none that can be folded
+        is_rms = target is aten.rms_norm.default
+        epsilon = args[3 if is_rms else 4] if len(args) > (3 if is_rms else 4) else None
+        default = torch.finfo(torch.float32).eps if is_rms else 1e-5
+        chosen = epsilon if isinstance(epsilon, float) else default
+        return (Kind.RMS_NORM if is_rms else Kind.LAYER_NORM), {"epsilon": chosen}
+    if target in SUMS:
+        return _classify_sum(node)
+    if target is aten.mul.Tensor:
+        return (Kind.MUL, {}) if isinstance(args[1], torch.fx.Node) else (Kind.SCALE, {"number": args[1]})
+    if target is aten.div.Tensor and isinstance(args[1], _PLAIN_NUMBERS):
+        return Kind.SCALE, {"number": 1 / args[1]}
+    if target is aten.mul.Scalar or target is aten.neg.default:
+        return Kind.SCALE, {"number": args[1] if len(args) > 1 else -1}
+    if target in POINTWISE:
+        return Kind.POINTWISE, {
+            "function": POINTWISE[target],
+            "number": args[1] if len(args) > 1 else None,
+        }
+    if target is aten.dropout.default and args[1] and args[2]:
+        return Kind.OTHER, {}  # traced in training mode: random, and not to be dropped
+    if target in CASTS and not (_same_dtype(node) or node.meta["val"].dtype.is_floating_point):
+        return Kind.OTHER, {}  # a cast to integers cuts the fraction off
+    if target in KEEP:
+        copies = target in (aten.clone.default, aten.contiguous.default)
+        return Kind.KEEP, {"no_op": not copies and _same_dtype(node), "cast": target in CASTS}
+    if target in KEEP_UNLESS_LAST:
+        return (Kind.OTHER if _acts_on_last(node) else Kind.KEEP), {"no_op": False}
+    if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
+        return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
+    if target in FLATTEN and _keeps_width(node):
+        return Kind.KEEP, {"no_op": False, "reshape": True}
+    if target in RESHAPE:
+        return Kind.RESHAPE, {}
+    if target is aten.scaled_dot_product_attention.default:
+        return Kind.ATTENTION, {}
+    return Kind.OTHER, {}
+
+
+def _classify_sum(node: torch.fx.Node) -> tuple[Kind, dict[str, Any]]:
+    if node.kwargs or len(node.args) > 2:  # alpha, a factor on the second term
+        return Kind.OTHER, {}
+    subtract = node.target in (aten.sub.Tensor, aten.sub.Scalar)
+    term: Any = node.args[1]
+    if isinstance(term, torch.fx.Node):
+        return Kind.ADD, {"subtract": subtract}
+    return Kind.POINTWISE, {"function": "add", "number": -term if subtract else term}
+
+
+def _keeps_width(node: torch.fx.Node) -> bool:
+    """A reshape between tensors of one last dimension joins or splits the others only."""
+    source = node.args[0]
+    before = source.meta["val"].shape if isinstance(source, torch.fx.Node) else ()
+    after = node.meta["val"].shape
+    return bool(before and after and isinstance(after[-1], int) and before[-1] == after[-1])
+
+
+def _same_dtype(node: torch.fx.Node) -> bool:
+    source = node.args[0]
+    return isinstance(source, torch.fx.Node) and bool(source.meta["val"].dtype == node.meta["val"].dtype)
+
+
+def _rank(node: torch.fx.Node) -> int:
+    source = node.args[0]
+    return len(source.meta["val"].shape) if isinstance(source, torch.fx.Node) else 0
+
+
+def _acts_on_last(node: torch.fx.Node) -> bool:
+    dim = node.args[1] if len(node.args) > 1 else 0
+    rank = _rank(node) + (node.target is aten.unsqueeze.default)
+    return not isinstance(dim, int) or dim % rank == rank - 1

@@ -1,0 +1,308 @@
+"""What each ONNX op is in the neutral view: its kind, its activations and where its parameters are plugged in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from dotresize_fx.graph import Kind
+from dotresize_fx.onnx_constants import constant, integers, is_ones, is_weight, number
+from dotresize_fx.onnx_linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
+
+DOMAINS = ("", "com.microsoft")
+POINTWISE = {
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "Relu": "relu",
+    "Gelu": "gelu",
+    "FastGelu": "gelu",
+    "QuickGelu": "quick_gelu",
+    "Erf": "erf",
+    "Exp": "exp",
+    "Abs": "abs",
+    "Sqrt": "sqrt",
+    "Reciprocal": "reciprocal",
+    "Softplus": "softplus",
+    "LeakyRelu": "leaky_relu",
+    "Elu": "elu",
+    "Mish": "mish",
+    "HardSwish": "hardswish",
+    "HardSigmoid": "hardsigmoid",
+    "Silu": "silu",
+    "Swish": "silu",
+}
+RMS_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
+NORMS = ("LayerNormalization", *RMS_NORMS)
+RESHAPE = ("Reshape", "Transpose", "Split", "Concat", "Flatten", "DepthToSpace", "SpaceToDepth")
+ATTENTION = (
+    "Attention",
+    "MultiHeadAttention",
+    "GroupQueryAttention",
+    "DecoderMaskedMultiHeadAttention",
+    "PackedMultiHeadAttention",
+    "PagedAttention",
+    "SparseAttention",
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A node read once. ``core`` does the work; ``last`` has the output (the Add of a bias, else ``core``)."""
+
+    kind: Kind
+    core: ir.Node
+    last: ir.Node
+    inputs: tuple[ir.Value, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    weight: Slot | None = None
+    bias: Slot | None = None
+
+
+def read_form(node: ir.Node) -> Form:
+    """The node as the view shows it; ``node`` is not one that :func:`is_part_of_linear` hides."""
+    core = linear_core(node)
+    if core is not None:
+        source = core.inputs[0]
+        assert source is not None
+        return Form(Kind.LINEAR, core, node, (source,), weight=(core, 1), bias=bias_slot(core))
+    form = _read_known(node) if node.domain in DOMAINS and not _has_second_output(node) else None
+    if form is not None:
+        return form
+    kind = Kind.OTHER
+    if node.domain in DOMAINS and node.op_type in (*RESHAPE, *ATTENTION):
+        kind = Kind.RESHAPE if node.op_type in RESHAPE else Kind.ATTENTION
+    return Form(kind, node, node, _all_inputs(node))
+
+
+def _read_known(node: ir.Node) -> Form | None:
+    op = node.op_type
+    if not node.inputs or node.inputs[0] is None:
+        return None
+    if op in NORMS:
+        return _norm(node)
+    if op == "Gather":
+        return _gather(node)
+    if op == "Shape":
+        return Form(Kind.OTHER, node, node, _all_inputs(node) if _sees_width(node) else ())
+    if op in ("Add", "Sub", "Mul", "Div", "Pow"):
+        return _binary(node)
+    if op == "Neg":
+        return _form(node, Kind.SCALE, number=-1)
+    if op == "Clip":
+        return _form(node, Kind.POINTWISE, function="clamp", number=None)
+    if op in POINTWISE and len([v for v in node.inputs if v is not None]) == 1:
+        function = "swish" if op == "Swish" and attribute(node, "alpha", 1.0) != 1 else POINTWISE[op]
+        return _form(node, Kind.POINTWISE, function=function, number=None)
+    if op == "ReduceMean" and _axes(node) is not None and _last(node) in (_axes(node) or ()):
+        if len(_axes(node) or ()) == 1:
+            return _form(node, Kind.MEAN, keepdim=bool(attribute(node, "keepdims", 1)))
+        return None
+    return _keep(node)
+
+
+def _form(node: ir.Node, kind: Kind, *inputs: ir.Value, **attributes: Any) -> Form:
+    first = node.inputs[0]
+    assert first is not None
+    return Form(kind, node, node, inputs or (first,), attributes)
+
+
+def _norm(node: ir.Node) -> Form | None:
+    """A gain of ones is none: the ops have no other way to say so."""
+    source, scale = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    last = _last(node)
+    if source is None or not is_weight(scale, 1) or (bias is not None and not is_weight(bias, 1)):
+        return None
+    if attribute(node, "axis", -1) not in (-1, last):
+        return None
+    is_rms = node.op_type in RMS_NORMS
+    if is_rms and bias is not None:
+        return None
+    return Form(
+        Kind.RMS_NORM if is_rms else Kind.LAYER_NORM,
+        node,
+        node,
+        (source,),
+        {"epsilon": float(attribute(node, "epsilon", 1e-5))},
+        weight=None if is_ones(scale) else (node, 1),
+        bias=None if bias is None else (node, 2),
+    )
+
+
+def _gather(node: ir.Node) -> Form | None:
+    table, ids = node.inputs[:2]
+    axis = int(attribute(node, "axis", 0))
+    if is_weight(table, 2) and axis == 0 and table is not None and ids is not None:
+        # A table that something reads the other way round is like a linear's weight: see is_linear.
+        linears = [slot for slot in slots(table) if slot[0].op_type in ("MatMul", "Gemm") and slot[1] == 1]
+        if not any(stored_transposed(slot) for slot in linears):
+            return Form(Kind.EMBEDDING, node, node, (ids,), weight=(node, 0))
+        return None
+    return _keep_if_not_last(node, [axis])
+
+
+def _binary(node: ir.Node) -> Form | None:
+    left, right = node.inputs
+    if left is None or right is None:
+        return None
+    first, second = _broadcast_number(left, right), _broadcast_number(right, left)
+    if first is not None and second is not None:
+        return None
+    plain = first if second is None else second
+    known = right if first is not None else left
+    match node.op_type:
+        case "Add" if plain is not None:
+            return _form(node, Kind.POINTWISE, known, function="add", number=plain)
+        case "Sub" if second is not None:
+            return _form(node, Kind.POINTWISE, known, function="add", number=-second)
+        case "Sub" if first is not None:
+            return _form(node, Kind.POINTWISE, known, function="rsub", number=first)
+        case "Mul" if plain is not None:
+            return _form(node, Kind.SCALE, known, number=plain)
+        case "Div" if second:
+            return _form(node, Kind.SCALE, known, number=1 / second)
+        case "Div" if first is not None:
+            return _form(
+                node, Kind.POINTWISE, known, function="reciprocal" if first == 1 else "rdiv", number=first
+            )
+        case "Pow" if second is not None:
+            return _form(node, Kind.POINTWISE, known, function="pow", number=second)
+        case "Add" | "Sub":
+            return _form(node, Kind.ADD, *_all_inputs(node), subtract=node.op_type == "Sub")
+        case "Mul":
+            return _form(node, Kind.MUL, *_all_inputs(node))
+    return None
+
+
+def _broadcast_number(value: ir.Value, other: ir.Value) -> float | int | None:
+    """The number in ``value`` when combining it leaves the other tensor's shape as it is."""
+    rank = len(value.shape or ()) if constant(value) is None else len(constant(value).shape)  # type: ignore[union-attr]
+    fits = rank <= (1 if other.shape is None else max(1, len(other.shape)))
+    return number(value) if fits else None
+
+
+def _keep(node: ir.Node) -> Form | None:
+    output = node.outputs[0]
+    # The graph's own output keeps its name, so an op that only passes it on has to stay.
+    free = not output.is_graph_output()
+    match node.op_type:
+        case "Identity":
+            return _form(node, Kind.KEEP, no_op=free, cast=False)
+        case "Dropout":
+            training = node.inputs[2] if len(node.inputs) > 2 else None
+            tensor = constant(training)
+            if training is not None and (tensor is None or tensor.numpy().any()):
+                return None
+            return _form(node, Kind.KEEP, no_op=free, cast=False)
+        case "Cast" | "CastLike":
+            source = node.inputs[0]
+            same = source is not None and source.dtype is not None and source.dtype == output.dtype
+            return _form(node, Kind.KEEP, no_op=free and same, cast=True)
+        case "Slice" | "Unsqueeze" | "Squeeze":
+            axes = _axes(node)
+            return None if axes is None else _keep_if_not_last(node, axes)
+        case "Reshape" if _keeps_width(node):
+            return _form(node, Kind.KEEP, no_op=False, reshape=True)
+    return None
+
+
+def _keep_if_not_last(node: ir.Node, axes: list[int]) -> Form | None:
+    """KEEP when none of the axes is the last: of the output for Unsqueeze, of the input for the others."""
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    rank = len(source.shape) + (len(axes) if node.op_type == "Unsqueeze" else 0)
+    if rank == 0 or any(axis % rank == rank - 1 for axis in axes):
+        return None
+    return _form(node, Kind.KEEP, no_op=False)
+
+
+def _axes(node: ir.Node) -> list[int] | None:
+    """The axes an op acts on, from its attribute (old opsets) or its input; None when they are computed."""
+    given = node.attributes.get("axes")
+    if given is not None:
+        return list(given.as_ints())
+    position = 3 if node.op_type == "Slice" else 1
+    value = node.inputs[position] if len(node.inputs) > position else None
+    if value is not None:
+        return integers(value)
+    starts = integers(node.inputs[1]) if node.op_type == "Slice" and len(node.inputs) > 1 else None
+    return None if starts is None else list(range(len(starts)))
+
+
+def _last(node: ir.Node) -> int:
+    """Index of the input's last dimension counted from the front; -1 matches where the rank is unknown."""
+    source = node.inputs[0]
+    return -1 if source is None or source.shape is None else len(source.shape) - 1
+
+
+def declared_width(node: ir.Node) -> tuple[ir.Node | None, list[int]] | None:
+    """Where a Reshape's target says its last size: (Concat, its last constant part) or (None, the constant)."""
+    target = node.inputs[1] if len(node.inputs) > 1 else None
+    sizes = integers(target)
+    if sizes:
+        return None, sizes
+    concat = target.producer() if target is not None else None
+    if concat is None or concat.op_type != "Concat" or concat.domain != "":
+        return None
+    part = integers(concat.inputs[-1])
+    return (concat, part) if part else None
+
+
+def _keeps_width(node: ir.Node) -> bool:
+    """A reshape between tensors of one static last dimension joins or splits the others only."""
+    source, output = node.inputs[0], node.outputs[0]
+    declared = declared_width(node)
+    if declared is None or source is None or not source.shape or not output.shape:
+        return False
+    before, after, said = source.shape[-1], output.shape[-1], declared[1][-1]
+    if not isinstance(before, int) or before != after:
+        return False
+    return said in (-1, before) or (said == 0 and len(source.shape) == len(output.shape))
+
+
+def _sees_width(node: ir.Node) -> bool:
+    """Whether the size of the last dimension is among what a Shape op hands on."""
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return True
+    rank = len(source.shape)
+    start, end = int(attribute(node, "start", 0)), int(attribute(node, "end", rank))
+    if not rank - 1 in range(*slice(start, end).indices(rank)):
+        return False
+    output = node.outputs[0]
+    if output.is_graph_output():
+        return True
+    length = len(range(*slice(start, end).indices(rank)))
+    for user, _ in output.uses():
+        picked = integers(user.inputs[1]) if user.op_type == "Gather" and user.domain == "" else None
+        if picked is None or any(index % length == length - 1 for index in picked):
+            return True
+    return False
+
+
+def _has_second_output(node: ir.Node) -> bool:
+    return any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+
+
+def _all_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
+    """Inputs, and what the bodies of If, Loop and Scan read of the graph around them."""
+    found = [value for value in node.inputs if value is not None]
+    for body in bodies(node):
+        inner = [value for user in body.all_nodes() for value in user.inputs if value is not None]
+        found += [value for value in (*inner, *body.outputs) if value.graph is node.graph]
+    return tuple(dict.fromkeys(found))
+
+
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """The graphs among the node's attributes."""
+    found: list[ir.Graph] = []
+    for given in node.attributes.values():
+        if given.type == ir.AttributeType.GRAPH:
+            found.append(given.as_graph())
+        elif given.type == ir.AttributeType.GRAPHS:
+            found.extend(given.as_graphs())
+    return found
