@@ -21,7 +21,7 @@ from dotresize_fx.text import (
 )
 
 # Sequences run through the model at once: few, so that one block's activations stay small.
-CALIBRATION_BATCH = 4
+CALIBRATION_BATCH = 2
 # One at a time: a batch of logits over a large vocabulary is the largest tensor of a run.
 EVALUATION_BATCH = 1
 SENTENCES_PER_BATCH = 16

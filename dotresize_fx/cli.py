@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--calibration-tokens", type=int, default=24_576, metavar="N", help="(24576)")
     export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
     export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")
+    export.add_argument("--device", default="auto", help="where to calibrate and solve: auto, cpu, cuda (auto)")
     export.add_argument("--seed", type=int, default=0)
     export.add_argument("--force", action="store_true", help="replace an OUT that an earlier export wrote")
     export.add_argument("--check", action="store_true", help="run every pass's pre- and postconditions")
@@ -115,13 +116,16 @@ def _export(arguments: argparse.Namespace) -> None:
         calibration_tokens=arguments.calibration_tokens,
         sequence_length=arguments.sequence_length,
         evaluation_tokens=arguments.evaluation_tokens,
+        device=arguments.device,
         seed=arguments.seed,
         check=arguments.check,
     )
     from dotresize_fx.compiler import export
+    from dotresize_fx.memory import give_large_blocks_back
     from dotresize_fx.progress import Progress
     from dotresize_fx.terminal_table import terminal_table
 
+    give_large_blocks_back()
     report = export(
         arguments.model,
         arguments.out,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData, load_text, prepare_data
-from dotresize_fx.errors import CaptureError
+from dotresize_fx.errors import CaptureError, UsageError
 from dotresize_fx.execution import Execution
 from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.export.model_source import LoadedModel, load_model
@@ -104,10 +104,42 @@ def slim_with(
         )
     captured, dense, matches = analyse(loaded, progress, check=chosen.check)
     data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest)
-    slimmed, swept, notes = slim_graph(dense, matches, data.calibration, chosen, progress, work)
+    slimmed, swept, notes = _slim_on_device(dense, matches, data, chosen, progress, work)
     return SlimResult(
         loaded, captured, dense, slimmed, matches, swept, data, chosen, progress, notes=notes, started=started
     )
+
+
+def _slim_on_device(
+    dense: FxGraph,
+    matches: MatchReport,
+    data: CalibrationData,
+    options: Options,
+    progress: Progress,
+    work: Path | None,
+) -> tuple[FxGraph, tuple[SweptRegion, ...], tuple[str, ...]]:
+    """Calibrate and solve where the options say; the slim graph comes back to the CPU."""
+    device = compute_device(options)
+    if device == "cpu":
+        return slim_graph(dense, matches, data.calibration, options, progress, work)
+    moved = dense.copy()
+    moved.to(device)
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
+    slimmed, swept, notes = slim_graph(moved, matches, batches, options, progress, work)
+    slimmed.to("cpu")
+    return slimmed, swept, notes
+
+
+def compute_device(options: Options) -> str:
+    """``cpu`` or ``cuda``.
+
+    Raises:
+        UsageError: CUDA was asked for and torch has none.
+    """
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    return "cuda" if options.device != "cpu" and available else "cpu"
 
 
 def analyse(loaded: LoadedModel, progress: Progress, *, check: bool = False) -> tuple[Captured, FxGraph, MatchReport]:

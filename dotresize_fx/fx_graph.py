@@ -293,6 +293,14 @@ class FxGraph(Graph):
         self._shapes_stale = False
         self.changed()
 
+    def to(self, device: str) -> None:
+        """Move parameters, constants and the devices that tracing baked in, in place."""
+        from torch.export.passes import move_to_device_pass
+
+        # The pass moves the tensors of this program's own state dict: a copy that shares them keeps its own.
+        self.program = move_to_device_pass(self.program, device)
+        self.changed()
+
     def copy(self) -> FxGraph:
         program = self.program
         graph = torch.fx.Graph()

@@ -107,7 +107,8 @@ def classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, dic
         return Kind.OTHER, {}  # a cast to integers cuts the fraction off
     if target in KEEP:
         copies = target in (aten.clone.default, aten.contiguous.default)
-        return Kind.KEEP, {"no_op": not copies and _same_dtype(node), "cast": target in CASTS}
+        cast = target in CASTS
+        return Kind.KEEP, {"no_op": not copies and _same_dtype(node), "cast": cast, "widens": cast and _widens(node)}
     if target in KEEP_UNLESS_LAST:
         return (Kind.OTHER if _acts_on_last(node) else Kind.KEEP), {"no_op": False}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
@@ -142,6 +143,15 @@ def _keeps_width(node: torch.fx.Node) -> bool:
 def _same_dtype(node: torch.fx.Node) -> bool:
     source = node.args[0]
     return isinstance(source, torch.fx.Node) and bool(source.meta["val"].dtype == node.meta["val"].dtype)
+
+
+def _widens(node: torch.fx.Node) -> bool:
+    """Whether a cast keeps every number, as bfloat16 to float32 does."""
+    source = node.args[0]
+    if not isinstance(source, torch.fx.Node):
+        return False
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    return bool(torch.promote_types(before, after) == after)
 
 
 def _rank(node: torch.fx.Node) -> int:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.graph import Kind
-from dotresize_fx.onnx_constants import constant, integers, is_ones, is_weight, number
+from dotresize_fx.onnx_axes import axes, keeps_width, last, sees_width
+from dotresize_fx.onnx_constants import constant, is_ones, is_weight, number
 from dotresize_fx.onnx_linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
 
 DOMAINS = ("", "com.microsoft")
@@ -68,7 +71,7 @@ def read_form(node: ir.Node) -> Form:
         source = core.inputs[0]
         assert source is not None
         return Form(Kind.LINEAR, core, node, (source,), weight=(core, 1), bias=bias_slot(core))
-    form = _read_known(node) if node.domain in DOMAINS and not _has_second_output(node) else None
+    form = _read_known(node) if node.domain in DOMAINS and not has_second_output(node) else None
     if form is not None:
         return form
     kind = Kind.OTHER
@@ -86,7 +89,7 @@ def _read_known(node: ir.Node) -> Form | None:
     if op == "Gather":
         return _gather(node)
     if op == "Shape":
-        return Form(Kind.OTHER, node, node, _all_inputs(node) if _sees_width(node) else ())
+        return Form(Kind.OTHER, node, node, _all_inputs(node) if sees_width(node) else ())
     if op in ("Add", "Sub", "Mul", "Div", "Pow"):
         return _binary(node)
     if op == "Neg":
@@ -96,10 +99,8 @@ def _read_known(node: ir.Node) -> Form | None:
     if op in POINTWISE and len([v for v in node.inputs if v is not None]) == 1:
         function = "swish" if op == "Swish" and attribute(node, "alpha", 1.0) != 1 else POINTWISE[op]
         return _form(node, Kind.POINTWISE, function=function, number=None)
-    if op == "ReduceMean" and _axes(node) is not None and _last(node) in (_axes(node) or ()):
-        if len(_axes(node) or ()) == 1:
-            return _form(node, Kind.MEAN, keepdim=bool(attribute(node, "keepdims", 1)))
-        return None
+    if op == "ReduceMean" and axes(node) in ([-1], [last(node)]):
+        return _form(node, Kind.MEAN, keepdim=bool(attribute(node, "keepdims", 1)))
     return _keep(node)
 
 
@@ -113,10 +114,9 @@ def _norm(node: ir.Node) -> Form | None:
     """A gain of ones is none: the ops have no other way to say so."""
     source, scale = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    last = _last(node)
     if source is None or not is_weight(scale, 1) or (bias is not None and not is_weight(bias, 1)):
         return None
-    if attribute(node, "axis", -1) not in (-1, last):
+    if attribute(node, "axis", -1) not in (-1, last(node)):
         return None
     is_rms = node.op_type in RMS_NORMS
     if is_rms and bias is not None:
@@ -165,9 +165,7 @@ def _binary(node: ir.Node) -> Form | None:
         case "Div" if second:
             return _form(node, Kind.SCALE, known, number=1 / second)
         case "Div" if first is not None:
-            return _form(
-                node, Kind.POINTWISE, known, function="reciprocal" if first == 1 else "rdiv", number=first
-            )
+            return _form(node, Kind.POINTWISE, known, function="reciprocal" if first == 1 else "rdiv", number=first)
         case "Pow" if second is not None:
             return _form(node, Kind.POINTWISE, known, function="pow", number=second)
         case "Add" | "Sub":
@@ -179,9 +177,10 @@ def _binary(node: ir.Node) -> Form | None:
 
 def _broadcast_number(value: ir.Value, other: ir.Value) -> float | int | None:
     """The number in ``value`` when combining it leaves the other tensor's shape as it is."""
-    rank = len(value.shape or ()) if constant(value) is None else len(constant(value).shape)  # type: ignore[union-attr]
-    fits = rank <= (1 if other.shape is None else max(1, len(other.shape)))
-    return number(value) if fits else None
+    tensor = constant(value)
+    if tensor is None or len(tensor.shape) > (1 if other.shape is None else max(1, len(other.shape))):
+        return None
+    return number(value)
 
 
 def _keep(node: ir.Node) -> Form | None:
@@ -198,93 +197,38 @@ def _keep(node: ir.Node) -> Form | None:
                 return None
             return _form(node, Kind.KEEP, no_op=free, cast=False)
         case "Cast" | "CastLike":
-            source = node.inputs[0]
-            same = source is not None and source.dtype is not None and source.dtype == output.dtype
-            return _form(node, Kind.KEEP, no_op=free and same, cast=True)
+            before, after = _float_dtype(node.inputs[0]), _float_dtype(output)
+            if after is None:
+                return None  # unknown, or a cast to integers, which cuts the fraction off
+            widens = before is not None and torch.promote_types(before, after) == after
+            return _form(node, Kind.KEEP, no_op=free and before == after, cast=True, widens=widens)
         case "Slice" | "Unsqueeze" | "Squeeze":
-            axes = _axes(node)
-            return None if axes is None else _keep_if_not_last(node, axes)
-        case "Reshape" if _keeps_width(node):
+            chosen = axes(node)
+            return None if chosen is None else _keep_if_not_last(node, chosen)
+        case "Reshape" if keeps_width(node):
             return _form(node, Kind.KEEP, no_op=False, reshape=True)
     return None
 
 
-def _keep_if_not_last(node: ir.Node, axes: list[int]) -> Form | None:
+def _float_dtype(value: ir.Value | None) -> torch.dtype | None:
+    if value is None or value.dtype is None or not value.dtype.is_floating_point():
+        return None
+    return to_torch_dtype(value.dtype)
+
+
+def _keep_if_not_last(node: ir.Node, chosen: list[int]) -> Form | None:
     """KEEP when none of the axes is the last: of the output for Unsqueeze, of the input for the others."""
     source = node.inputs[0]
     if source is None or source.shape is None:
         return None
-    rank = len(source.shape) + (len(axes) if node.op_type == "Unsqueeze" else 0)
-    if rank == 0 or any(axis % rank == rank - 1 for axis in axes):
+    rank = len(source.shape) + (len(chosen) if node.op_type == "Unsqueeze" else 0)
+    if rank == 0 or any(axis % rank == rank - 1 for axis in chosen):
         return None
     return _form(node, Kind.KEEP, no_op=False)
 
 
-def _axes(node: ir.Node) -> list[int] | None:
-    """The axes an op acts on, from its attribute (old opsets) or its input; None when they are computed."""
-    given = node.attributes.get("axes")
-    if given is not None:
-        return list(given.as_ints())
-    position = 3 if node.op_type == "Slice" else 1
-    value = node.inputs[position] if len(node.inputs) > position else None
-    if value is not None:
-        return integers(value)
-    starts = integers(node.inputs[1]) if node.op_type == "Slice" and len(node.inputs) > 1 else None
-    return None if starts is None else list(range(len(starts)))
-
-
-def _last(node: ir.Node) -> int:
-    """Index of the input's last dimension counted from the front; -1 matches where the rank is unknown."""
-    source = node.inputs[0]
-    return -1 if source is None or source.shape is None else len(source.shape) - 1
-
-
-def declared_width(node: ir.Node) -> tuple[ir.Node | None, list[int]] | None:
-    """Where a Reshape's target says its last size: (Concat, its last constant part) or (None, the constant)."""
-    target = node.inputs[1] if len(node.inputs) > 1 else None
-    sizes = integers(target)
-    if sizes:
-        return None, sizes
-    concat = target.producer() if target is not None else None
-    if concat is None or concat.op_type != "Concat" or concat.domain != "":
-        return None
-    part = integers(concat.inputs[-1])
-    return (concat, part) if part else None
-
-
-def _keeps_width(node: ir.Node) -> bool:
-    """A reshape between tensors of one static last dimension joins or splits the others only."""
-    source, output = node.inputs[0], node.outputs[0]
-    declared = declared_width(node)
-    if declared is None or source is None or not source.shape or not output.shape:
-        return False
-    before, after, said = source.shape[-1], output.shape[-1], declared[1][-1]
-    if not isinstance(before, int) or before != after:
-        return False
-    return said in (-1, before) or (said == 0 and len(source.shape) == len(output.shape))
-
-
-def _sees_width(node: ir.Node) -> bool:
-    """Whether the size of the last dimension is among what a Shape op hands on."""
-    source = node.inputs[0]
-    if source is None or source.shape is None:
-        return True
-    rank = len(source.shape)
-    start, end = int(attribute(node, "start", 0)), int(attribute(node, "end", rank))
-    if not rank - 1 in range(*slice(start, end).indices(rank)):
-        return False
-    output = node.outputs[0]
-    if output.is_graph_output():
-        return True
-    length = len(range(*slice(start, end).indices(rank)))
-    for user, _ in output.uses():
-        picked = integers(user.inputs[1]) if user.op_type == "Gather" and user.domain == "" else None
-        if picked is None or any(index % length == length - 1 for index in picked):
-            return True
-    return False
-
-
-def _has_second_output(node: ir.Node) -> bool:
+def has_second_output(node: ir.Node) -> bool:
+    """Whether anything reads another output than the first."""
     return any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
 
 

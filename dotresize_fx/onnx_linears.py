@@ -11,6 +11,9 @@ from dotresize_fx.onnx_constants import constant, is_weight
 # One input of one node: where a weight is plugged in.
 Slot = tuple[ir.Node, int]
 
+# Marks in a node's meta that its bias is known as one, while an edit has given weight and bias different sizes.
+BIASED = "dotresize_fx.biased"
+
 
 def attribute(node: ir.Node, name: str, default: float | int) -> float | int:
     """A number among the node's attributes."""
@@ -30,15 +33,18 @@ def plugged(slot: Slot) -> ir.Value:
     return value
 
 
-def wants_transposed(node: ir.Node) -> bool:
-    """Whether the node itself takes its weight as (in, out), which is not the view's orientation."""
+def wants_transposed(slot: Slot) -> bool:
+    """Whether a weight goes into this slot as (in, out), which is not the view's orientation."""
+    node, index = slot
+    if index != 1:
+        return False
     return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
 
 
 def stored_transposed(slot: Slot) -> bool:
     """Whether the constant behind a slot is stored as (in, out)."""
     node, index = slot
-    return wants_transposed(node) != (node.inputs[index] is not plugged(slot))
+    return wants_transposed(slot) != (node.inputs[index] is not plugged(slot))
 
 
 def slots(value: ir.Value) -> set[Slot]:
@@ -46,7 +52,7 @@ def slots(value: ir.Value) -> set[Slot]:
     found: set[Slot] = set()
     for node, index in value.uses():
         if is_transposed_weight(node) and not node.outputs[0].is_graph_output():
-            found.update(tuple(use) for use in node.outputs[0].uses())
+            found.update((use.node, use.idx) for use in node.outputs[0].uses())
         else:
             found.add((node, index))
     return found
@@ -61,9 +67,7 @@ def is_linear(node: ir.Node) -> bool:
     if node.domain != "" or not _takes_a_weight(node):
         return False
     readings = {
-        stored_transposed((user, index))
-        for user, index in slots(plugged((node, 1)))
-        if _is_weight_slot(user, index)
+        stored_transposed((user, index)) for user, index in slots(plugged((node, 1))) if _is_weight_slot(user, index)
     }
     return len(readings) == 1
 
@@ -90,16 +94,15 @@ def _is_weight_slot(node: ir.Node, index: int) -> bool:
 def _is_bias(value: ir.Value | None, core: ir.Node) -> bool:
     """Whether ``value`` is a constant (out,)."""
     tensor = constant(value)
-    return tensor is not None and is_weight(value, 1) and tensor.shape[0] == rows_out(core)
+    if tensor is None or not is_weight(value, 1):
+        return False
+    return bool(core.meta.get(BIASED)) or tensor.shape[0] == _rows(core)
 
 
-def rows_out(core: ir.Node) -> int:
-    """A linear's number of outputs."""
+def _rows(core: ir.Node) -> object:
     tensor = constant(plugged((core, 1)))
     assert tensor is not None
-    size = tensor.shape[1 if stored_transposed((core, 1)) else 0]
-    assert isinstance(size, int)
-    return size
+    return tensor.shape[1 if stored_transposed((core, 1)) else 0]
 
 
 def bias_slot(core: ir.Node) -> Slot | None:
@@ -141,9 +144,7 @@ def is_part_of_linear(node: ir.Node) -> bool:
     """Whether the view shows the node only as part of a linear: a MatMul before its bias, a Transpose of a weight."""
     if is_transposed_weight(node):
         output = node.outputs[0]
-        return not output.is_graph_output() and all(
-            index == 1 and is_linear(user) for user, index in output.uses()
-        )
+        return not output.is_graph_output() and all(index == 1 and is_linear(user) for user, index in output.uses())
     if node.op_type != "MatMul" or not is_linear(node):
         return False
     return bias_slot(node) is not None

@@ -10,11 +10,14 @@ from dotresize_fx.solvers import SOLVERS
 from dotresize_fx.width_plan import MULTIPLE, check_ratio
 
 REGION_KINDS = ("ffn", "residual")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """``ratio`` is the share of block linear weights to remove. Lengths and counts are in tokens.
+
+    ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -30,6 +33,7 @@ class Options:
     evaluation_tokens: int = 8_192
     latency_length: int = 128
     tolerance: float = 1e-3
+    device: str = "auto"
     seed: int = 0
     check: bool = field(default=False)
 
@@ -42,6 +46,8 @@ class Options:
             raise UsageError(f"--regions {','.join(self.regions)}: choose from {', '.join(REGION_KINDS)}")
         if self.method == "pca" and "ffn" in self.regions:
             raise UsageError("--method pca rotates, which an FFN does not allow: use it with --regions residual")
+        if self.device not in DEVICES:
+            raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
         for name in ("multiple", "calibration_tokens", "sequence_length", "evaluation_tokens", "latency_length"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")

@@ -35,8 +35,8 @@ class RegionMap:
 
 def selection(support: torch.Tensor, width: int) -> torch.Tensor:
     """The (width, k) matrix with a one where column j takes source ``support[j]``."""
-    down = torch.zeros(width, len(support), dtype=torch.float64)
-    down[support, torch.arange(len(support))] = 1.0
+    down = torch.zeros(width, len(support), dtype=torch.float64, device=support.device)
+    down[support, torch.arange(len(support), device=support.device)] = 1.0
     return down
 
 

@@ -42,6 +42,6 @@ def stream_statistics(
     return RegionStatistics(
         tokens=total.tokens,
         gram=total.gram / total.tokens,
-        reader_norm=torch.ones(region.width, dtype=torch.float64),
+        reader_norm=total.gram.new_ones(region.width),
         samples=torch.cat(kept),
     )

@@ -131,7 +131,7 @@ class Sweep:
         writer_gram = None
         if written.tokens:
             weights = [graph.weight(op).double() for op in writers]
-            writer_gram = sum((w @ (written.gram / written.tokens) @ w.T for w in weights), torch.zeros(()))
+            writer_gram = sum((w @ (written.gram / written.tokens) @ w.T for w in weights), written.gram.new_zeros(()))
         statistics = RegionStatistics(
             tokens=read.tokens,
             gram=read.gram / read.tokens,
@@ -176,9 +176,9 @@ class Sweep:
         for op in (graph.op(name) for name in region.writers):
             assert op.weight is not None
             weight = graph.weight(op)
-            weights[graph.node(op.weight.name)] = (down.T.to(weight.device) @ weight.double()).to(weight.dtype)
+            weights[graph.node(op.weight.name)] = (down.T @ weight.double()).to(weight.dtype)
             if op.bias is not None and (bias := graph.bias(op)) is not None:
-                weights[graph.node(op.bias.name)] = (down.T.to(bias.device) @ bias.double()).to(bias.dtype)
+                weights[graph.node(op.bias.name)] = (down.T @ bias.double()).to(bias.dtype)
         stop = execution.index[hidden] + 1
         for environment in self.slim.environments:
             scratch = dict(environment)

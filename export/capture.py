@@ -6,8 +6,10 @@ exporter is stopped once it has the program, and :mod:`dotresize_fx.export.emit_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from dotresize_fx.fx_graph import FxGraph
 # Traced with two sequences, one of them padded, so that the attention mask stays an input.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING = 2, 16, 5
 LARGEST_BATCH = 4096
+
+LONGEST_QUOTE = 300  # characters
+_SOURCE_LINE = re.compile(r'File "(.+)", line (\d+)')
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ def capture(model: torch.nn.Module) -> Captured:
     """Trace the model's forward pass without a cache.
 
     Raises:
-        CaptureError: torch.export refused; the message quotes the first line of what it said.
+        CaptureError: torch.export refused; the message quotes what it said.
     """
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -68,12 +73,22 @@ def capture(model: torch.nn.Module) -> Captured:
     except _Captured as captured:
         return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary)
     except Exception as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {said.strip()[:300]} "
-            "(only models whose forward pass has no data-dependent control flow can be slimmed)"
+            f"torch.export cannot capture {type(model).__name__}: {_what_it_said(error)} (only a model whose forward "
+            "pass takes any batch and length and does not branch on its data can be slimmed)"
         ) from error
     raise AssertionError("the exporter returned without a program")
+
+
+def _what_it_said(error: Exception) -> str:
+    """Its first line; the first point of a list under it, which says more; and the source line it names."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = lines[0].partition(" For more information")[0][:LONGEST_QUOTE]
+    point = next((line[2:] for line in lines[1:] if line.startswith("- ")), "")
+    if point:
+        said += f" {point.partition('. ')[0][:LONGEST_QUOTE]}"
+    place = next((found for line in lines if (found := _SOURCE_LINE.match(line))), None)
+    return said if place is None else f"{said}, at {Path(place[1]).name} line {place[2]}"
 
 
 class _Captured(BaseException):

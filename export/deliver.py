@@ -59,7 +59,7 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
         path = emit_onnx(result.loaded.model, result.captured, result.slim, folder)
         result.loaded.write_auxiliary_files(folder)
     with progress.stage("verify in ONNX Runtime"):
-        comparison = compare_outputs(path, _cases(result), work)
+        comparison = compare_outputs(path, _cases(result), work, mask="attention_mask")
         verification = Verification(
             max_abs_difference=comparison.max_abs_difference,
             tolerance=options.tolerance,

@@ -29,8 +29,8 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
     """
     graph.refresh_shapes()
-    exporter = _GivenProgramExporter(graph.program, captured)
     with quiet_libraries(), torch.no_grad():
+        exporter = _GivenProgramExporter(graph.program, captured)  # inside: it warns of versions when it is made
         exported = exporter.export(model, dict(captured.sample), OnnxConfig(dynamic=True))
     path = folder / ONNX_FILE
     onnx_ir.save(exported.program, str(path), external_data=WEIGHTS_FILE)

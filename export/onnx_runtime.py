@@ -74,11 +74,14 @@ def compare_outputs(
     cases: Iterable[tuple[Mapping[str, Array], Sequence[Array]]],
     work: Path,
     *,
+    mask: str | None = None,
     threads: int | None = None,
     provider: str = CPU,
 ) -> Comparison:
     """Run every case's inputs through the ONNX file and compare with its expected outputs, in graph order.
 
+    ``mask`` names an input (batch, length): outputs that begin with these dimensions are compared where it is not
+    0, since what a model puts out for padding means nothing and is not well-conditioned.
     ``cases`` may be a generator: each case is written to ``work`` before the next one is asked for. Raises
     ValueError without a case, MissingExtraError, ModelNotFoundError, BadWeightsError, OnnxRuntimeError and
     OutputError (no room for the arrays).
@@ -93,7 +96,7 @@ def compare_outputs(
             _store(folder / f"{index}.npz", list(inputs.values()), expected)
         if not listed or not all(case["outputs"] for case in listed):
             raise ValueError("nothing to compare: no case, or a case without outputs")
-        request = {"task": "compare", "model": str(Path(model_path).resolve()), "cases": listed}
+        request = {"task": "compare", "model": str(Path(model_path).resolve()), "cases": listed, "mask": mask}
         answer = _ask({**request, "threads": count, "provider": provider}, folder)
     results = tuple(
         CaseComparison(

@@ -55,7 +55,7 @@ class CentreLayerNorms(Pass):
         if any(user.kind is not op.kind for user in graph.users(op.weight)):
             if op.kind is Kind.EMBEDDING:
                 width = weight.shape[1]
-                centring = torch.eye(width, dtype=torch.float64) - 1.0 / width
+                centring = torch.eye(width, dtype=torch.float64, device=weight.device) - 1.0 / width
                 graph.insert_linear(op.output, centring.to(weight.dtype), name=f"{op.name}_centred")
             return
         axis = 0 if op.kind is Kind.LINEAR else 1

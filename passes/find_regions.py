@@ -98,18 +98,18 @@ def _with_unique_names(regions: list[Region]) -> list[Region]:
 
 
 def _linear_branch(graph: Graph, products: list[Op], writers: list[Op], readers: list[Op]) -> tuple[str, ...]:
-    """Writers from which a gate product is reached through nothing but linear ops, when there is one product.
+    """Writers from which the last product is reached through nothing but linear ops.
 
-    From there on nothing but linear ops may lead to the readers, and no other way may: a scale on the branch has
-    to arrive whole.
+    Earlier products may stand in the other factor: SiLU spelled as x * sigmoid(x). From the last one on nothing but
+    linear ops may lead to the readers, and no other way may: a scale on the branch has to arrive whole.
     """
-    if len(products) != 1 or len(products[0].inputs) != 2:
-        return ()
-    if _reached(graph, products[0].output) != {op.name for op in readers}:
+    ends = {op.name for op in readers}
+    last = [op for op in products if len(op.inputs) == 2 and _reached(graph, op.output) == ends]
+    if len(last) != 1:
         return ()
     names = {op.name for op in writers}
     chosen: list[str] = []
-    for value in products[0].inputs:
+    for value in last[0].inputs:
         op, alone = graph.producer(value), len(graph.users(value)) == 1
         while op is not None and op.kind in (Kind.KEEP, Kind.SCALE):
             alone = alone and len(graph.users(op.inputs[0])) == 1

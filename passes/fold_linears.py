@@ -67,7 +67,7 @@ class FoldLinears(Pass):
         else:
             graph.set_weight(graph.op(writer.name), (mix @ weight.double()).to(weight.dtype))
         if bias is not None or shift is not None:
-            mixed = torch.zeros(len(mix), dtype=mix.dtype) if bias is None else mix @ bias.double()
+            mixed = mix.new_zeros(len(mix)) if bias is None else mix @ bias.double()
             graph.set_bias(graph.op(writer.name), (mixed if shift is None else mixed + shift.double()).to(weight.dtype))
 
     def _fold_into_reader(self, graph: Graph, op: Op, factors: Factors) -> None:

@@ -45,12 +45,12 @@ class FoldNormGains(Pass):
                 graph.set_weight(op, (weight.double() * gain).to(weight.dtype))
         width = norm.output.width
         assert width is not None
-        diagonal = torch.diag(gain) if gain is not None else torch.eye(width, dtype=torch.float64)
         for op in tied:
-            dtype = graph.weight(op).dtype
+            weight = graph.weight(op)
+            ones = weight.new_ones(width, dtype=torch.float64)
             graph.insert_linear(
                 op.inputs[0],
-                diagonal.to(dtype),
+                torch.diag(ones if gain is None else gain).to(weight.dtype),
                 None if bias is None else bias.detach() * scales[op],
                 users=[op],
                 name=f"{op.name}_gain",

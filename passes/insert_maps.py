@@ -38,6 +38,8 @@ class InsertMaps(Pass):
 
     def call(self, graph: Graph) -> PassResult:
         region, k = self.region, self.map.width
+        # Asked for first: behind a map of another width a reshape does not look like one that keeps its width.
+        reshapes = [name for name in region.crossed if graph.op(name).attributes.get("reshape")]
         for name in region.writers:
             down = self.map.down
             if self.map.branch_down is not None and name in region.linear_branch:
@@ -48,9 +50,8 @@ class InsertMaps(Pass):
         for name in region.norms:
             norm = graph.op(name)
             graph.resize_norm(norm, k, norm.attributes["epsilon"] * region.width / k)
-        for op in (graph.op(name) for name in region.crossed):
-            if op.attributes.get("reshape"):
-                graph.resize_reshape(op, k)
+        for name in reshapes:
+            graph.resize_reshape(graph.op(name), k)
         for name in region.readers:
             self._before_reader(graph, graph.op(name))
         return PassResult((f"{region.name}: {region.width} -> {k}",))

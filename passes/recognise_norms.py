@@ -85,7 +85,7 @@ class RecogniseNorms(Pass):
 
 
 def _uncast(graph: Graph, value: Value) -> Value:
-    """The value before any casts."""
-    while (op := graph.producer(value)) is not None and op.attributes.get("cast"):
+    """The value before any casts that kept every number."""
+    while (op := graph.producer(value)) is not None and op.attributes.get("widens"):
         value = op.inputs[0]
     return value

@@ -34,7 +34,8 @@ def _transported_basis(region: Region, statistics: RegionStatistics, width: int)
     T's pseudo-inverse on the reading side R cancels (R T+ = Q.T), so that readers read Q.T.
     """
     if width == region.width:
-        return RegionMap(torch.eye(width, dtype=torch.float64), torch.eye(width, dtype=torch.float64))
+        identity = torch.eye(width, dtype=torch.float64, device=statistics.gram.device)
+        return RegionMap(identity, identity)
     support = top(statistics.activation_norm, width)
     samples = statistics.samples
     if samples is None:
@@ -57,7 +58,7 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     importance = statistics.activation_norm * statistics.reader_norm
     support = top(importance, width)
     down = selection(support, region.width)
-    removed = torch.ones(region.width, dtype=torch.bool)
+    removed = torch.ones(region.width, dtype=torch.bool, device=importance.device)
     removed[support] = False
     leaving = removed.nonzero().flatten()
     mass = importance[leaving]
@@ -67,7 +68,7 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     plan = sinkhorn(
         cost,
         mass / mass.sum(),
-        torch.full((width,), 1.0 / width, dtype=torch.float64),
+        torch.full_like(importance[support], 1.0 / width),
         epsilon=_epsilon(cost, EPSILON_ANCHORED),
         target_relaxation=0.0,
         tolerance=1e-6,
@@ -76,7 +77,7 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     arriving = MERGE * plan.plan * mass.sum()
     total = importance[support] + arriving.sum(0)
     down[leaving] = arriving
-    down[support, torch.arange(width)] = importance[support]
+    down[support, torch.arange(width, device=support.device)] = importance[support]
     tiny = torch.finfo(torch.float64).tiny
     alive = total > tiny
     down = torch.where(alive, down / total.clamp_min(tiny), selection(support, region.width))
