@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dotresize_fx.errors import UsageError
+from dotresize_fx.errors import TextError, UsageError
 from dotresize_fx.options import Options
 from dotresize_fx.text import (
     Tokenizer,
@@ -31,10 +31,11 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Text:
-    """Calibration and evaluation text, which share nothing, and where they are from."""
+    """Calibration and evaluation text, which share nothing. ``names`` are their sources, ``description`` is both."""
 
     calibration: str
     evaluation: str
+    names: str
     description: str
 
 
@@ -55,12 +56,14 @@ def load_text(files: Sequence[Path]) -> Text:
         TextError: a file is missing, empty or not UTF-8.
     """
     if not files:
-        return Text(*default_text(), "pydoc_data.topics, first 80 % calibrates, last 20 % measures")
+        names = "pydoc_data.topics"
+        return Text(*default_text(), names, f"{names}, first 80 % calibrates, last 20 % measures")
     parts = [split_text(read_text([file])) for file in files]
     names = ", ".join(Path(file).name for file in files)
     return Text(
         "\n\n".join(part[0] for part in parts),
         "\n\n".join(part[1] for part in parts),
+        names,
         f"{names}, first 80 % of each calibrates, last 20 % measures",
     )
 
@@ -88,6 +91,12 @@ def prepare_data(text: Text, options: Options, tokenizer: Tokenizer | None, task
             for ids in token_batches(part, tokenizer, length=length, count=count, batch=batch)
         ]
 
-    calibrating = batches(text.calibration, options.calibration_tokens, CALIBRATION_BATCH)
-    measured = batches(text.evaluation, options.evaluation_tokens, EVALUATION_BATCH)
+    # The part is named: a text may do for calibration and have too little left to measure on.
+    part = "the first 80 %, which calibrates"
+    try:
+        calibrating = batches(text.calibration, options.calibration_tokens, CALIBRATION_BATCH)
+        part = "the last 20 %, which measures"
+        measured = batches(text.evaluation, options.evaluation_tokens, EVALUATION_BATCH)
+    except TextError as error:
+        raise TextError(f"{text.names}, {part}: {error}") from error
     return CalibrationData(calibrating, measured, text.description, hashes)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from dotresize_fx.errors import DotresizeError, OutputError, UsageError
 
@@ -21,22 +23,31 @@ TERMINATED = 143
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, the error's own code, or 130 after Ctrl-C. No traceback for a user's mistake."""
     signal.signal(signal.SIGTERM, _terminated)
-    parser = _parser()
-    options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        try:
+            options = _parser().parse_args(arguments)
+            options.run(options)
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong with it is still handled
     except DotresizeError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", INTERRUPTED)
+        _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away (`| head`): no message, and none from the interpreter at exit
-        raise SystemExit(0) from None
+        _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(f"the disk is full: {error.filename or ''}: free some space and run again", OutputError.exit_code)
+        _silence(sys.stdout)
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"the disk is full{where}: free some space and run again", OutputError.exit_code)
     raise SystemExit(0)
+
+
+def _silence(stream: TextIO) -> None:
+    """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -44,7 +55,10 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"dotresize-fx: {' '.join(message.split())}", file=sys.stderr)
+    try:
+        print(f"dotresize-fx: {' '.join(message.split())}", file=sys.stderr)
+    except OSError:  # nobody listens; the exit code still tells
+        _silence(sys.stderr)
     raise SystemExit(code)
 
 

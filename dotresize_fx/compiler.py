@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
 CAPTURE_TOLERANCE = 1e-4
+UNTRACED_LENGTH = 7
 
 
 @dataclass
@@ -96,8 +97,9 @@ def slim_with(
 ) -> SlimResult:
     """:func:`slim` with its options checked and gathered."""
     started = time.perf_counter()
+    compute_device(chosen)
     torch.manual_seed(chosen.seed)
-    text = load_text(chosen.calibration)  # what is wrong with it is said before the model is loaded
+    text = load_text(chosen.calibration)  # what is wrong with these is said before the model is loaded
     with progress.stage("load"):
         loaded = (
             model if isinstance(model, LoadedModel) else load_model(str(model), trust_remote_code=trust_remote_code)
@@ -155,10 +157,22 @@ def analyse(loaded: LoadedModel, progress: Progress, *, check: bool = False) -> 
 
 @torch.no_grad()
 def _compare_capture(model: torch.nn.Module, captured: Captured) -> None:
-    expected = model(**captured.sample)[0]
-    found = Execution(captured.graph).outputs(captured.sample)[0]
-    if not (found - expected).abs().max() <= CAPTURE_TOLERANCE * expected.abs().max():
-        raise CaptureError(f"the program captured from {type(model).__name__} computes something else than the model")
+    """The traced sample, and a batch and length that were not traced, must come out as the model has them."""
+    other = {name: value[1:, :UNTRACED_LENGTH] for name, value in captured.sample.items()}
+    for inputs in (captured.sample, other):
+        expected = model(**inputs)[0]
+        try:
+            found = Execution(captured.graph).outputs(inputs)[0]
+            same = found.shape == expected.shape and bool(
+                (found - expected).abs().max() <= CAPTURE_TOLERANCE * expected.abs().max()
+            )
+        except RuntimeError:  # a batch or a length that tracing took for a constant
+            same = False
+        if not same:
+            raise CaptureError(
+                f"the program captured from {type(model).__name__} does not compute what the model does on inputs of "
+                f"shape {tuple(inputs['input_ids'].shape)}: its forward pass depends on Python state or sizes"
+            )
 
 
 def export(

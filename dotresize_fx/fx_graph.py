@@ -112,7 +112,7 @@ class FxGraph(Graph):
         key = self._parameter_targets[value.name]
         found = self.program.state_dict.get(key)
         tensor: torch.Tensor = self.program.constants[key] if found is None else found
-        return tensor
+        return tensor.detach()
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None
@@ -284,12 +284,15 @@ class FxGraph(Graph):
         """Compute every node's shape anew, symbols included, after edits that changed widths."""
         if not self._shapes_stale:
             return
+        from torch._dispatch.python import enable_python_dispatcher
         from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
         placeholders = [n.meta["val"] for n in self.nodes.nodes if n.op == "placeholder"]
         mode = next(v.fake_mode for v in placeholders if isinstance(v, torch._subclasses.FakeTensor))
         self.program.graph_module.recompile()
-        FakeTensorProp(self.program.graph_module, mode).propagate_dont_convert_inputs(*placeholders)
+        # Without the dispatcher, older releases ask composite ops for sizes that are only symbols.
+        with enable_python_dispatcher():
+            FakeTensorProp(self.program.graph_module, mode).propagate_dont_convert_inputs(*placeholders)
         self._shapes_stale = False
         self.changed()
 

@@ -62,6 +62,7 @@ class RegionStatistics:
     gram: torch.Tensor
     reader_norm: torch.Tensor
     writer_gram: torch.Tensor | None = None
+    reader_weight: torch.Tensor | None = None
     samples: torch.Tensor | None = None
 
     @property

@@ -44,10 +44,16 @@ class Options:
         unknown = [kind for kind in self.regions if kind not in REGION_KINDS]
         if unknown or not self.regions:
             raise UsageError(f"--regions {','.join(self.regions)}: choose from {', '.join(REGION_KINDS)}")
+        if len(set(self.regions)) < len(self.regions):
+            raise UsageError(f"--regions {','.join(self.regions)}: names one twice")
         if self.method == "pca" and "ffn" in self.regions:
             raise UsageError("--method pca rotates, which an FFN does not allow: use it with --regions residual")
         if self.device not in DEVICES:
             raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
-        for name in ("multiple", "calibration_tokens", "sequence_length", "evaluation_tokens", "latency_length"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1")
+        # A sequence of one token has no next token to predict.
+        least = {"multiple": 1, "calibration_tokens": 1, "sequence_length": 2, "evaluation_tokens": 1}
+        for name, smallest in (least | {"latency_length": 1, "seed": 0}).items():
+            if getattr(self, name) < smallest:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {smallest}")
+        if self.seed >= 2**63:
+            raise UsageError(f"--seed is {self.seed}: it must be below 2**63")

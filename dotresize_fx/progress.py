@@ -36,7 +36,10 @@ class Progress:
         taken = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
         if not self.quiet:
-            print(f"{name:<42} {taken:8.1f} s", file=sys.stderr, flush=True)
+            try:
+                print(f"{name:<42} {taken:8.1f} s", file=sys.stderr, flush=True)
+            except OSError:  # its reader went away (`2>&1 | head`): the work goes on
+                self.quiet = True
 
     @staticmethod
     def _step(bar: tqdm[None]) -> None:

@@ -51,8 +51,14 @@ class Region:
     @property
     def description(self) -> str:
         """One phrase for people."""
-        between = f", {len(self.norms)} norms between" if self.norms else ""
-        return f"{self.kind} width {self.width}: {len(self.writers)} writers, {len(self.readers)} readers{between}"
+        parts = [counted(len(self.writers), "writer"), counted(len(self.readers), "reader")]
+        parts += [f"{counted(len(self.norms), 'norm')} between"] if self.norms else []
+        return f"{self.kind} width {self.width}: {', '.join(parts)}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 writer", "2 writers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class Sweep:
             tokens=read.tokens,
             gram=read.gram / read.tokens,
             reader_norm=graph.weight(reader).double().norm(dim=0),
+            reader_weight=graph.weight(reader).double(),
             writer_gram=writer_gram,
         )
         return statistics, outputs

@@ -63,21 +63,25 @@ def capture(model: torch.nn.Module) -> Captured:
     longest = int(getattr(text_config, "max_position_embeddings", None) or 2048)
     vocabulary = int(text_config.vocab_size)
     sample = sample_inputs(vocabulary)
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    length = torch.export.Dim("length", min=1, max=longest)
-    shapes = {name: {0: batch, 1: length} for name in sample}
-    export_config = OnnxConfig(dynamic=True, dynamic_shapes=shapes)
-    try:
-        with quiet_libraries():
-            _StoppedOnnxExporter().export(model, dict(sample), export_config)
-    except _Captured as captured:
-        return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary)
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}: {_what_it_said(error)} (only a model whose forward "
-            "pass takes any batch and length and does not branch on its data can be slimmed)"
-        ) from error
-    raise AssertionError("the exporter returned without a program")
+    named = torch.export.Dim("batch", min=1, max=LARGEST_BATCH), torch.export.Dim("length", min=1, max=longest)
+    # Older tracers cannot prove bounds of a named dimension that hold anyway; left to themselves they need not.
+    free = torch.export.Dim.AUTO, torch.export.Dim.AUTO
+    refusal: Exception | None = None
+    for batch, length in (named, free):
+        shapes = {name: {0: batch, 1: length} for name in sample}
+        try:
+            with quiet_libraries():
+                _StoppedOnnxExporter().export(model, dict(sample), OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+        except _Captured as captured:
+            return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary)
+        except Exception as error:
+            refusal = refusal or error
+            if "Constraints violated" not in str(error):
+                break
+    raise CaptureError(
+        f"torch.export cannot capture {type(model).__name__}: {_what_it_said(refusal or Exception())} (only a model "
+        "whose forward pass takes any batch and length and does not branch on its data can be slimmed)"
+    ) from refusal
 
 
 def _what_it_said(error: Exception) -> str:

@@ -5,6 +5,8 @@ transformers' ONNX exporter converts; it is given our program where it would hav
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,13 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
         exporter = _GivenProgramExporter(graph.program, captured)  # inside: it warns of versions when it is made
         exported = exporter.export(model, dict(captured.sample), OnnxConfig(dynamic=True))
     path = folder / ONNX_FILE
-    onnx_ir.save(exported.program, str(path), external_data=WEIGHTS_FILE)
+    try:
+        onnx_ir.save(exported.program, str(path), external_data=WEIGHTS_FILE)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy writes the arrays, and says of a full disk no more than that some elements did not go.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     return path
 
 

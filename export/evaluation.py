@@ -80,7 +80,16 @@ def evaluate(
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[float, int]:
-    """(perplexity, predicted tokens) of a model, or of an exported folder's ONNX in ONNX Runtime."""
+    """(perplexity, predicted tokens) of a model, or of an exported folder's ONNX in ONNX Runtime.
+
+    Raises:
+        UsageError: lengths that cannot be used, or what :func:`open_decoder` says.
+        TextError: the text cannot be used or is too short.
+    """
+    if sequence_length < 2:
+        raise UsageError(f"--sequence-length is {sequence_length}: it must be at least 2, to predict a next token")
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens is {tokens}: it must be at least 1")
     text = read_text(files)
     with progress.stage("load"):
         decoder = open_decoder(name, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from dotresize_fx.errors import OutputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Rust (safetensors, tokenizers) and C++ (protobuf, torch) report a full disk as text only.
-_FULL_TEXT = ("No space left on device", "Disk quota exceeded", "os error 28")
+_FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28")
 
 
 class OutputFolder:

@@ -53,7 +53,7 @@ def slim_graph(
     if "ffn" in options.regions:
         left = _block_weights(slimmed)
         ratio = max(0.0, 1 - (1 - options.ratio) * total / left)
-        regions = [r for r in find_regions(slimmed).of_kind(RegionKind.FFN) if not why_not_cut(slimmed, r)]
+        regions = _ffns(slimmed)
         units = {r.name: weights_per_unit(slimmed, r) for r in regions}
         widths = plan_widths(regions, units, left, ratio, multiple=options.multiple)
         sweep = Sweep(
@@ -71,6 +71,16 @@ def slim_graph(
                 step()
     slimmed.refresh_shapes()
     return slimmed, tuple(swept), notes
+
+
+def _ffns(graph: FxGraph) -> list[Region]:
+    """The FFNs that can be cut, in graph order."""
+    found = list(find_regions(graph).of_kind(RegionKind.FFN))
+    reasons = {region.name: why_not_cut(graph, region) for region in found}
+    if found and all(reasons.values()):
+        why = "; ".join(sorted(set(reasons.values())))
+        raise NothingToSlimError(f"none of the {len(found)} FFN widths found can be cut: {why}")
+    return [region for region in found if not reasons[region.name]]
 
 
 def _block_weights(graph: FxGraph) -> int:

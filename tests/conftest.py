@@ -20,9 +20,7 @@ from dotresize_fx.execution import Execution
 from dotresize_fx.export.capture import capture
 from dotresize_fx.fx_graph import FxGraph
 from dotresize_fx.graph import Kind, Op, Value
-from dotresize_fx.passes.drop_no_ops import DropNoOps
-from dotresize_fx.passes.recognise_linears import RecogniseLinears
-from dotresize_fx.passes.recognise_norms import RecogniseNorms
+from dotresize_fx.passes.canonicalise import canonicalise
 
 VOCAB = 300  # 256 bytes, three special tokens, and some that no text produces
 
@@ -98,24 +96,26 @@ def redraw_parameters(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module
 
 
 @pytest.fixture(scope="session")
-def redraw() -> Callable[..., torch.nn.Module]:
-    """``redraw(module, seed=0)``: see :func:`redraw_parameters`."""
-    return redraw_parameters
-
-
-@pytest.fixture(scope="session")
 def trace() -> Callable[..., FxGraph]:
-    """``trace(module, *shapes, dtype=float32, seed=0)``: the module, its parameters re-drawn, as a graph.
+    """``trace(forward, *shapes, dtype=float32, seed=0, **parts)``: a module made on the spot, as a graph.
 
-    A shape stands for one input of the module's ``forward``; its first dimension is dynamic.
+    ``forward(module, *inputs)`` finds ``parts`` (modules and parameters, re-drawn) on the module. A shape stands
+    for one input; its first dimension is dynamic.
     """
 
     def make(
-        module: torch.nn.Module, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
+        forward: Callable[..., Any],
+        *shapes: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **parts: torch.nn.Module | torch.nn.Parameter,
     ) -> FxGraph:
+        module = type("Traced", (torch.nn.Module,), {"forward": forward})()
+        for name, part in parts.items():
+            setattr(module, name, part)
+        redraw_parameters(module.eval(), seed)
         inputs = tuple(torch.ones(shape, dtype=dtype) for shape in shapes)
         batch = torch.export.Dim("batch", min=1, max=64)
-        module = redraw_parameters(module.eval(), seed)
         return FxGraph(torch.export.export(module, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs)))
 
     return make
@@ -136,7 +136,8 @@ def difference() -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], f
     """``difference(found, expected)``: max abs difference / max abs expected, the worst of several outputs."""
 
     def worst(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-        return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+        pairs = [(a.detach(), b.detach()) for a, b in zip(found, expected, strict=True)]
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
     return worst
 
@@ -214,8 +215,7 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
 def _captured(kind: str) -> tuple[Any, FxGraph]:
     model = make_tiny_model(kind)
     graph = capture(model).graph
-    for rewrite in (DropNoOps(), RecogniseLinears(), RecogniseNorms()):
-        rewrite(graph)
+    canonicalise(graph)
     return model, graph
 
 

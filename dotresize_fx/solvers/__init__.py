@@ -10,6 +10,7 @@ from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region
 from dotresize_fx.solvers.dotresize import solve_dotresize
 from dotresize_fx.solvers.magnitude import solve_magnitude
+from dotresize_fx.solvers.obs import solve_obs
 from dotresize_fx.solvers.pca import solve_pca
 
 Solver = Callable[[Region, RegionStatistics, int], RegionMap]
@@ -17,6 +18,7 @@ Solver = Callable[[Region, RegionStatistics, int], RegionMap]
 SOLVERS: dict[str, Solver] = {
     "dotresize": solve_dotresize,
     "magnitude": solve_magnitude,
+    "obs": solve_obs,
     "pca": solve_pca,
 }
 

@@ -15,11 +15,10 @@ import torch
 
 from dotresize_fx.fx_graph import FxGraph
 from dotresize_fx.graph import Kind
-from dotresize_fx.passes.centre_layer_norms import CentreLayerNorms
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears
-from dotresize_fx.passes.fold_norm_gains import FoldNormGains
 from dotresize_fx.passes.insert_maps import InsertMaps
+from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.region_map import RegionMap, random_admissible_map, random_wrong_map, selection
 from dotresize_fx.regions import Region, Symmetry
 
@@ -34,9 +33,8 @@ Apply = Callable[[FxGraph, Region, RegionMap], None]
 
 def prepare_stream(graph: FxGraph) -> None:
     """Gains folded and layer norms centred, so that rotations pass."""
-    for rewrite in (FoldNormGains, CentreLayerNorms):
-        for region in find_regions(graph).of_kind("residual"):
-            rewrite(region)(graph)
+    for region in find_regions(graph).of_kind("residual"):
+        open_stream(graph, region)
 
 
 def map_regions(graph: FxGraph, kinds: tuple[str, ...], draw: Draw, seed: int = 0) -> int:

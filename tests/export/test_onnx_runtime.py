@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
@@ -80,6 +81,18 @@ def model_path(tmp_path: Path) -> Path:
 
 def batch_of(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(batch * length).standard_normal((batch, length, 8)).astype(np.float32)
+
+
+def test_masked_positions_are_not_compared(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[b, l, 8] x, int64[b, l] mask) => (float[b, l, 8] y) '
+    onnx.save(onnx.parser.parse_model(text + "{ y = Identity(x) }"), tmp_path / "identity.onnx")
+    x = batch_of(2, 3)
+    mask = np.array([[1, 1, 1], [0, 1, 1]])
+    wrong = x.copy()
+    wrong[1, 0] += 1
+    cases = [({"x": x, "mask": mask}, [wrong])]
+    assert compare_outputs(tmp_path / "identity.onnx", cases, tmp_path).max_abs_difference == pytest.approx(1, rel=1e-6)
+    assert compare_outputs(tmp_path / "identity.onnx", cases, tmp_path, mask="mask").max_abs_difference == 0
 
 
 def test_comparison_of_equal_and_of_shifted_outputs(model_path: Path, tmp_path: Path) -> None:

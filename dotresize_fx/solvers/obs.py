@@ -1,0 +1,117 @@
+"""Second-order elimination: drop the neuron whose loss the others make good best, make it good, repeat.
+
+Structured optimal brain surgeon on a region's Gram matrix (Hassibi & Stork 1993, "Second order derivatives for
+network pruning"; by columns as in Kurtić et al. 2023, "ZipLM", equation 3): with H the Gram matrix of what the reader
+sees and W its weight, dropping column j and adjusting the others costs ||w_j||² / [H⁻¹]_jj of squared output error,
+and H⁻¹ and W of the rest follow by one elimination step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dotresize_fx.errors import UsageError
+from dotresize_fx.gram import RegionStatistics
+from dotresize_fx.region_map import RegionMap, selection
+from dotresize_fx.regions import Region, Symmetry
+
+# Relative to each neuron's own second moment, so that a few massive activations do not drown the others; it keeps
+# duplicate neurons, and the floor below dead ones, from making the inverse singular.
+DAMPING = 1e-4
+FLOOR = 1e-9
+# Neurons that are eliminated before the whole matrices are updated once, and the cheapest ones they are chosen from.
+BLOCK = 32
+CANDIDATES = 128
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """order: (m,) neurons in the order in which they went. error: (m,) squared output error a token after each.
+
+    Both end where ``eliminate`` was told to stop; float64, int64.
+    """
+
+    order: torch.Tensor
+    error: torch.Tensor
+
+
+def solve_obs(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
+    """Keep the ``width`` neurons that elimination leaves.
+
+    Raises:
+        UsageError: the region is not read by one linear behind a nonlinearity.
+    """
+    if region.symmetry is not Symmetry.PERMUTATION or statistics.reader_weight is None:
+        raise UsageError(f"obs eliminates neurons of an FFN; {region.name} is a {region.kind} width")
+    gone = eliminate(statistics.gram, statistics.reader_weight, region.width - width).order
+    kept = torch.ones(region.width, dtype=torch.bool, device=gone.device)
+    kept[gone] = False
+    down = selection(kept.nonzero().flatten(), region.width)
+    return RegionMap(down, down.T)
+
+
+def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Elimination:
+    """Eliminate ``count`` neurons, in blocks.
+
+    Within a block the steps are exact on the CANDIDATES neurons that are cheapest at its start; only then are the
+    whole matrices updated, so that n neurons cost n / BLOCK large products instead of n small ones.
+
+    gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
+    """
+    inverse = torch.linalg.inv(gram + torch.diag(damping(gram)))
+    weight = weight.clone()
+    alive = torch.arange(len(gram), device=gram.device)
+    order, errors = [], []
+    while count > 0:
+        cost = weight.square().sum(0) / inverse.diagonal()
+        step = min(BLOCK, count)
+        candidates = torch.argsort(cost, stable=True)[: max(CANDIDATES, step)]
+        chosen, error = _eliminate_few(inverse[candidates][:, candidates], weight[:, candidates], step)
+        block = candidates[chosen]
+        order.append(alive[block])
+        errors.append(error)
+        factor = torch.linalg.solve(inverse[block][:, block], inverse[block])
+        kept = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
+        kept[block] = False
+        weight = (weight - weight[:, block] @ factor)[:, kept]
+        inverse = (inverse - inverse[:, block] @ factor)[kept][:, kept]
+        alive = alive[kept]
+        count -= step
+    if not order:
+        return Elimination(alive[:0], gram.new_zeros(0))
+    return Elimination(torch.cat(order), torch.cat(errors).cumsum(0))
+
+
+def damping(gram: torch.Tensor) -> torch.Tensor:
+    """(n,) what is added to the diagonal of a Gram matrix before it is inverted."""
+    moments = gram.diagonal()
+    floor = FLOOR * moments.mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    return DAMPING * moments + floor
+
+
+def _eliminate_few(inverse: torch.Tensor, weight: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact steps on a small (m, m) inverse and (out, m) weight; (indices, added error of each step)."""
+    # Only inner products of the weight's columns matter, and the same elimination updates them.
+    products = weight.T @ weight
+    inverse = inverse.clone()
+    open_cost = torch.zeros(len(inverse), dtype=inverse.dtype, device=inverse.device)
+    chosen, errors = [], []
+    tiny = torch.finfo(inverse.dtype).tiny
+    for _ in range(count):
+        cost = products.diagonal().clamp_min(0) / inverse.diagonal().clamp_min(tiny) + open_cost
+        j = cost.argmin()
+        chosen.append(j)
+        errors.append(cost[j])
+        factor = inverse[j] / inverse[j, j]
+        column = products[:, j].clone()
+        products = (
+            products
+            - torch.outer(column, factor)
+            - torch.outer(factor, column)
+            + products[j, j] * torch.outer(factor, factor)
+        )
+        inverse = inverse - torch.outer(inverse[:, j], factor)
+        open_cost[j] = torch.inf
+    return torch.stack(chosen), torch.stack(errors)

@@ -1,0 +1,178 @@
+"""The main job from outside: what OUT holds, what the terminal says, and that the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+import dotresize_fx
+
+FILES = ["config.json", "model.onnx", "model.onnx.data", "report.html", "report.json"]
+FILES += ["tokenizer.json", "tokenizer_config.json"]
+
+Exported = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_out_holds_everything(exported: Exported, model_folder: Callable[[str], Path], kind: str) -> None:
+    out, ended = exported(kind)
+    assert ended.code == 0, ended.stderr
+    assert sorted(file.name for file in out.iterdir()) == FILES
+    assert [entry.name for entry in out.parent.iterdir() if entry.name.startswith(".")] == []
+    config = json.loads((out / "config.json").read_text())
+    assert config == json.loads((model_folder(kind) / "config.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("some text").input_ids == tokenizer_of(model_folder(kind))("some text").input_ids
+
+
+def tokenizer_of(folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callable[[str], Path], kind: str) -> None:
+    out, _ = exported(kind)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["schema_version"] == 1
+    assert report["seed"] == 0
+    assert report["options"]["ratio"] == 0.25
+    assert {"python", "torch", "transformers", "onnx", "onnxruntime"} <= set(report["packages"])
+    written = {file.name for file in out.iterdir()} - {"report.json", "report.html"}
+    assert report["outputs_sha256"] == {name: sha256(out / name) for name in written}
+    inputs = report["inputs_sha256"]
+    for name in ("config.json", "model.safetensors"):
+        assert inputs[name] == sha256(model_folder(kind) / name)
+    assert len(inputs["calibration text"]) == len(inputs["evaluation text"]) == 64
+    assert inputs["calibration text"] != inputs["evaluation text"]
+    dense, slim = report["figures"]["dense"], report["figures"]["slim"]
+    assert slim["file_bytes"] == sum((out / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    for figure in ("parameters", "block_linear_weights", "macs_per_token", "block_macs_per_token", "file_bytes"):
+        assert slim[figure] < dense[figure], figure
+    # The widths are on a grid of 8 here: one step of one of two FFNs of 64 is 4 % of the block weights at most.
+    assert report["summary"]["block_weights_removed"] == pytest.approx(0.25, abs=0.04)
+    assert report["summary"]["verified"] is True
+    assert report["figures"]["verification"]["max_abs_difference"] <= 1e-3
+    assert report["figures"]["verification"]["cases"] >= 3
+    assert slim["latency"]["runs"] >= 5
+    ffns = [region for region in report["regions"] if region["kind"] == "ffn"]
+    assert [region["width_before"] for region in ffns] == [64, 64]
+    assert all(region["width_after"] < 64 and region["method"] == "dotresize" for region in ffns)
+    model = transformers.AutoModel.from_pretrained(model_folder(kind))
+    weights = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {row["name"].removeprefix("model.") for row in report["linears"]} - {"lm_head"} == weights
+    assert all(row["roles"] or row["reason"] for row in report["linears"])
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_fidelity_fits_the_task(exported: Exported) -> None:
+    (decoder,) = json.loads((exported("llama")[0] / "report.json").read_text())["figures"]["fidelity"]
+    assert decoder["tokens"] == 16 * 31
+    assert decoder["dense_perplexity"] > 1
+    assert decoder["slim_perplexity"] != decoder["dense_perplexity"]
+    assert decoder["kl_to_dense"] > 0
+    assert 0 < decoder["top1_agreement"] < 1
+    (encoder,) = json.loads((exported("bert")[0] / "report.json").read_text())["figures"]["fidelity"]
+    assert 0.5 < encoder["mean_cosine"] < 1
+    assert encoder["count"] > 10
+
+
+def test_the_page_opens_offline(exported: Exported) -> None:
+    page = (exported("llama")[0] / "report.html").read_text(encoding="utf-8")
+    assert "model.layers.0.mlp" in page
+    assert "<svg" in page
+    assert re.findall(r"https?://|//[a-z0-9.-]+\.[a-z]{2,}/|@import|<script[^>]+src", page) == []
+    links = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'> ]+)", page)
+    assert [link for link in links if not link.startswith(("#", "data:"))] == []
+
+
+def test_the_terminal_shows_stages_and_one_table(exported: Exported) -> None:
+    out, ended = exported("llama")
+    stages = [re.match(r"(.+?) {2,}\d+\.\d s$", line) for line in ended.stderr.splitlines()]
+    assert all(stages), ended.stderr  # nothing of the libraries underneath gets through
+    assert [stage[1] for stage in stages if stage] == [
+        "load",
+        "capture",
+        "find regions",
+        "sweep",
+        "convert slim to ONNX",
+        "verify in ONNX Runtime",
+        "measure fidelity",
+        "convert dense to ONNX",
+        "measure latency",
+    ]
+    for figure in ("parameters", "block linear weights", "MACs per token", "file size", "perplexity", "top-1"):
+        assert figure in ended.stdout
+    for figure in ("KL to dense", "latency", "largest difference to slim program"):
+        assert figure in ended.stdout
+    assert str(out) in ended.stdout.splitlines()[-1]
+    assert max(map(len, ended.stdout.splitlines()[:-1])) <= 100
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_onnx_runs_on_any_batch_and_length(exported: Exported, kind: str) -> None:
+    """An opinion from outside: ONNX's checker and ONNX Runtime, with neither our session nor our program."""
+    out, _ = exported(kind)
+    onnx.checker.check_model(str(out / "model.onnx"))
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    assert {item.name for item in session.get_inputs()} == {"input_ids", "attention_mask"}
+    for rows, length in ((1, 1), (3, 7), (2, 64)):
+        ids = np.random.default_rng(0).integers(0, 300, (rows, length))
+        outputs = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        assert outputs[0].shape == (rows, length, 300 if kind == "llama" else 32)
+        assert np.isfinite(outputs[0]).all()
+
+
+def test_python_gives_the_same_bytes_as_the_command_line(
+    exported: Exported, model_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """The same input a second time: another process, another way in, the same bytes."""
+    result = dotresize_fx.slim(
+        model_folder("llama"),
+        ratio=0.25,
+        calibration=[text_file],
+        calibration_tokens=2048,
+        sequence_length=32,
+        evaluation_tokens=512,
+    )
+    report = result.save(tmp_path / "out")
+    assert report.figures.block_weights_removed == pytest.approx(0.25, abs=0.04)
+    out, _ = exported("llama")
+    for name in FILES:
+        if not name.startswith("report"):
+            assert sha256(tmp_path / "out" / name) == sha256(out / name), name
+    before = json.loads((out / "report.json").read_text())
+    assert report.to_json()["regions"] == before["regions"]
+
+
+def test_a_second_export_needs_force_and_replaces_whole(
+    tmp_path: Path, model_folder: Callable[[str], Path], few_tokens: list[str], here: Callable[..., Any]
+) -> None:
+    """On GPT-2, both kinds of region, with pre- and postconditions on; into folders that are not there yet."""
+    out = tmp_path / "new" / "parents" / "out"
+    command = ["export", model_folder("gpt2"), out, "--regions", "ffn,residual", "--check", "--quiet", *few_tokens]
+    first = here(*command)
+    assert (first.code, first.stderr) == (0, "")
+    (out / "left over").write_text("from an earlier version")
+    assert here(*command).code == 8
+    assert (out / "left over").exists()
+    again = here(*command, "--force", "--seed", 1, "--ratio", 0.1)
+    assert (again.code, again.stderr) == (0, "")
+    assert sorted(file.name for file in out.iterdir()) == FILES
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["seed"] == 1
+    assert {region["kind"] for region in report["regions"] if region["method"]} == {"ffn", "residual"}

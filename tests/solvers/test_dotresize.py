@@ -1,0 +1,130 @@
+"""dotresize: a basis of the transported span on a stream, anchored merging in an FFN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dotresize_fx.gram import RegionStatistics
+from dotresize_fx.regions import Region, RegionKind, Symmetry
+from dotresize_fx.solvers.dotresize import MERGE, solve_dotresize
+
+
+def stream(width: int) -> Region:
+    return Region("stream", RegionKind.RESIDUAL, Symmetry.ORTHOGONAL, width, ("w",), ("r",))
+
+
+def ffn(width: int) -> Region:
+    return Region("ffn", RegionKind.FFN, Symmetry.PERMUTATION, width, ("w",), ("r",))
+
+
+def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def statistics(x: torch.Tensor, written: torch.Tensor | None = None, *, samples: bool = False) -> RegionStatistics:
+    writer_gram = None if written is None else written.T @ written / len(written)
+    ones = torch.ones(x.shape[1], dtype=torch.float64)
+    return RegionStatistics(len(x), x.T @ x / len(x), ones, writer_gram, x if samples else None)
+
+
+# -- on a stream -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(n=st.integers(2, 10), data=st.data(), samples=st.booleans(), seed=st.integers(0, 99))
+def test_a_basis_is_orthonormal(n: int, data: st.DataObject, samples: bool, seed: int) -> None:
+    k = data.draw(st.integers(1, n))
+    found = solve_dotresize(stream(n), statistics(rows(30, n, seed), samples=samples), k)
+    # QR in float64.
+    torch.testing.assert_close(found.down.T @ found.down, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert found.up is not None
+    assert torch.equal(found.up, found.down.T)
+
+
+def test_a_stream_of_full_width_is_left_as_it_is() -> None:
+    found = solve_dotresize(stream(5), statistics(rows(30, 5)), 5)
+    assert torch.equal(found.down, torch.eye(5, dtype=torch.float64))
+
+
+def test_a_removed_twin_is_carried_by_the_channel_it_copies() -> None:
+    x = rows(60, 5)
+    x = torch.cat([x * 3, x[:, 2:3] * 2.9], 1)
+    found = solve_dotresize(stream(6), statistics(x, samples=True), 5)
+    # Row 5 of the basis: the removed channel; it must lean on channel 2's direction more than on any other.
+    similarity = (found.down[:5] @ found.down[5]).abs()
+    assert int(similarity.argmax()) == 2
+
+
+def test_equal_channels_still_give_a_basis() -> None:
+    x = rows(30, 1).expand(30, 6)
+    for samples in (False, True):
+        found = solve_dotresize(stream(6), statistics(x, samples=samples), 3)
+        torch.testing.assert_close(found.down.T @ found.down, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+# -- in an FFN -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(n=st.integers(2, 12), data=st.data(), seed=st.integers(0, 99))
+def test_merged_neurons_are_weighted_means_around_their_anchor(n: int, data: st.DataObject, seed: int) -> None:
+    k = data.draw(st.integers(1, n))
+    found = solve_dotresize(ffn(n), statistics(rows(40, n, seed), rows(40, n, seed + 1)), k)
+    down = found.down
+    assert down.shape == (n, k)
+    assert bool((down >= 0).all())
+    torch.testing.assert_close(down.sum(0), torch.ones(k, dtype=torch.float64), rtol=0, atol=1e-9)
+    anchors = down.argmax(0)
+    assert len(set(anchors.tolist())) == k
+    # An anchor goes into its own column only.
+    assert torch.equal((down[anchors] > 0).sum(1), torch.ones(k, dtype=torch.int64))
+
+
+def test_keeps_the_neurons_that_contribute_most() -> None:
+    x = rows(100, 4) * torch.tensor([1.0, 5.0, 2.0, 4.0], dtype=torch.float64)
+    reader_norm = torch.tensor([100.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    found = solve_dotresize(ffn(4), RegionStatistics(100, x.T @ x / 100, reader_norm), 2)
+    assert found.down.argmax(0).tolist() == [0, 1]
+
+
+def test_a_removed_neuron_goes_where_it_is_near() -> None:
+    written = rows(60, 4)
+    written = torch.cat([written, written[:, 1:2]], 1)
+    x = rows(60, 5, 1) * torch.tensor([3.0, 3.0, 3.0, 3.0, 0.5], dtype=torch.float64)
+    found = solve_dotresize(ffn(5), statistics(x, written), 4)
+    assert found.up is None  # merged neurons need their reader refitted
+    arriving = found.down[4]
+    assert int(arriving.argmax()) == 1
+    assert float(arriving[1] / arriving.sum()) > 0.99
+    norms = x.square().mean(0).sqrt()
+    share = MERGE * norms[4] / (norms[1] + MERGE * norms[4])
+    assert float(arriving[1]) == pytest.approx(float(share), rel=1e-2)
+
+
+def test_an_ffn_of_full_width_or_without_writers_in_common_is_a_selection() -> None:
+    x, written = rows(40, 6), rows(40, 6, 1)
+    full = solve_dotresize(ffn(6), statistics(x, written), 6)
+    assert torch.equal(full.down, torch.eye(6, dtype=torch.float64))
+    apart = solve_dotresize(ffn(6), statistics(x), 4)
+    assert apart.up is not None
+    assert torch.equal(apart.down.sum(1).sort().values, torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.float64))
+
+
+def test_dead_and_constant_neurons_give_finite_maps() -> None:
+    live = rows(40, 6)
+    dead = live.clone()
+    dead[:, 3:] = 0
+    for x in (dead, torch.zeros(40, 6, dtype=torch.float64), torch.ones(40, 6, dtype=torch.float64)):
+        for written in (live, torch.zeros(40, 6, dtype=torch.float64), torch.ones(40, 6, dtype=torch.float64)):
+            found = solve_dotresize(ffn(6), statistics(x, written), 4)
+            assert torch.isfinite(found.down).all()
+            assert bool((found.down.sum(0) > 0).all())
+
+
+def test_says_how_the_transport_went() -> None:
+    found = solve_dotresize(ffn(6), statistics(rows(40, 6), rows(40, 6, 1)), 4)
+    assert int(found.notes["sinkhorn iterations"]) >= 1
+    assert float(found.notes["marginal error"]) <= 1e-6

@@ -1,0 +1,114 @@
+"""The command line's own part: what it parses and prints, and which exit codes it knows. The rest is end_to_end/."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import dotresize_fx.errors
+from dotresize_fx.cli import INTERRUPTED, TERMINATED, _parser, main
+from dotresize_fx.errors import DotresizeError
+from dotresize_fx.options import Options
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"dotresize-fx {version('dotresize-fx')}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["eval"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*command, "--help") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "usage: dotresize-fx" in captured.out
+    for word in {"export": ("--ratio", "--force"), "eval": ("--text",), "inspect": ("MODEL",)}.get(
+        command[0] if command else "", ("export", "inspect", "eval")
+    ):
+        assert word in captured.out
+
+
+def test_a_mistake_is_one_line_and_names_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", "model", "out", "--ratio", "a lot") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "dotresize-fx: argument --ratio: invalid float value: 'a lot' (see `dotresize-fx export --help`)\n"
+    )
+
+
+def test_the_defaults_are_those_of_python() -> None:
+    parsed = _parser().parse_args(["export", "model", "out"])
+    for field in dataclasses.fields(Options):
+        if hasattr(parsed, field.name) and field.name not in ("regions", "calibration"):
+            assert getattr(parsed, field.name) == getattr(Options(), field.name), field.name
+    assert (tuple(parsed.regions.split(",")), tuple(parsed.calibration)) == (Options().regions, Options().calibration)
+
+
+def test_the_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    run("export", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for name in ("ratio", "method", "multiple", "calibration_tokens", "sequence_length", "evaluation_tokens"):
+        described = text.rpartition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
+        assert str(getattr(Options(), name)) in described, name
+
+
+def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:
+    kinds = [
+        kind
+        for _, kind in inspect.getmembers(dotresize_fx.errors, inspect.isclass)
+        if issubclass(kind, DotresizeError) and kind is not DotresizeError
+    ]
+    codes = [kind.exit_code for kind in kinds] + [0, DotresizeError.exit_code, INTERRUPTED, TERMINATED]
+    assert len(kinds) >= 11
+    assert len(set(codes)) == len(codes)
+    assert (INTERRUPTED, TERMINATED) == (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def test_help_and_mistakes_need_no_torch(tmp_path: Path) -> None:
+    script = "import sys, atexit; from dotresize_fx.cli import main\n"
+    script += "atexit.register(lambda: print({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
+    script += "main(sys.argv[1:])"
+    command = [sys.executable, "-P", "-c", script]
+    helped = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert helped.stdout.endswith("set()\n")
+    refused = subprocess.run([*command, "export"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "set()\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_finds_no_room(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "dotresize_fx", "--help"],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 8
+    assert ended.stderr == "dotresize-fx: the disk is full: free some space and run again\n"

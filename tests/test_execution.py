@@ -1,0 +1,111 @@
+"""Execution: the same results in pieces as at once, with nothing kept that is not needed any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from dotresize_fx.execution import Execution
+from dotresize_fx.fx_graph import FxGraph
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def graph(trace: Callable[..., FxGraph]) -> FxGraph:
+    """x -> linear -> relu -> linear_1 -> add(x, .), and relu as a second output."""
+    return trace(
+        lambda m, x: (x + m.down(h := torch.relu(m.up(x))), h), (2, 4), up=nn.Linear(4, 8), down=nn.Linear(8, 4)
+    )
+
+
+def test_agrees_with_the_exported_module(graph: FxGraph) -> None:
+    expected = graph.program.module()(X)
+    found = Execution(graph).outputs({"x": X})
+    assert len(found) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not any(value.requires_grad for value in found)
+
+
+@pytest.mark.parametrize("stops", [[4], [1, 4], [2, 3, 4], [1, 2, 3, 4], [0, 0, 2, 2, 4]])
+def test_pieces_make_the_whole(graph: FxGraph, stops: list[int]) -> None:
+    execution = Execution(graph)
+    expected = execution.outputs({"x": X})
+    environment, position = execution.start({"x": X}), 0
+    kept = {}
+    for stop in stops:
+        kept |= execution.run(environment, position, stop, keep=execution.results)
+        position = stop
+    assert [torch.equal(kept[node], value) for node, value in zip(execution.results, expected, strict=True)] == [
+        True,
+        True,
+    ]
+
+
+def test_only_what_is_needed_later_stays(graph: FxGraph) -> None:
+    execution = Execution(graph)
+    environment = execution.start({"x": X})
+    execution.run(environment, 0, 2)
+    assert {node.name for node in environment} == {"x", "relu"}
+    execution.run(environment, 2, 3)
+    assert {node.name for node in environment} == {"x", "relu", "linear_1"}
+    execution.run(environment, 3, 4)
+    assert {node.name for node in environment} == {"add", "relu"}
+
+
+def test_values_go_as_soon_as_they_were_used(trace: Callable[..., FxGraph]) -> None:
+    def chain(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(9):
+            x = torch.relu(x)
+        return x
+
+    class Watched(dict[torch.fx.Node, torch.Tensor]):
+        most = 0
+
+        def __setitem__(self, node: torch.fx.Node, value: torch.Tensor) -> None:
+            super().__setitem__(node, value)
+            self.most = max(self.most, len(self))
+
+    execution = Execution(trace(chain, (2, 4)))
+    environment = Watched(execution.start({"x": X}))
+    execution.run(environment, 0, 9)
+    assert environment.most == 2
+
+
+def test_keeps_values_that_were_computed_before(graph: FxGraph) -> None:
+    execution = Execution(graph)
+    environment = execution.start({"x": X})
+    relu = graph.node("relu")
+    execution.run(environment, 0, 2)
+    kept = execution.run(environment, 2, 4, keep=[relu, graph.node("x")])
+    assert torch.equal(kept[graph.node("x")], X)
+    assert kept[relu].shape == (3, 8)
+
+
+def test_stand_ins_for_parameters(graph: FxGraph) -> None:
+    execution = Execution(graph)
+    up = graph.op("linear")
+    assert up.weight is not None
+    assert up.bias is not None
+    stand_ins = {graph.node(up.weight.name): torch.zeros(8, 4), graph.node(up.bias.name): torch.ones(8)}
+    hidden = graph.node("relu")
+    scratch = execution.start({"x": X})
+    assert torch.equal(execution.run(scratch, 0, 2, keep=[hidden], parameters=stand_ins)[hidden], torch.ones(3, 8))
+    assert graph.weight(graph.op("linear")).abs().max() > 0
+
+
+def test_sees_weights_as_they_are_now(graph: FxGraph) -> None:
+    execution = Execution(graph)
+    graph.set_weight(graph.op("linear"), torch.zeros(8, 4))
+    graph.set_bias(graph.op("linear"), torch.ones(8))
+    assert torch.equal(execution.outputs({"x": X})[1], torch.ones(3, 8))
+
+
+def test_an_input_handed_through_is_an_output(trace: Callable[..., FxGraph]) -> None:
+    graph = trace(lambda m, x: torch.relu(x).clone(), (2, 4))
+    graph.bypass(graph.op("clone"))
+    graph.bypass(graph.op("relu"))
+    assert torch.equal(Execution(graph).outputs({"x": X})[0], X)

@@ -1,0 +1,109 @@
+"""Maps: random admissible ones are well conditioned and keep to their symmetry, wrong ones do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dotresize_fx.region_map import (
+    RegionMap,
+    random_admissible_map,
+    random_rotation,
+    random_wrong_map,
+    selection,
+)
+from dotresize_fx.regions import Region, RegionKind, Symmetry
+
+# Orthonormal to float64 rounding for the sizes drawn here.
+EXACT = 1e-12
+
+
+def region(symmetry: Symmetry, width: int, *, gate: bool = False, relu: bool = False) -> Region:
+    kind = RegionKind.RESIDUAL if symmetry is Symmetry.ORTHOGONAL else RegionKind.FFN
+    branch = ("up",) if gate else ()
+    return Region("r", kind, symmetry, width, ("gate", "up"), ("down",), linear_branch=branch, positive_scale=relu)
+
+
+REGIONS = {
+    "stream": lambda n: region(Symmetry.ORTHOGONAL, n),
+    "plain ffn": lambda n: region(Symmetry.PERMUTATION, n),
+    "gated ffn": lambda n: region(Symmetry.PERMUTATION, n, gate=True),
+    "relu ffn": lambda n: region(Symmetry.PERMUTATION, n, relu=True),
+}
+names_widths_seeds = given(name=st.sampled_from(sorted(REGIONS)), n=st.integers(1, 24), seed=st.integers(0, 999))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().max() <= EXACT)
+
+
+def test_a_selection_takes_its_support() -> None:
+    down = selection(torch.tensor([3, 0]), 4)
+    x = torch.tensor([[10.0, 11.0, 12.0, 13.0]], dtype=torch.float64)
+    assert torch.equal(x @ down, torch.tensor([[13.0, 10.0]], dtype=torch.float64))
+    assert RegionMap(down).width == 2
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@names_widths_seeds
+def test_admissible_maps_undo_themselves_and_are_well_conditioned(name: str, n: int, seed: int) -> None:
+    found = random_admissible_map(REGIONS[name](n), torch.Generator().manual_seed(seed))
+    assert found.width == n
+    assert found.up is not None
+    carried = found.down if found.branch_down is None else found.branch_down
+    assert close(carried @ found.up, torch.eye(n, dtype=torch.float64))
+    for matrix in (found.down, found.up, carried):
+        assert matrix.dtype is torch.float64
+        assert torch.linalg.cond(matrix) <= 4 + EXACT
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@names_widths_seeds
+def test_admissible_maps_keep_to_their_symmetry(name: str, n: int, seed: int) -> None:
+    found = random_admissible_map(REGIONS[name](n), torch.Generator().manual_seed(seed))
+    if name == "stream":
+        assert close(found.down.T @ found.down, torch.eye(n, dtype=torch.float64))
+        return
+    for matrix in (found.down, found.branch_down):
+        if matrix is not None:
+            assert torch.equal((matrix != 0).sum(0), torch.ones(n, dtype=torch.int64))
+            assert torch.equal((matrix != 0).sum(1), torch.ones(n, dtype=torch.int64))
+    assert (found.branch_down is not None) == (name == "gated ffn")
+    scales = found.down.sum(0)
+    if name == "relu ffn":
+        assert bool(((scales >= 0.5) & (scales <= 2)).all())
+    else:
+        assert close(scales, torch.ones(n, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_maps_are_drawn_from_the_generator(name: str) -> None:
+    first, again, other = (
+        random_admissible_map(REGIONS[name](16), torch.Generator().manual_seed(seed)).up for seed in (1, 1, 2)
+    )
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(name=st.sampled_from(sorted(REGIONS)), n=st.integers(3, 24), seed=st.integers(0, 999))
+def test_wrong_maps_are_invertible_and_leave_the_symmetry(name: str, n: int, seed: int) -> None:
+    wrong = random_wrong_map(REGIONS[name](n), torch.Generator().manual_seed(seed))
+    identity = torch.eye(n, dtype=torch.float64)
+    assert wrong.up is not None
+    assert close(wrong.down @ wrong.up, identity)
+    assert torch.linalg.cond(wrong.down) <= 4 + EXACT
+    if name == "stream":
+        assert not close(wrong.down.T @ wrong.down, identity)
+    else:
+        assert bool(((wrong.down.abs() > 1e-6).sum(0) > 1).any())
+
+
+def test_rotations_are_orthogonal() -> None:
+    rotation = random_rotation(16, torch.Generator().manual_seed(0))
+    assert close(rotation.T @ rotation, torch.eye(16, dtype=torch.float64))
