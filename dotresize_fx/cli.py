@@ -18,40 +18,80 @@ from dotresize_fx.errors import DotresizeError, OutputError, UsageError
 
 INTERRUPTED = 130
 TERMINATED = 143
+INTERRUPTION = "interrupted; nothing half-written was left behind"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, the error's own code, or 130 after Ctrl-C. No traceback for a user's mistake."""
-    signal.signal(signal.SIGTERM, _terminated)
+    stop = _Stop()
     try:
         try:
             options = _parser().parse_args(arguments)
-            options.run(options)
+            options.run(options, stop)
         finally:
+            if not _flushed(sys.stderr):
+                _silence(sys.stderr)
             sys.stdout.flush()  # here, where what goes wrong with it is still handled
     except DotresizeError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
+        _fail(INTERRUPTION, INTERRUPTED)
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if stop.code is not None:  # half an import, say
+            _fail(INTERRUPTION, stop.code)
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _silence(sys.stdout)
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"the disk is full{where}: free some space and run again", OutputError.exit_code)
+    finally:
+        stop.restore()
     raise SystemExit(0)
+
+
+class _Stop:
+    """Ctrl-C and SIGTERM, as exceptions that are not lost.
+
+    A library may swallow the exception that a signal raises (an import that it only tries, a callback from C): the
+    signal is remembered, and ``check``, which runs between the stages, raises again.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._arrived) for number in numbers}
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt, or SystemExit after SIGTERM, if a signal has arrived."""
+        if self.code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if self.code is not None:
+            raise SystemExit(self.code)
+
+    def restore(self) -> None:
+        """Put back the handlers that were there."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        self.code = 128 + number
+        self.check()
+
+
+def _flushed(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _silence(stream: TextIO) -> None:
     """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(TERMINATED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -118,7 +158,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.options import Options
 
     options = Options(
@@ -146,24 +186,26 @@ def _export(arguments: argparse.Namespace) -> None:
         options,
         force=arguments.force,
         trust_remote_code=arguments.trust_remote_code,
-        progress=Progress(quiet=arguments.quiet),
+        progress=Progress(quiet=arguments.quiet, check=stop.check),
     )
     print(terminal_table(report))
     print(f"\nwrote {arguments.out} (report.html shows all of it)")
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
+def _inspect(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.compiler import inspect
     from dotresize_fx.match_table import match_table
     from dotresize_fx.progress import Progress
 
     matches, reasons = inspect(
-        arguments.model, trust_remote_code=arguments.trust_remote_code, progress=Progress(quiet=arguments.quiet)
+        arguments.model,
+        trust_remote_code=arguments.trust_remote_code,
+        progress=Progress(quiet=arguments.quiet, check=stop.check),
     )
     print(match_table(matches, reasons))
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.export.evaluation import evaluate
     from dotresize_fx.progress import Progress
 
@@ -173,6 +215,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         sequence_length=arguments.sequence_length,
         tokens=arguments.tokens,
         trust_remote_code=arguments.trust_remote_code,
-        progress=Progress(quiet=arguments.quiet),
+        progress=Progress(quiet=arguments.quiet, check=stop.check),
     )
     print(f"perplexity {value:.4f} over {tokens} tokens")

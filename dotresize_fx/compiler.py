@@ -169,9 +169,10 @@ def _compare_capture(model: torch.nn.Module, captured: Captured) -> None:
         except RuntimeError:  # a batch or a length that tracing took for a constant
             same = False
         if not same:
+            why = f"torch.export said: {captured.doubt}" if captured.doubt else "it depends on Python state or sizes"
             raise CaptureError(
-                f"the program captured from {type(model).__name__} does not compute what the model does on inputs of "
-                f"shape {tuple(inputs['input_ids'].shape)}: its forward pass depends on Python state or sizes"
+                f"the program captured from {type(model).__name__} does not compute what the model's forward pass "
+                f"does on inputs of shape {tuple(inputs['input_ids'].shape)}: {why}"
             )
 
 

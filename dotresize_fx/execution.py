@@ -64,17 +64,6 @@ class Execution:
         Values that no node from ``stop`` on needs are dropped from the environment as soon as they were used.
         ``parameters`` stand in for the program's own where given.
         """
-        return self.run_with_gradients(environment, start, stop, keep, parameters)
-
-    def run_with_gradients(
-        self,
-        environment: Environment,
-        start: int,
-        stop: int,
-        keep: Iterable[torch.fx.Node] = (),
-        parameters: Mapping[torch.fx.Node, torch.Tensor] | None = None,
-    ) -> dict[torch.fx.Node, Any]:
-        """:meth:`run`, recording for a backward pass what is derived from values that ask for gradients."""
         wanted = set(keep)
         kept = {node: environment[node] for node in wanted & environment.keys()}
         given = parameters or {}

@@ -140,7 +140,6 @@ class FxGraph(Graph):
     def _set_parameter(self, ops: list[Op], value: Value, tensor: torch.Tensor) -> None:
         """Store ``tensor`` for ``value``; users other than ``ops`` keep the old tensor."""
         others = [op for op in self.users(value) if op not in ops]
-        old = self.node(value.name)
         same = [op for op in ops if value in (op.weight, op.bias)]
         if others or len(same) != len(ops):
             new = self.add_parameter(self.parameter_name(value), tensor)
@@ -149,12 +148,15 @@ class FxGraph(Graph):
                 assert mine is not None
                 self.node(op.name).replace_input_with(self.node(mine.name), new)
         else:
-            key = self._parameter_targets[value.name]
-            store = self.program.state_dict if key in self.program.state_dict else self.program.constants
-            store[key] = _as_parameter(tensor)
-            old.meta["val"] = _fake_like(old, tuple(tensor.shape))
+            self._store(value, tensor)
         self._shapes_stale = True
         self.changed()
+
+    def _store(self, value: Value, tensor: torch.Tensor) -> None:
+        key, node = self._parameter_targets[value.name], self.node(value.name)
+        store = self.program.state_dict if key in self.program.state_dict else self.program.constants
+        store[key] = _as_parameter(tensor)
+        node.meta["val"] = _fake_like(node, tuple(tensor.shape))
 
     def add_parameter(self, name: str, tensor: torch.Tensor) -> torch.fx.Node:
         """A new placeholder and state-dict entry; ``name`` is made unique."""
@@ -228,8 +230,14 @@ class FxGraph(Graph):
         node, start = self.node(last.name), self.node(source.name)
         arguments: Any = self.node(like.name).args
         bias, _, weight = arguments
-        transposed = self.parameter(self._value(weight)).t()
-        stored = self.add_parameter(self.parameter_name(self._value(weight)), transposed)
+        value = self._value(weight)
+        transposed = self.parameter(value).t()
+        if len(weight.users) == 1 and len(self.node(like.name).users) == 1:
+            # Only the product that goes reads it: the transposed weight keeps the model's name for it.
+            stored = weight
+            self._store(value, transposed)
+        else:
+            stored = self.add_parameter(self.parameter_name(value), transposed)
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(aten.linear.default, (start, stored, bias))
         self._replace(node, new)

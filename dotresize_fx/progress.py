@@ -11,15 +11,20 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Times stages; ``seconds`` maps each stage's name to what it took, in order. Quiet ones only time."""
+    """Times stages; ``seconds`` maps each stage's name to what it took, in order. Quiet ones only time.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    ``check`` runs before and after every stage and step, and may raise to end the work there.
+    """
+
+    def __init__(self, *, quiet: bool = False, check: Callable[[], None] = lambda: None) -> None:
         self.quiet = quiet
+        self.check = check
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str, steps: int = 0) -> Iterator[Callable[[], None]]:
         """Time a stage; yields what to call after each of its ``steps``."""
+        self.check()
         started = time.perf_counter()
         bar = tqdm(
             total=steps or None,
@@ -33,6 +38,7 @@ class Progress:
             yield lambda: self._step(bar)
         finally:
             bar.close()
+        self.check()
         taken = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
         if not self.quiet:
@@ -41,6 +47,6 @@ class Progress:
             except OSError:  # its reader went away (`2>&1 | head`): the work goes on
                 self.quiet = True
 
-    @staticmethod
-    def _step(bar: tqdm[None]) -> None:
+    def _step(self, bar: tqdm[None]) -> None:
         bar.update(1)
+        self.check()

@@ -121,7 +121,8 @@ class Sweep:
             values = execution.run(
                 scratch, self.slim.position, execution.index[target] + 1, keep=[hidden, output, entry, target]
             )
-            wanted[i] = wanted[i] - values[target] + values[output]
+            # Some models run a sublayer with batch and length joined and part them behind the addition.
+            wanted[i] = (wanted[i] - values[target]).reshape_as(values[output]) + values[output]
             outputs.append(values[output])
             if i in self.measuring:
                 continue

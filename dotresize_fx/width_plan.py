@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from math import floor
 
@@ -35,62 +34,6 @@ def _too_much(ratio: float, held: float, most: float) -> str:
         f"--ratio {ratio} would make a region vanish: the chosen regions hold {held:.0%} of the block "
         f"weights and give up at most {floor(most * 100) / 100}; choose a lower ratio or more --regions"
     )
-
-
-def allocate_widths(
-    regions: Sequence[Region],
-    curves: Mapping[str, Sequence[float]],
-    weights_per_unit: Mapping[str, int],
-    total: int,
-    ratio: float,
-    *,
-    multiple: int = MULTIPLE,
-) -> dict[str, int]:
-    """Region name -> width, so that ``ratio`` of ``total`` goes at the least predicted harm.
-
-    curves: region name -> predicted harm after cutting 0, 1, ... units; no width falls below what its curve covers.
-    Each curve is taken at the widths of the region's grid and made convex from below; then the next piece that is
-    cheapest, harm per weight, is cut until enough is gone: optimal for the convex curves up to the last piece.
-
-    Raises:
-        NothingToSlimError: there is no region, or the curves cover too little for the ratio.
-    """
-    if not regions:
-        raise NothingToSlimError(NO_REGION)
-    pieces: list[tuple[float, str, int]] = []
-    for region in regions:
-        step, n = grid(region.width, multiple), region.width
-        lowest = n - len(curves[region.name]) + 1
-        widths = [n, *(w for w in range((n - 1) // step * step, 0, -step) if w >= lowest)]
-        hull = _lower_hull([(n - w, float(curves[region.name][n - w])) for w in widths])
-        for (cut, harm), (further, more) in itertools.pairwise(hull):
-            slope = (more - harm) / ((further - cut) * weights_per_unit[region.name])
-            pieces.extend((slope, region.name, w) for w in widths if cut < n - w <= further)
-    planned = {region.name: region.width for region in regions}
-    wanted, removed = ratio * total, 0
-    for _, name, width in sorted(pieces, key=lambda piece: (piece[0], piece[1], -piece[2])):
-        gain = (planned[name] - width) * weights_per_unit[name]
-        if removed + gain / 2 > wanted:
-            return planned
-        planned[name] = width
-        removed += gain
-    if removed < wanted:
-        held = sum(region.width * weights_per_unit[region.name] for region in regions)
-        raise NothingToSlimError(_too_much(ratio, held / total, removed / total))
-    return planned
-
-
-def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points of the lower convex hull, left to right (Andrew's monotone chain)."""
-    hull: list[tuple[int, float]] = []
-    for x, y in points:
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull
 
 
 def plan_widths(

@@ -33,7 +33,8 @@ _SOURCE_LINE = re.compile(r'File "(.+)", line (\d+)')
 class Captured:
     """A captured model: the editable graph, the sample it was traced with, and what converting it needs.
 
-    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids.
+    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids. ``doubt`` is what
+    torch.export said against a free batch and length, if it did: such a program may hold for the sample's shape only.
     """
 
     graph: FxGraph
@@ -41,6 +42,7 @@ class Captured:
     metadata: Any
     longest: int
     vocabulary: int
+    doubt: str = ""
 
 
 def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
@@ -73,7 +75,8 @@ def capture(model: torch.nn.Module) -> Captured:
             with quiet_libraries():
                 _StoppedOnnxExporter().export(model, dict(sample), OnnxConfig(dynamic=True, dynamic_shapes=shapes))
         except _Captured as captured:
-            return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary)
+            doubt = "" if refusal is None else _what_it_said(refusal)
+            return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary, doubt)
         except Exception as error:
             refusal = refusal or error
             if "Constraints violated" not in str(error):

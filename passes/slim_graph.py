@@ -53,7 +53,8 @@ def slim_graph(
     if "ffn" in options.regions:
         left = _block_weights(slimmed)
         ratio = max(0.0, 1 - (1 - options.ratio) * total / left)
-        regions = _ffns(slimmed)
+        regions, beside = _ffns(slimmed)
+        notes += beside
         units = {r.name: weights_per_unit(slimmed, r) for r in regions}
         widths = plan_widths(regions, units, left, ratio, multiple=options.multiple)
         sweep = Sweep(
@@ -73,14 +74,23 @@ def slim_graph(
     return slimmed, tuple(swept), notes
 
 
-def _ffns(graph: FxGraph) -> list[Region]:
-    """The FFNs that can be cut, in graph order."""
+def _ffns(graph: FxGraph) -> tuple[list[Region], tuple[str, ...]]:
+    """The FFNs that the sweep can take one after another, in graph order, and what was left for that reason."""
     found = list(find_regions(graph).of_kind(RegionKind.FFN))
     reasons = {region.name: why_not_cut(graph, region) for region in found}
     if found and all(reasons.values()):
         why = "; ".join(sorted(set(reasons.values())))
         raise NothingToSlimError(f"none of the {len(found)} FFN widths found can be cut: {why}")
-    return [region for region in found if not reasons[region.name]]
+    chosen: list[Region] = []
+    beside: list[str] = []
+    reached = -1
+    for region in (region for region in found if not reasons[region.name]):
+        if graph.positions[region.writers[0]] > reached:
+            chosen.append(region)
+            reached = graph.positions[region.target]
+        else:
+            beside.append(f"{region.name}: left alone, it runs beside {chosen[-1].name} and adds to the same sum")
+    return chosen, tuple(beside)
 
 
 def _block_weights(graph: FxGraph) -> int:

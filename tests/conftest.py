@@ -21,6 +21,7 @@ from dotresize_fx.export.capture import capture
 from dotresize_fx.fx_graph import FxGraph
 from dotresize_fx.graph import Kind, Op, Value
 from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.prove_exactness import redraw_parameters
 
 VOCAB = 300  # 256 bytes, three special tokens, and some that no text produces
 
@@ -75,24 +76,6 @@ def save_tiny_model(tiny_tokenizer: Callable[[Path], Any]) -> Callable[..., Path
 
 
 # -- small graphs ----------------------------------------------------------------------------------
-
-
-def redraw_parameters(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Draw every parameter anew: default initialisation hides a forgotten gain or bias.
-
-    Gains (weights of one dimension) from 0.5 to 1.5, biases normal with deviation 0.3, matrices normal with
-    deviation 1/sqrt(columns), so that no part of the model is too small to be noticed.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.3, generator=generator)
-            elif parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,13 +17,6 @@ import dotresize_fx.errors
 from dotresize_fx.cli import INTERRUPTED, TERMINATED, _parser, main
 from dotresize_fx.errors import DotresizeError
 from dotresize_fx.options import Options
-
-
-@pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def run(*arguments: str) -> int:
@@ -101,10 +94,12 @@ def test_help_and_mistakes_need_no_torch(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_finds_no_room(tmp_path: Path) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
             [sys.executable, "-P", "-m", "dotresize_fx", "--help"],
             cwd=tmp_path,
+            env=buffered,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -112,3 +107,39 @@ def test_output_that_finds_no_room(tmp_path: Path) -> None:
         )
     assert ended.returncode == 8
     assert ended.stderr == "dotresize-fx: the disk is full: free some space and run again\n"
+
+
+SWALLOWS = """
+import os, signal, sys
+from dotresize_fx import cli, compiler
+
+def load_model(name, **options):
+    try:
+        os.kill(os.getpid(), int(name))
+    except BaseException:
+        pass
+
+compiler.load_model = load_model  # a library that swallows whatever is raised in it
+cli.main(["inspect", sys.argv[1], "--quiet"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of another kind")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_swallows(tmp_path: Path, number: int) -> None:
+    """The command ends behind the stage all the same, before what the stage did not do can fail."""
+    command = [sys.executable, "-P", "-c", SWALLOWS, str(int(number))]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits that it is ignored
+    try:
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (ended.returncode, ended.stdout) == (128 + number, "")
+    assert "Traceback" not in ended.stderr
+
+
+def test_signals_are_handled_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    run("--version")
+    assert [signal.getsignal(number) for number in numbers] == before

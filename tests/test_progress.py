@@ -87,3 +87,21 @@ def test_work_goes_on_when_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None
             pass
     assert progress.quiet
     assert list(progress.seconds) == ["load", "capture"]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_a_check_may_end_the_work(stop_at: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a stage, after each of two steps, and behind it."""
+    calls: list[str] = []
+
+    def check() -> None:
+        calls.append("check")
+        if calls.count("check") == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Progress(check=check).stage("sweep", 2) as step:
+        for _ in range(2):
+            calls.append("work")
+            step()
+    assert calls.count("work") == min(stop_at - 1, 2)
+    assert capsys.readouterr().err == ""

@@ -16,37 +16,13 @@ import torch
 from dotresize_fx.fx_graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.fold_linears import FoldLinears
-from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
+from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions
 from dotresize_fx.region_map import RegionMap, random_admissible_map, random_wrong_map, selection
 from dotresize_fx.regions import Region, Symmetry
 
-BOUND = 1e-5
-BROKEN = 100 * BOUND
 PRE_NORM = ["llama", "gpt2", "qwen2", "opt"]
 TIED = ["llama", "gpt2", "opt"]
-
-Draw = Callable[[Region, torch.Generator], RegionMap]
-Apply = Callable[[FxGraph, Region, RegionMap], None]
-
-
-def prepare_stream(graph: FxGraph) -> None:
-    """Gains folded and layer norms centred, so that rotations pass."""
-    for region in find_regions(graph).of_kind("residual"):
-        open_stream(graph, region)
-
-
-def map_regions(graph: FxGraph, kinds: tuple[str, ...], draw: Draw, seed: int = 0) -> int:
-    """Insert and fold a map into every region of these kinds; returns how many there were."""
-    generator = torch.Generator().manual_seed(seed)
-    regions = list(find_regions(graph).of_kind(*kinds))
-    for region in regions:
-        insert = InsertMaps(region, draw(region, generator))
-        insert(graph)
-        FoldLinears(insert.downs, insert.ups)(graph)
-    graph.refresh_shapes()
-    return len(regions)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +50,8 @@ def error(
 def test_admissible_maps_change_nothing(tiny_graph: Any, error: Any, kind: str) -> None:
     model, graph = tiny_graph(kind)
     assert error(model, graph) <= BOUND
-    prepare_stream(graph)
+    for region in find_regions(graph).of_kind("residual"):
+        open_stream(graph, region)
     assert error(model, graph) <= BOUND
     assert map_regions(graph, ("ffn",), random_admissible_map) == 2
     assert map_regions(graph, ("residual",), random_admissible_map) == 1
@@ -97,7 +74,6 @@ def test_a_rotation_breaks_an_ffn(tiny_graph: Any, error: Any, kind: str) -> Non
 @pytest.mark.parametrize("kind", PRE_NORM)
 def test_an_uneven_scaling_breaks_a_stream(tiny_graph: Any, error: Any, kind: str) -> None:
     model, graph = tiny_graph(kind)
-    prepare_stream(graph)
     map_regions(graph, ("residual",), random_wrong_map)
     assert error(model, graph) >= BROKEN
 
@@ -153,7 +129,6 @@ def test_the_stream_of_a_post_norm_model_is_refused(tiny_graph: Any) -> None:
 @pytest.mark.parametrize("kind", TIED)
 def test_tied_tables_stay_one_parameter(tiny_graph: Any, kind: str) -> None:
     _, graph = tiny_graph(kind)
-    prepare_stream(graph)
     map_regions(graph, ("ffn", "residual"), random_admissible_map)
     table = next(op for op in graph.ops if op.kind is Kind.EMBEDDING)
     head = [op for op in graph.ops if op.kind is Kind.LINEAR][-1]
@@ -165,7 +140,8 @@ def test_tied_tables_stay_one_parameter(tiny_graph: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
 def test_nothing_inserted_is_left(tiny_graph: Any, kind: str) -> None:
     _, graph = tiny_graph(kind)
-    prepare_stream(graph)
+    for region in find_regions(graph).of_kind("residual"):
+        open_stream(graph, region)
     before = [(op.name, op.kind) for op in graph.ops]
     weights = sum(tensor.numel() for tensor in graph.program.state_dict.values())
     map_regions(graph, ("ffn", "residual"), random_admissible_map)

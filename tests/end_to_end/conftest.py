@@ -5,14 +5,13 @@ Models, texts and finished exports are made once a run and never written to by a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,9 @@ class Ended:
 
 
 def environment() -> dict[str, str]:
-    """This process's, but no source folder may shadow the installed package."""
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
+    """This process's, but no source folder may shadow the installed package, and streams are buffered as usual."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**kept, "PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 @pytest.fixture(scope="session")
@@ -153,9 +153,8 @@ def cli(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def here(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ended]]:
+def here(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """``here(*arguments)``: the command line in this process, which saves the start of another one."""
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Ended:
         capfd.readouterr()
@@ -164,9 +163,7 @@ def here(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Ended]]:
         assert isinstance(ended.value.code, int)
         return Ended(ended.value.code, *capfd.readouterr())
 
-    yield run
-    with contextlib.suppress(TypeError):
-        signal.signal(signal.SIGTERM, before)
+    return run
 
 
 @dataclass

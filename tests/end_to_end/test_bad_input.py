@@ -140,7 +140,8 @@ def test_a_model_without_tokenizer(export: Refused, copied: Path) -> None:
 def test_a_model_that_torch_export_refuses(export: Refused, refused: Refused, model_folder: Folder) -> None:
     """Funnel computes with the length as a number, so a program of it would serve one length only."""
     said = export(5, model_folder("funnel"))
-    assert "torch.export cannot capture FunnelModel: Constraints violated (length)!" in said
+    assert "FunnelModel" in said
+    assert "Constraints violated (length)!" in said
     assert "your code specialized it to be a constant" in said  # the words of torch
     refused(5, "inspect", model_folder("funnel"), "--quiet")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.progress import Progress
 
-# Widths that nothing else in the model has: heads take 4 x 8, the vocabulary is 97, positions go to 64.
-STREAM, FFN = 40, 72
+# Widths that nothing else in the model has: heads take 4 x 8, positions go to 64. The vocabulary makes the tied table
+# larger than what the converter folds: a transposed copy of a smaller one would be stored beside it.
+STREAM, FFN, VOCABULARY = 40, 72, 300
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Emitted:
 @pytest.fixture(scope="module")
 def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_batch: Callable[..., Any]) -> Emitted:
     config = transformers.LlamaConfig(
-        vocab_size=97,
+        vocab_size=VOCABULARY,
         hidden_size=STREAM,
         intermediate_size=FFN,
         num_hidden_layers=2,
@@ -156,11 +158,8 @@ def test_onnx_runtime_computes_what_the_program_does(
         expected = Execution(graph).outputs(batch)[0].numpy()
         # Two float32 implementations of one function; logits are of size 1.
         assert np.abs(found - expected)[real].max() <= 1e-4
-    assert np.abs(found - _slim_logits(emitted, batch))[real].max() > 1e-2  # the slim model is another function
-
-
-def _slim_logits(emitted: Emitted, batch: Any) -> Any:
-    return Execution(emitted.slim).outputs(batch)[0].numpy()
+    slim = Execution(emitted.slim).outputs(batch)[0].numpy()
+    assert np.abs(found - slim)[real].max() > 1e-2  # the last of both was the dense one: another function
 
 
 def test_nothing_is_said(emitted: Emitted, tiny_model: Any, tmp_path: Path, capfd: Any, caplog: Any) -> None:
@@ -171,4 +170,4 @@ def test_nothing_is_said(emitted: Emitted, tiny_model: Any, tmp_path: Path, capf
     caplog.clear()
     emit_onnx(model, captured, captured.graph, tmp_path)
     assert capfd.readouterr() == ("", "")
-    assert caplog.records == []
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO] == []
