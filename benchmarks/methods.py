@@ -1,7 +1,7 @@
 """Methods side by side on one model: perplexity on text of the same sources as the calibration, and on others.
 
-    python benchmarks/methods.py --text-dir DIR                        # smollm2-135m, 20 % off its FFNs
-    python benchmarks/methods.py --text-dir DIR --regions residual --ratio 0.1 --method dotresize pca magnitude
+    python benchmarks/methods.py --text-dir DIR                                # smollm2-135m, 20 % off its FFNs
+    python benchmarks/methods.py --text-dir DIR --cut ffn:0.2 ffn:0.3 residual:0.1 --length 1024
 
 DIR holds English text, UTF-8, plain or xz-compressed: ``calibration-*.txt[.xz]`` (the first 80 % of each calibrates,
 the last 20 % is measured: *same source*) and ``heldout-*.txt[.xz]`` (measured only: *other source*). Everything is
@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import lzma
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from dotresize_fx.compiler import analyse
+from dotresize_fx.compiler import analyse, compute_device
 from dotresize_fx.cost import count_cost
 from dotresize_fx.execution import Execution
 from dotresize_fx.export.model_source import load_model
@@ -32,6 +31,11 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.text import split_text, token_batches
 
 Batches = list[Mapping[str, torch.Tensor]]
+METHODS = {
+    "ffn": ("magnitude", "dotresize", "obs"),
+    "residual": ("magnitude", "dotresize", "pca"),
+    "ffn,residual": ("magnitude", "dotresize"),
+}
 
 
 def read(file: Path) -> str:
@@ -45,6 +49,11 @@ def batches(text: str, tokenizer: object, length: int, tokens: int, batch: int) 
     count = max(2, round(tokens / length))
     found = token_batches(text, tokenizer, length=length, count=count, batch=batch)  # type: ignore[arg-type]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in found]
+
+
+def to_device(batch: Mapping[str, torch.Tensor], device: str) -> Mapping[str, torch.Tensor]:
+    """The same inputs there."""
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def measure(dense: FxGraph, slim: FxGraph, texts: Mapping[str, Batches]) -> dict[str, DecoderComparison]:
@@ -65,9 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text-dir", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--method", nargs="+", default=["magnitude", "dotresize"])
-    parser.add_argument("--regions", default="ffn")
-    parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument("--cut", nargs="+", default=["ffn:0.2"], metavar="REGIONS:RATIO")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--calibration-tokens", type=int, default=24_576)
     parser.add_argument("--tokens-per-text", type=int, default=4_096)
@@ -79,6 +87,7 @@ def main() -> None:
     print("| text | characters | SHA-256 of the text |\n|---|---|---|")
     for name, text in {**sources, **others}.items():
         print(f"| {name} | {len(text)} | {hashlib.sha256(text.encode()).hexdigest()} |")
+    device = compute_device(Options(device=options.device))
     calibrating: Batches = []
     measured: dict[str, Batches] = {}
     for name, text in sources.items():
@@ -93,27 +102,29 @@ def main() -> None:
     _, dense, matches = analyse(loaded, progress)
     before = count_cost(dense, options.length)
     tokens = sum(batch["input_ids"].numel() for batch in calibrating)
-    print(
-        f"\n{loaded.source}; {options.regions}, ratio {options.ratio}, {tokens} calibration tokens of {options.length}"
-    )
+    print(f"\n{loaded.source}; {tokens} calibration tokens in sequences of {options.length}, on {device}")
     print(f"parameters {before.parameters}, block linear weights {before.block_linear_weights}\n")
     columns = [*measured, "same source", "other source", "weights off", "parameters", "seconds"]
-    print(f"| method | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for method in options.method:
-        chosen = Options(ratio=options.ratio, regions=tuple(options.regions.split(",")), method=method)
-        started = time.perf_counter()
-        slim, _, _ = slim_graph(dense, matches, calibrating, chosen, progress, None)
-        seconds = time.perf_counter() - started
-        found = measure(dense, slim, measured)
-        after = count_cost(slim, options.length)
-        if method == options.method[0]:
-            print(f"| dense | {' | '.join(f'{found[n].dense_perplexity:.2f}' for n in measured)} |" + " |" * 5)
-        off = 1 - after.block_linear_weights / before.block_linear_weights
-        cells = [f"{found[name].slim_perplexity:.2f}" for name in measured]
-        cells += [f"**{mean_excess(found, list(names)):.3f}**" if names else "" for names in (sources, others)]
-        cells += [f"{off:.2%}", f"{after.parameters / before.parameters - 1:+.2%}", f"{seconds:.0f}"]
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
-        assert math.isfinite(mean_excess(found, list(measured)))
+    print(f"| cut | method | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    dense.to(device)
+    calibrating = [to_device(batch, device) for batch in calibrating]
+    measured = {name: [to_device(batch, device) for batch in text] for name, text in measured.items()}
+    found = measure(dense, dense, measured)
+    print(f"| | dense | {' | '.join(f'{found[n].dense_perplexity:.2f}' for n in measured)} |" + " |" * 5)
+    for cut in options.cut:
+        regions, ratio = cut.split(":")
+        for method in METHODS[regions]:
+            chosen = Options(ratio=float(ratio), regions=tuple(regions.split(",")), method=method)
+            started = time.perf_counter()
+            slim, _, _ = slim_graph(dense, matches, calibrating, chosen, Progress(quiet=True), None)
+            seconds = time.perf_counter() - started
+            found = measure(dense, slim, measured)
+            after = count_cost(slim, options.length)
+            off = 1 - after.block_linear_weights / before.block_linear_weights
+            cells = [f"{found[name].slim_perplexity:.2f}" for name in measured]
+            cells += [f"**{mean_excess(found, list(names)):.3f}**" if names else "" for names in (sources, others)]
+            cells += [f"{off:.2%}", f"{after.parameters / before.parameters - 1:+.2%}", f"{seconds:.0f}"]
+            print(f"| {cut} | {method} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

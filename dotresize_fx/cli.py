@@ -32,22 +32,22 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if not _flushed(sys.stderr):
                 _silence(sys.stderr)
             sys.stdout.flush()  # here, where what goes wrong with it is still handled
-    except DotresizeError as error:
-        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail(INTERRUPTION, INTERRUPTED)
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except Exception as error:
-        if stop.code is not None:  # half an import, say
+        if stop.code is not None:  # what a signal broke off has failed: half an import, say
             _fail(INTERRUPTION, stop.code)
+        if isinstance(error, DotresizeError):
+            _fail(str(error), error.exit_code)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _silence(sys.stdout)
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"the disk is full{where}: free some space and run again", OutputError.exit_code)
     finally:
-        stop.restore()
+        stop.end(restore=arguments is not None)
     raise SystemExit(0)
 
 
@@ -70,10 +70,10 @@ class _Stop:
         if self.code is not None:
             raise SystemExit(self.code)
 
-    def restore(self) -> None:
-        """Put back the handlers that were there."""
+    def end(self, restore: bool) -> None:
+        """Put back the handlers that were there, or, where only the interpreter's end is left, ignore what comes."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if restore else signal.SIG_IGN)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number

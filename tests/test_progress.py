@@ -99,9 +99,13 @@ def test_a_check_may_end_the_work(stop_at: int, capsys: pytest.CaptureFixture[st
         if calls.count("check") == stop_at:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Progress(check=check).stage("sweep", 2) as step:
-        for _ in range(2):
-            calls.append("work")
-            step()
+    def work() -> None:
+        with Progress(check=check).stage("sweep", 2) as step:
+            for _ in range(2):
+                calls.append("work")
+                step()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert calls.count("work") == min(stop_at - 1, 2)
     assert capsys.readouterr().err == ""
