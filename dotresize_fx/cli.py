@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if not _flushed(sys.stderr):
                 _silence(sys.stderr)
             sys.stdout.flush()  # here, where what goes wrong with it is still handled
-    except KeyboardInterrupt:
-        _fail(INTERRUPTION, INTERRUPTED)
+    except SystemExit:
+        if stop.code is None:  # --help, or a mistake on the command line
+            raise
+        _fail(INTERRUPTION, stop.code)
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except Exception as error:
@@ -52,21 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 class _Stop:
-    """Ctrl-C and SIGTERM, as exceptions that are not lost.
+    """Ctrl-C and SIGTERM, as a SystemExit that is not lost.
 
     A library may swallow the exception that a signal raises (an import that it only tries, a callback from C): the
-    signal is remembered, and ``check``, which runs between the stages, raises again.
+    signal is remembered, and ``check``, which runs between the stages, raises again. It is no KeyboardInterrupt,
+    because Python kills itself at its end where one has passed through an ``exec``, handled or not.
     """
 
     def __init__(self) -> None:
         self.code: int | None = None
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         self._before = {number: signal.signal(number, self._arrived) for number in numbers}
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt, or SystemExit after SIGTERM, if a signal has arrived."""
-        if self.code == INTERRUPTED:
-            raise KeyboardInterrupt
+        """Raise SystemExit if a signal has arrived."""
         if self.code is not None:
             raise SystemExit(self.code)
 
@@ -74,6 +76,12 @@ class _Stop:
         """Put back the handlers that were there, or, where only the interpreter's end is left, ignore what comes."""
         for number, handler in self._before.items():
             signal.signal(number, handler if restore else signal.SIG_IGN)
+        sys.unraisablehook = self._hook
+
+    def _swallowed(self, lost: sys.UnraisableHookArgs) -> None:
+        """What a destructor or a callback cannot raise Python prints, with a traceback: not what a signal raised."""
+        if self.code is None:
+            self._hook(lost)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
