@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard pyproject.toml dotresize_fx/*.py dotresize_fx/*.j2 dotresize_fx/solvers/*.py passes/*.py export/*.py)
+SOURCES := $(wildcard pyproject.toml dotresize_fx/*.py dotresize_fx/*/*.py dotresize_fx/*/*.j2 passes/*.py export/*.py)
 
 .PHONY: demo test check clean
 

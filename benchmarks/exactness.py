@@ -15,9 +15,9 @@ import argparse
 import torch
 
 from dotresize_fx.compiler import analyse
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.model_source import load_model
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions, redraw_parameters
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import random_admissible_map, random_wrong_map

@@ -21,10 +21,10 @@ import torch
 
 from dotresize_fx.compiler import analyse, compute_device
 from dotresize_fx.cost import count_cost
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.model_source import load_model
 from dotresize_fx.fidelity import DecoderComparison, compare_decoders
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.progress import Progress

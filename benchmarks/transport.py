@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from dotresize_fx.transport import sinkhorn
+from dotresize_fx.transport.sinkhorn import sinkhorn
 
 try:
     import ot

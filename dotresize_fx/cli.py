@@ -185,7 +185,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.compiler import export
     from dotresize_fx.memory import give_large_blocks_back
     from dotresize_fx.progress import Progress
-    from dotresize_fx.terminal_table import terminal_table
+    from dotresize_fx.report.terminal_table import terminal_table
 
     give_large_blocks_back()
     report = export(

@@ -12,10 +12,10 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData, load_text, prepare_data
 from dotresize_fx.errors import CaptureError, UsageError
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.export.model_source import LoadedModel, load_model
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
@@ -25,7 +25,7 @@ from dotresize_fx.regions import MatchReport
 from dotresize_fx.sweep import SweptRegion
 
 if TYPE_CHECKING:
-    from dotresize_fx.report import Report
+    from dotresize_fx.report.contents import Report
 
 # Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
 CAPTURE_TOLERANCE = 1e-4

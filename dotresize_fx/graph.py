@@ -2,7 +2,8 @@
 
 A graph is a list of :class:`Op` in topological order over named :class:`Value`. Ops have *kinds*, the few that
 width analysis has to tell apart; each graph form maps its own op names to these kinds once, in its adapter
-(:mod:`dotresize_fx.fx_graph`, :mod:`dotresize_fx.onnx_graph`). Passes read and edit graphs only through this class.
+(:mod:`dotresize_fx.fx_form.graph`, :mod:`dotresize_fx.onnx_form.graph`). Passes read and edit graphs only through
+this class.
 
 Weights are seen in one orientation, whatever the form stores: a linear's weight is (out, in), an embedding's
 table (rows, width), a norm's gain (width,).

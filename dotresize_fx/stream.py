@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dotresize_fx.execution import Execution
 from dotresize_fx.fidelity import Inputs
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.regions import Region
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dotresize_fx.execution import Environment, Execution
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Environment, Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.least_squares import refit_reader, relative_error
 from dotresize_fx.region_map import RegionMap

@@ -19,7 +19,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.quiet import quiet_libraries
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 
 # Traced with two sequences, one of them padded, so that the attention mask stays an input.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING = 2, 16, 5

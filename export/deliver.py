@@ -14,15 +14,14 @@ import torch
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.runtime_process import peak_rss_bytes
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.fidelity import Inputs, compare_decoders, mean_cosine
-from dotresize_fx.provenance import package_versions, this_machine
-from dotresize_fx.report import (
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.report.contents import (
     DecoderFidelity,
     EncoderFidelity,
     Figures,
@@ -34,8 +33,9 @@ from dotresize_fx.report import (
     Report,
     SideFigures,
     Verification,
-    write_report,
 )
+from dotresize_fx.report.provenance import package_versions, this_machine
+from dotresize_fx.report.write import write_report
 
 if TYPE_CHECKING:
     from dotresize_fx.compiler import SlimResult

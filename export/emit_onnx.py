@@ -19,7 +19,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.quiet import quiet_libraries
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 
 ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"

@@ -25,7 +25,7 @@ from dotresize_fx.export.onnx_session import (
     physical_cores,
     require_onnx_runtime,
 )
-from dotresize_fx.report import Latency
+from dotresize_fx.report.contents import Latency
 
 __all__ = [
     "CaseComparison",

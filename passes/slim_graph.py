@@ -9,7 +9,7 @@ import torch
 
 from dotresize_fx.cost import block_linears, count_cost, weights_per_unit
 from dotresize_fx.errors import NothingToSlimError
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears

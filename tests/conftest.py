@@ -16,9 +16,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.capture import capture
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind, Op, Value
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.prove_exactness import redraw_parameters

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.regions import Region

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dotresize_fx.execution import Execution
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import RegionStatistics, token_rows
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears

@@ -12,7 +12,7 @@ from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import Region, Symmetry
 from dotresize_fx.solvers.magnitude import top
-from dotresize_fx.transport import TransportPlan, sinkhorn
+from dotresize_fx.transport.sinkhorn import TransportPlan, sinkhorn
 
 # Entropic weights as a share of the median cost, and how much of a removed neuron is merged into its targets.
 EPSILON_ANCHORED = 0.02

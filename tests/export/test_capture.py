@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from dotresize_fx.errors import CaptureError
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.capture import TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING, Captured, capture
+from dotresize_fx.fx_form.execution import Execution
 
 Batch = Callable[..., Mapping[str, torch.Tensor]]
 KINDS = ["llama", "gpt2", "bert"]

@@ -16,10 +16,10 @@ import torch
 import transformers
 
 from dotresize_fx.cost import count_cost
-from dotresize_fx.execution import Execution
 from dotresize_fx.export.capture import capture
 from dotresize_fx.export.emit_onnx import ONNX_FILE, WEIGHTS_FILE, emit_onnx, onnx_size
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.centre_layer_norms import CentreLayerNorms
 from dotresize_fx.passes.find_regions import find_regions

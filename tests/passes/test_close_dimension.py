@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph, Value
 from dotresize_fx.passes.close_dimension import ClosedDimension, Escape, close_dimension
 from dotresize_fx.passes.drop_no_ops import DropNoOps

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.drop_no_ops import DropNoOps
 
 X = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.fold_linears import FoldLinears
 from dotresize_fx.passes.pass_base import PassContractError

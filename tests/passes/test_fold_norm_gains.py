@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_norm_gains import FoldNormGains

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph, Kind
 from dotresize_fx.passes.pass_base import Pass, PassContractError, PassResult, promise
 

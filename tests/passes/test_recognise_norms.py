@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.recognise_norms import RecogniseNorms

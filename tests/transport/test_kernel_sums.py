@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from dotresize_fx.transport import sinkhorn
-from dotresize_fx.transport_kernel import KernelSums, initial_gauge
-from dotresize_fx.transport_problem import Problem, checked_problem
+from dotresize_fx.transport.kernel_sums import KernelSums, initial_gauge
+from dotresize_fx.transport.problem import Problem, checked_problem
+from dotresize_fx.transport.sinkhorn import sinkhorn
 
 
 def problem_at(epsilon: float, strength: float = math.inf, dtype: torch.dtype = torch.float64) -> Problem:

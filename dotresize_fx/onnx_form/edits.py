@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
-from dotresize_fx.onnx_constants import from_torch
-from dotresize_fx.onnx_linears import (
+from dotresize_fx.onnx_form.constants import from_torch
+from dotresize_fx.onnx_form.linears import (
     Slot,
     is_transposed_weight,
     plugged,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import textwrap
 
-from dotresize_fx.figure_rows import NOT_MEASURED, duration, figure_rows, size, verdict
-from dotresize_fx.report import Report
+from dotresize_fx.report.contents import Report
+from dotresize_fx.report.figure_rows import NOT_MEASURED, duration, figure_rows, size, verdict
 
 WIDTH = 100
 _COLUMNS = (18, 18, 26)  # dense, slim, change; the label takes what is left of WIDTH

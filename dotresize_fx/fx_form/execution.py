@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 
 Environment = dict[torch.fx.Node, Any]
 

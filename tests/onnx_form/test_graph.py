@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph, Kind
-from dotresize_fx.onnx_graph import OnnxGraph
+from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.passes.centre_layer_norms import CentreLayerNorms
 from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.find_regions import find_regions

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dotresize_fx.errors import OutputError
-from dotresize_fx.report import (
+from dotresize_fx.report.contents import (
     DecoderFidelity,
     EncoderFidelity,
     Figures,
@@ -27,9 +27,9 @@ from dotresize_fx.report import (
     Report,
     SideFigures,
     Verification,
-    write_report,
 )
-from dotresize_fx.report_page import render_page
+from dotresize_fx.report.page import render_page
+from dotresize_fx.report.write import write_report
 
 EMPTY = Report(
     tool_version="0.1.0",

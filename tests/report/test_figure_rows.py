@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dotresize_fx import figure_rows as words
-from dotresize_fx.report import Figures, Latency, SideFigures
+from dotresize_fx.report import figure_rows as words
+from dotresize_fx.report.contents import Figures, Latency, SideFigures
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dotresize_fx.report import Machine
+from dotresize_fx.report.contents import Machine
 
 #: What the report names, and the distributions that can bring it, the first installed one counts.
 _DISTRIBUTIONS = {

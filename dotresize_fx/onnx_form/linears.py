@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from dotresize_fx.onnx_constants import constant, is_weight
+from dotresize_fx.onnx_form.constants import constant, is_weight
 
 # One input of one node: where a weight is plugged in.
 Slot = tuple[ir.Node, int]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind, Op
 
 Trace = Callable[..., FxGraph]

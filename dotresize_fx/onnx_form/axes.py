@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dotresize_fx.onnx_constants import integers
-from dotresize_fx.onnx_linears import attribute
+from dotresize_fx.onnx_form.constants import integers
+from dotresize_fx.onnx_form.linears import attribute
 
 
 def axes(node: ir.Node) -> list[int] | None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dotresize_fx.errors import SolverError
-from dotresize_fx.transport import TransportPlan, sinkhorn
+from dotresize_fx.transport.sinkhorn import TransportPlan, sinkhorn
 
 INF = math.inf
 # A plan's distance from another solver's or another order's, as a share of its largest entry. Both sides stop

@@ -13,8 +13,8 @@ from typing import Any
 
 import jinja2
 
-from dotresize_fx import figure_rows as words
-from dotresize_fx.report import DecoderFidelity, Figures, Latency, RegionRow, Report
+from dotresize_fx.report import figure_rows as words
+from dotresize_fx.report.contents import DecoderFidelity, Figures, Latency, RegionRow, Report
 
 _KINDS = {"ffn": "FFN intermediate width", "residual": "Residual stream width"}
 
@@ -75,7 +75,9 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(files("dotresize_fx").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        files("dotresize_fx.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    )
     marks, ticks = _latency_plot(report.figures)
     stages = {name: seconds for name, seconds in report.stage_seconds.items() if name != "total"}
     longest = max(stages.values(), default=0.0)

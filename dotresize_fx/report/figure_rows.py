@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dotresize_fx.report import DecoderFidelity, Figures, Latency, Report
+from dotresize_fx.report.contents import DecoderFidelity, Figures, Latency, Report
 
 NOT_MEASURED = "not measured"
 DASH = "–"

@@ -7,7 +7,7 @@ import platform
 import numpy
 import torch
 
-from dotresize_fx.provenance import package_versions, this_machine
+from dotresize_fx.report.provenance import package_versions, this_machine
 
 
 def test_versions_are_the_imported_ones() -> None:

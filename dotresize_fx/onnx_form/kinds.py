@@ -11,9 +11,9 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.graph import Kind
-from dotresize_fx.onnx_axes import axes, keeps_width, last, sees_width
-from dotresize_fx.onnx_constants import constant, is_ones, is_weight, number
-from dotresize_fx.onnx_linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
+from dotresize_fx.onnx_form.axes import axes, keeps_width, last, sees_width
+from dotresize_fx.onnx_form.constants import constant, is_ones, is_weight, number
+from dotresize_fx.onnx_form.linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
 
 DOMAINS = ("", "com.microsoft")
 POINTWISE = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from dotresize_fx.errors import SolverError
-from dotresize_fx.transport_kernel import KernelSums, Verdict, build_plan, initial_gauge
-from dotresize_fx.transport_problem import Problem, checked_problem
+from dotresize_fx.transport.kernel_sums import KernelSums, Verdict, build_plan, initial_gauge
+from dotresize_fx.transport.problem import Problem, checked_problem
 
 __all__ = ["TransportPlan", "sinkhorn"]
 

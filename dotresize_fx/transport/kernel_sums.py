@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dotresize_fx.transport_problem import Problem
+from dotresize_fx.transport.problem import Problem
 
 
 @dataclass(frozen=True)

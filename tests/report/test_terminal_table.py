@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dotresize_fx.report import (
+from dotresize_fx.report.contents import (
     DecoderFidelity,
     EncoderFidelity,
     Figures,
@@ -21,7 +21,7 @@ from dotresize_fx.report import (
     SideFigures,
     Verification,
 )
-from dotresize_fx.terminal_table import terminal_table
+from dotresize_fx.report.terminal_table import terminal_table
 
 SLOW = Latency(
     median=0.1232,

@@ -7,13 +7,9 @@ rendering says so; no figure is ever filled in. report.json holds what :meth:`Re
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-from dotresize_fx.errors import OutputError
 
 SCHEMA_VERSION = 1
 
@@ -252,21 +248,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """Write report.json and report.html into the existing ``folder``. Raises OutputError where that fails."""
-    from dotresize_fx.report_page import render_page  # reading and printing a report needs no template engine
-
-    texts = {
-        "report.json": json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.html": render_page(report),
-    }
-    for name, text in texts.items():
-        try:
-            # Bytes, and with lone surrogates escaped: file names can hold what UTF-8 cannot.
-            (folder / name).write_bytes(text.encode("utf-8", errors="backslashreplace"))
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {folder / name}: {error.strerror}; free space or choose another OUT"
-            ) from error

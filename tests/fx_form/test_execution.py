@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx.execution import Execution
-from dotresize_fx.fx_graph import FxGraph
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

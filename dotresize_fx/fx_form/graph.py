@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from dotresize_fx.fx_kinds import classify
+from dotresize_fx.fx_form.kinds import classify
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
 aten = torch.ops.aten

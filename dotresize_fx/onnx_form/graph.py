@@ -14,11 +14,11 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
-from dotresize_fx.onnx_axes import declared_width
-from dotresize_fx.onnx_constants import constant, is_constant_node, to_torch
-from dotresize_fx.onnx_edits import OnnxEditor, all_values
-from dotresize_fx.onnx_kinds import Form, bodies, read_form
-from dotresize_fx.onnx_linears import (
+from dotresize_fx.onnx_form.axes import declared_width
+from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
+from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
+from dotresize_fx.onnx_form.kinds import Form, bodies, read_form
+from dotresize_fx.onnx_form.linears import (
     BIASED,
     Slot,
     is_part_of_linear,
@@ -26,7 +26,7 @@ from dotresize_fx.onnx_linears import (
     stored_transposed,
     weight_readers,
 )
-from dotresize_fx.onnx_shapes import complete_shapes, refresh_widths, set_width
+from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_width
 
 # The first opset that has RMSNormalization. Before it, ONNX Runtime's own SimplifiedLayerNormalization, which it
 # registers under ONNX's domain, says the same (onnx.checker does not know that op).

@@ -1,0 +1,1 @@
+"""The torch.fx form of the neutral view, and running it."""
