@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dotresize_fx.errors import DotresizeError
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from dotresize_fx.compiler import SlimResult, slim
 
 __all__ = ["DotresizeError", "SlimResult", "slim"]
+
+
+# In a checkout passes/ and export/ stand beside this folder, which shadows an installed package wherever Python looks
+# into the current folder first: they are found there too.
+if not (Path(__file__).parent / "passes").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 
 def __getattr__(name: str) -> Any:

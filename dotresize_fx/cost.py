@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dotresize_fx.graph import Graph, Kind, Op
 from dotresize_fx.regions import Region
 
-_THROUGH = (Kind.KEEP, Kind.SCALE, Kind.POINTWISE)
+_THROUGH = (Kind.KEEP, Kind.SCALE, Kind.POINTWISE, Kind.RMS_NORM, Kind.LAYER_NORM)
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,18 @@ class Cost:
 
 
 def count_cost(graph: Graph, length: int) -> Cost:
-    """Count from shapes; nothing is run. Elementwise ops, norms and rotary embeddings are not counted."""
+    """Count from shapes; nothing is run.
+
+    Elementwise ops, norms, rotary embeddings and attention that is spelled without the fused op are not counted, nor
+    are buffers parameters.
+    """
     blocks = block_linears(graph)
     linears = [op for op in graph.ops if op.kind is Kind.LINEAR]
     weights = {op.weight: graph.weight(op).numel() for op in linears if op.weight is not None}
     block_weights = {op.weight: weights[op.weight] for op in blocks if op.weight is not None}
     owned = {v for op in graph.ops for v in (op.weight, op.bias) if v is not None}
     owned |= {v for op in graph.ops for v in op.inputs if v.is_parameter}
-    parameters = sum(graph.parameter(v).numel() for v in owned if graph.parameter(v).is_floating_point())
+    parameters = sum(graph.parameter(v).numel() for v in owned if not graph.is_buffer(v))
     block_macs = sum(weights[op.weight] for op in blocks if op.weight is not None)
     linear_macs = sum(weights[op.weight] for op in linears if op.weight is not None)
     attention = sum(_attention_macs(op, length) for op in graph.ops if op.kind is Kind.ATTENTION)

@@ -98,7 +98,7 @@ def _predictions(logits: torch.Tensor, batch: Inputs) -> tuple[torch.Tensor, tor
 
 
 def mean_cosine(dense: Run, slim: Run, batches: Iterable[Inputs]) -> tuple[float, int]:
-    """(mean cosine, count) of mean-pooled embeddings of an encoder's first output, (batch, length, width)."""
+    """(mean cosine, count) of an encoder's first output, (batch, length, width) mean-pooled or (batch, width)."""
     total, count = 0.0, 0
     for batch in batches:
         first, second = (_pooled(run(batch), batch) for run in (dense, slim))
@@ -108,5 +108,8 @@ def mean_cosine(dense: Run, slim: Run, batches: Iterable[Inputs]) -> tuple[float
 
 
 def _pooled(states: torch.Tensor, batch: Inputs) -> torch.Tensor:
+    """(batch, width): the mean over real positions; an output without positions, a classifier's, as it is."""
+    if states.ndim == 2:
+        return states
     mask = batch["attention_mask"][..., None].to(states.dtype)
     return (states * mask).sum(1) / mask.sum(1)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dotresize_fx.errors import SolverError
+from dotresize_fx.regions import Region
+
 
 class GramAccumulator:
     """Sums x.T @ x and x.T @ y over batches of rows.
@@ -34,6 +37,14 @@ class GramAccumulator:
                 self.energy[name] = torch.zeros((), dtype=torch.float64, device=x.device)
             self.cross[name] += x.T @ y
             self.energy[name] += y.double().square().sum()
+
+
+def check_finite(gram: torch.Tensor, region: Region) -> None:
+    """Raises SolverError when calibration met activations that are no numbers."""
+    if not gram.isfinite().all():
+        raise SolverError(
+            f"{region.name}: activations on the calibration text are infinite or NaN; the model overflows on it"
+        )
 
 
 def token_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -150,6 +150,10 @@ class Graph(ABC):
     def parameter(self, value: Value) -> torch.Tensor:
         """The tensor behind a parameter value, as it is stored."""
 
+    def is_buffer(self, value: Value) -> bool:
+        """Whether a parameter value is a table the model computed for itself, not something it learned."""
+        return False
+
     @abstractmethod
     def parameter_name(self, value: Value) -> str:
         """The name the model gives this parameter, such as ``model.layers.0.mlp.up_proj.weight``."""

@@ -28,13 +28,14 @@ def refit_reader(
     """Ridge regression of ``wanted`` on the kept activations, pulled toward the regression of ``own``.
 
     minimise ||X V - wanted||² + pull s ||V - V_own||², with V_own = argmin ||X V - own||² + FLOOR s ||V||² and s
-    the mean diagonal of X.T X. ``own`` is what the dense reader makes of the slim model's activations, ``wanted``
-    what it would have to make for the residual stream to be the dense model's.
+    the mean diagonal of X.T X over the activations. ``own`` is what the dense reader makes of the slim model's
+    activations, ``wanted`` what it would have to make for the residual stream to be the dense model's.
 
     gram: (k, k) X.T X; wanted, own: (k, out) X.T Y. With ``with_bias`` the last row and column belong to a
     constant one beside the activations, which is not pulled. All float64.
     """
-    size = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    activations = gram.diagonal()[:-1] if with_bias else gram.diagonal()
+    size = activations.mean().clamp_min(torch.finfo(gram.dtype).tiny)
     weights = torch.full((len(gram),), 1.0, dtype=gram.dtype, device=gram.device)
     if with_bias:
         weights[-1] = 1e-9

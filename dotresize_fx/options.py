@@ -46,6 +46,8 @@ class Options:
             raise UsageError(f"--regions {','.join(self.regions)}: choose from {', '.join(REGION_KINDS)}")
         if len(set(self.regions)) < len(self.regions):
             raise UsageError(f"--regions {','.join(self.regions)}: names one twice")
+        if self.method == "obs" and "residual" in self.regions:
+            raise UsageError("--method obs eliminates neurons of FFNs: use it with --regions ffn")
         if self.method == "pca" and "ffn" in self.regions:
             raise UsageError("--method pca rotates, which an FFN does not allow: use it with --regions residual")
         if self.device not in DEVICES:

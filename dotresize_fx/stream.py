@@ -9,7 +9,7 @@ import torch
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows
 from dotresize_fx.regions import Region
 
 # Rows kept for costs that a Gram matrix cannot give, such as L1 distances.
@@ -28,6 +28,7 @@ def stream_statistics(
     total = GramAccumulator()
     kept: list[torch.Tensor] = []
     per_visit = max(1, SAMPLES // (len(nodes) * len(batches)))
+    generator = torch.Generator().manual_seed(0)
     for batch in batches:
         environment, position = execution.start(batch), 0
         for node in nodes:
@@ -36,9 +37,12 @@ def stream_statistics(
                 execution.run(environment, position, stop, keep=[node])[node], batch.get("attention_mask")
             )
             total.add(rows)
-            kept.append(rows[:: max(1, len(rows) // per_visit)][:per_visit].double())
+            # Any token, not every so many: a stride would pick the same positions, the first among them, each time.
+            chosen = torch.randperm(len(rows), generator=generator)[:per_visit]
+            kept.append(rows[chosen.to(rows.device)].double())
             position = stop
         advanced()
+    check_finite(total.gram, region)
     return RegionStatistics(
         tokens=total.tokens,
         gram=total.gram / total.tokens,

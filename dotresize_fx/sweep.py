@@ -13,7 +13,7 @@ import torch
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows
 from dotresize_fx.least_squares import refit_reader, relative_error
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region
@@ -27,7 +27,11 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SweptRegion:
-    """What the sweep did to a region. ``error``: ||slim - wanted|| / ||wanted|| of the reader's output, held out."""
+    """What the sweep did to a region.
+
+    ``error`` is ||slim - wanted|| / ||wanted|| of the reader's output on batches that were not solved with, ``wanted``
+    being what would make the stream behind the sublayer the dense model's.
+    """
 
     region: Region
     width: int
@@ -129,6 +133,7 @@ class Sweep:
             read.add(token_rows(values[hidden], self.masks[i]))
             if all(op.inputs[0] == writers[0].inputs[0] for op in writers):
                 written.add(token_rows(values[entry], self.masks[i]))
+        check_finite(read.gram, region)
         writer_gram = None
         if written.tokens:
             weights = [graph.weight(op).double() for op in writers]

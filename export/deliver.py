@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -71,8 +71,8 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
             f"the slim ONNX differs from the slim program by {comparison.max_abs_difference:.2e} "
             f"(tolerance {options.tolerance:.0e}): nothing was written; please report this model"
         )
-    with progress.stage("measure fidelity", 2):
-        fidelity = _fidelity(result)
+    with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
+        fidelity = _fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
         gc.collect()
         dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work)
@@ -113,17 +113,22 @@ def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         yield {name: value.numpy() for name, value in inputs.items()}, expected
 
 
-def _fidelity(result: SlimResult) -> DecoderFidelity | EncoderFidelity:
+def _fidelity(result: SlimResult, step: Callable[[], None]) -> DecoderFidelity | EncoderFidelity:
     dense, slim = Execution(result.dense), Execution(result.slim)
 
     def first(execution: Execution, batch: Inputs) -> torch.Tensor:
         return execution.outputs(batch)[0]
 
+    def batches() -> Iterator[Inputs]:
+        for batch in result.data.evaluation:
+            yield batch
+            step()
+
     runs = (lambda batch: first(dense, batch)), (lambda batch: first(slim, batch))
     if result.loaded.task == "encoder":
-        cosine, count = mean_cosine(*runs, result.data.evaluation)
+        cosine, count = mean_cosine(*runs, batches())
         return EncoderFidelity(text=result.data.description, count=count, mean_cosine=cosine)
-    figures = compare_decoders(*runs, result.data.evaluation)
+    figures = compare_decoders(*runs, batches())
     return DecoderFidelity(
         text=result.data.description,
         tokens=figures.tokens,

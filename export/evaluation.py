@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,9 @@ def _open_exported(folder: Path) -> Decoder:
     from transformers import AutoConfig, AutoTokenizer
 
     model = OnnxModel(folder / ONNX_FILE)
-    if model.output_names[0] != "logits":
+    report = folder / "report.json"
+    task = json.loads(report.read_text(encoding="utf-8"))["model"]["task"] if report.is_file() else "decoder"
+    if task == "encoder" or model.output_names[0] != "logits":
         raise UsageError(
             f"{folder} holds an encoder, which has no perplexity: its report.json gives the cosine instead"
         )

@@ -37,8 +37,8 @@ def find_regions(graph: Graph) -> MatchReport:
     ordered = sorted(regions, key=lambda r: graph.positions[r.writers[0]])
     unique = _with_unique_names(ordered)
     renamed = dict(zip(ordered, unique, strict=True))
-    linears = tuple(_linear_match(graph, op, found, renamed) for op in graph.ops if op.kind is Kind.LINEAR)
-    return MatchReport(tuple(unique), linears)
+    linears = [_linear_match(graph, op, found, renamed) for op in graph.ops if op.kind is Kind.LINEAR]
+    return MatchReport(tuple(unique), (*linears, *_not_understood(graph)))
 
 
 def _starts(graph: Graph) -> Iterable[Value]:
@@ -133,10 +133,24 @@ def _target(graph: Graph, reader: Op) -> str:
     """Follow the reader's output through the additions that only it feeds: the stream after the sublayer."""
     value = reader.output
     while len(users := graph.users(value)) == 1 and users[0].kind in (Kind.ADD, Kind.KEEP):
-        if users[0].attributes.get("subtract"):
+        op = users[0]
+        reshaped = op.kind is Kind.KEEP and op.output.shape != value.shape and not op.attributes.get("reshape")
+        if value in graph.outputs or reshaped or op.attributes.get("subtract"):
             break
-        value = users[0].output
+        value = op.output
     return value.name
+
+
+def _not_understood(graph: Graph) -> Iterable[LinearMatch]:
+    """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over."""
+    for op in graph.ops:
+        if op.kind in (Kind.LINEAR, Kind.EMBEDDING):
+            continue
+        for value in op.inputs:
+            if value.is_parameter and len(value.shape) > 1 and not graph.is_buffer(value):
+                reason = f"{op.spelling or op.kind} with a weight is not understood as a linear"
+                rows, columns = graph.parameter(value).shape[:2]
+                yield LinearMatch(op.name, graph.parameter_name(value), (rows, columns), None, None, reason, reason)
 
 
 def _linear_match(graph: Graph, op: Op, found: dict[Value, Region | str], renamed: dict[Region, Region]) -> LinearMatch:

@@ -10,6 +10,7 @@ import torch
 from dotresize_fx.cost import block_linears, count_cost, weights_per_unit
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears
@@ -17,7 +18,7 @@ from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import MatchReport, Region, RegionKind, Symmetry
+from dotresize_fx.regions import MatchReport, Region, RegionKind
 from dotresize_fx.solvers import solver
 from dotresize_fx.stream import stream_statistics
 from dotresize_fx.sweep import Sweep, SweptRegion
@@ -102,14 +103,27 @@ def why_not_cut(graph: FxGraph, region: Region) -> str:
     if region.kind is RegionKind.PLAIN:
         return "nothing but linear ops between: cutting its rank is not supported yet"
     if region.kind is RegionKind.RESIDUAL:
-        return "" if region.symmetry is Symmetry.ORTHOGONAL else f"only {region.symmetry}s pass"
+        return _why_not_opened(graph, region)
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
     if any(len(graph.users(op.weight)) > 1 for op in ops if op.weight is not None):
         return "its weights are shared by several layers, which is not supported yet"
+    if any(graph.op(name).attributes.get("reshape") for name in region.crossed):
+        return "a reshape that names its width stands inside, which is not supported yet"
     blocks = {op.name for op in block_linears(graph)}
     if not {op.name for op in ops} <= blocks:
         return "it is not part of a block"
     return "" if len(region.readers) == 1 else f"it has {len(region.readers)} readers, one is supported yet"
+
+
+def _why_not_opened(graph: FxGraph, region: Region) -> str:
+    """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
+    kinds = {graph.op(name).kind for name in region.norms}
+    if Kind.LAYER_NORM not in kinds:
+        return ""
+    if len(kinds) > 1:
+        return "layer norms and RMSNorms act on one stream"
+    bare = set(region.readers) - set(region.normed_readers)
+    return f"{min(bare)} reads it without a norm, and would miss its mean" if bare else ""
 
 
 def _cut_stream(
@@ -121,23 +135,41 @@ def _cut_stream(
     options: Options,
     progress: Progress,
 ) -> tuple[SweptRegion, torch.Tensor, tuple[str, ...]]:
-    """One basis for the whole stream; returns the cut, the basis (d, k) and notes for the report."""
+    """One basis for the whole stream; returns the cut, notes for the report, and the (d, k) matrix that takes the
+    dense model's stream, mean and all, into the slim one's coordinates.
+    """
     streams = [r for r in matches.of_kind(RegionKind.RESIDUAL) if not why_not_cut(graph, r)]
     if not streams:
         reasons = {row.writes_reason for row in matches.linears if "norm" in row.writes_reason}
+        reasons |= {why_not_cut(graph, region) for region in matches.of_kind(RegionKind.RESIDUAL)}
         why = min(reasons, default="no width that norms and blocks share was found")
         raise NothingToSlimError(f"the residual stream cannot be cut: {why}; use --regions ffn")
     stream = max(streams, key=lambda r: len(r.readers))
     width = plan_widths(
         [stream], {stream.name: weights_per_unit(graph, stream)}, total, ratio, multiple=options.multiple
     )[stream.name]
-    stream, records = open_stream(graph, stream, check=options.check)
+    centred = any(graph.op(name).kind is Kind.LAYER_NORM for name in stream.norms)
+    known = {op.name for op in graph.ops}
+    stream, _ = open_stream(graph, stream)
     with progress.stage("stream statistics", len(batches)) as step:
         statistics = stream_statistics(graph, stream, batches, step)
     found = solver(options.method)(stream, statistics, width)
     _apply(graph, stream, found, options.check)
-    kept = tuple(record for record in records if "tied" in record)
-    return SweptRegion(stream, width, None, found.notes), found.down, kept
+    basis = found.down - found.down.mean(0) if centred else found.down
+    return SweptRegion(stream, width, None, found.notes), basis, _price_of_ties(graph, known)
+
+
+def _price_of_ties(graph: FxGraph, known: set[str]) -> tuple[str, ...]:
+    """What it took to keep a head tied to its table: the linears that opening the stream put in, ``known`` aside."""
+    added = [op for op in graph.ops if op.kind is Kind.LINEAR and op.name not in known]
+    if not added:
+        return ()
+    shapes = " and ".join("{} x {}".format(*graph.weight(op).shape) for op in added)
+    weights = sum(graph.weight(op).numel() for op in added)
+    heads = {op.weight: op for op in graph.ops if op.kind is Kind.LINEAR}
+    table = next(op for op in graph.ops if op.kind is Kind.EMBEDDING and op.weight in heads)
+    size = "{} x {}".format(*graph.weight(table).shape)
+    return (f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights)",)
 
 
 def _apply(graph: FxGraph, region: Region, found: RegionMap, check: bool) -> None:

@@ -74,3 +74,8 @@ def test_counts_have_a_smallest_value(name: str, value: int) -> None:
 def test_a_seed_that_torch_does_not_take() -> None:
     assert Options(seed=2**63 - 1).seed == 2**63 - 1
     assert refusal(seed=2**63).startswith("--seed is 9223372036854775808: it must be below")
+
+
+def test_elimination_is_for_ffns() -> None:
+    with pytest.raises(UsageError, match="--method obs eliminates neurons of FFNs"):
+        Options(method="obs", regions=("residual",))

@@ -80,6 +80,21 @@ def test_many_tokens_are_sampled(tiny_graph: Any, tiny_batch: Callable[..., Batc
     assert SAMPLES / 2 < len(statistics.samples) <= SAMPLES
 
 
+def test_samples_are_not_all_first_tokens(tiny_graph: Any, tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row a norm and batch: sequences that begin alike must not give the same row every time."""
+    _, graph = tiny_graph("llama")
+    region = opened(graph)
+    batches = [tiny_batch(2, 32, seed=seed) for seed in range(8)]
+    for batch in batches:
+        batch["input_ids"][:, 0] = 5
+    monkeypatch.setattr("dotresize_fx.stream.SAMPLES", len(region.norms) * len(batches))
+    samples = stream_statistics(graph, region, batches).samples
+    assert samples is not None
+    first_norm = samples[:: len(region.norms)]
+    assert len(first_norm) == len(batches)
+    assert len(first_norm.unique(dim=0)) > len(batches) // 2
+
+
 def test_every_batch_is_told(tiny_graph: Any, tiny_batch: Any) -> None:
     _, graph = tiny_graph("llama")
     told: list[int] = []

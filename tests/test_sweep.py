@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dotresize_fx.errors import SolverError
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import RegionStatistics, token_rows
@@ -245,3 +246,13 @@ def test_targets_follow_a_stream_in_another_basis(dense: FxGraph, batches: list[
     assert relative(turned.slim) <= RIDGE
     forgotten = sweep(dense, batches, "magnitude", WIDTH, slim=slim.copy())
     assert relative(forgotten.slim) > 0.1
+
+
+def test_activations_that_overflow_are_an_error(tiny_graph: Any, tiny_batch: Any) -> None:
+    _, graph = tiny_graph("llama")
+    region = next(find_regions(graph).of_kind("ffn"))
+    writer = graph.op(region.writers[0])
+    graph.set_weight(writer, graph.weight(writer) * float("inf"))
+    sweep = Sweep(graph, graph.copy(), [tiny_batch(2, 8)], lambda *_: None)
+    with pytest.raises(SolverError, match=r"model\.layers\.0\.mlp: activations .* are infinite or NaN"):
+        sweep.slim_region(region, 32, solver("magnitude"))

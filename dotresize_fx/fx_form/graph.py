@@ -65,6 +65,12 @@ class FxGraph(Graph):
         targets: dict[str, str] = self.__dict__["_targets"]
         return targets
 
+    def is_buffer(self, value: Value) -> bool:
+        return any(
+            spec.arg.name == value.name and spec.kind is not InputKind.PARAMETER
+            for spec in self.program.graph_signature.input_specs
+        )
+
     def parameter_name(self, value: Value) -> str:
         return self._parameter_targets[value.name]
 

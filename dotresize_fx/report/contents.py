@@ -39,7 +39,7 @@ class RegionRow:
     """One coupled dimension and what became of it.
 
     ``writers`` and ``readers`` are names of linears. ``method`` is None where the region was found and left
-    alone. ``error`` is ||slim - dense|| / ||dense|| of the region's output on held-out tokens. ``notes``
+    alone. ``error`` is ||slim - wanted|| / ||wanted|| of the reader's output on batches not solved with. ``notes``
     holds what the method has to say of itself (Sinkhorn iterations, marginal error).
     """
 
@@ -146,7 +146,7 @@ class DecoderFidelity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderFidelity:
-    """An encoder against its dense self: mean cosine of ``count`` pooled embeddings of held-out ``text``."""
+    """An encoder against its dense self: mean cosine of ``count`` pooled outputs on held-out ``text``."""
 
     text: str
     count: int

@@ -150,7 +150,7 @@ def figure_rows(report: Report) -> list[FigureRow]:
 
 def _fidelity_rows(report: Report) -> list[FigureRow]:
     if not report.figures.fidelity:
-        label = "perplexity" if report.model.task == "decoder" else "cosine of pooled embeddings"
+        label = "perplexity" if report.model.task == "decoder" else "cosine of pooled outputs"
         return [FigureRow(label, NOT_MEASURED, NOT_MEASURED, DASH)]
     rows = []
     for item in report.figures.fidelity:
@@ -166,7 +166,7 @@ def _fidelity_rows(report: Report) -> list[FigureRow]:
         else:
             where = f"{item.text}, {item.count} embeddings"
             cosine = NOT_MEASURED if item.mean_cosine is None else f"{item.mean_cosine:.4f}"
-            rows.append(FigureRow("cosine of pooled embeddings", DASH, cosine, DASH, None, where))
+            rows.append(FigureRow("cosine of pooled outputs", DASH, cosine, DASH, None, where))
     return rows
 
 

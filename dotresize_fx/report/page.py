@@ -134,7 +134,7 @@ def _tiles(report: Report) -> list[Tile]:
         note = f"perplexity {words.number(first.dense_perplexity)} → {words.number(first.slim_perplexity)}"
         tiles.append(Tile("Excess", words.number(first.excess), "nats", note))
     elif first is not None and not isinstance(first, DecoderFidelity) and first.mean_cosine is not None:
-        tiles.append(Tile("Cosine to dense", f"{first.mean_cosine:.4f}", "", "pooled embeddings, mean"))
+        tiles.append(Tile("Cosine to dense", f"{first.mean_cosine:.4f}", "", "pooled outputs, mean"))
     else:
         tiles.append(Tile("Fidelity", *missing))
 
