@@ -45,10 +45,7 @@ class Execution:
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
         """The tensor behind a parameter placeholder, as it is now."""
-        key = self._keys[node]
-        found = self.program.state_dict.get(key)
-        tensor: torch.Tensor = self.program.constants[key] if found is None else found
-        return tensor
+        return self.graph.stored(self._keys[node])
 
     @torch.no_grad()
     def run(

@@ -115,10 +115,13 @@ class FxGraph(Graph):
         return self._value(argument) if isinstance(argument, torch.fx.Node) else None
 
     def parameter(self, value: Value) -> torch.Tensor:
-        key = self._parameter_targets[value.name]
+        return self.stored(self._parameter_targets[value.name]).detach()
+
+    def stored(self, key: str) -> torch.Tensor:
+        """The tensor under a key of the state dict or of the constants, as it is now."""
         found = self.program.state_dict.get(key)
         tensor: torch.Tensor = self.program.constants[key] if found is None else found
-        return tensor.detach()
+        return tensor
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None
