@@ -177,7 +177,7 @@ class _Healing:
         if self._is_broken():
             return
         if improved:
-            self.best = [master.detach().cpu().clone() for master in self.masters]
+            self.best = [master.detach().to("cpu", copy=True) for master in self.masters]
         self.stale = 0 if improved or len(self.history) == 1 else self.stale + 1
         self._save()
 

@@ -281,7 +281,7 @@ class FxGraph(Graph):
     def remove_dead(self) -> int:
         before = len(self.nodes.nodes)
         kept = {node.name for node in self.nodes.nodes if node.op == "placeholder"}
-        self.nodes.eliminate_dead_code(_is_impure)
+        self.nodes.eliminate_dead_code(is_impure)
         removed = before - len(self.nodes.nodes)
         specs = self.program.graph_signature.input_specs
         unused = {name for name in kept & set(self._parameter_targets) if not self.node(name).users}
@@ -344,7 +344,7 @@ class FxGraph(Graph):
         return copied
 
 
-def _is_impure(node: torch.fx.Node) -> bool:
+def is_impure(node: torch.fx.Node) -> bool:
     """Asserts that tracing left in and shape queries count as removable; what is returned stays."""
     if node.op in ("placeholder", "output"):
         return True

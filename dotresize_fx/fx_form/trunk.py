@@ -9,7 +9,7 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.fx_form.graph import FxGraph, _is_impure
+from dotresize_fx.fx_form.graph import FxGraph, is_impure
 
 aten = torch.ops.aten
 # What autocast would compute in bfloat16.
@@ -58,7 +58,7 @@ class Trunk:
         except KeyError as error:
             raise UsageError(f"no value {error} in the graph, whose error was to be part of the loss") from error
         copied.output(tuple(wanted))
-        copied.eliminate_dead_code(_is_impure)
+        copied.eliminate_dead_code(is_impure)
         old_names = {new: old.name for old, new in made.items()}
         self._inputs: list[tuple[bool, str]] = []
         self.parameters = {str(specs[n].target) for n in specs if specs[n].kind is InputKind.PARAMETER}
@@ -73,8 +73,10 @@ class Trunk:
         self.keys = dict.fromkeys(key for given, key in self._inputs if not given)
         self.keys |= dict.fromkeys(key for key in self.head or () if key)
         self.parameters &= self.keys.keys()
+        fixed = _without_parameters(copied, self._inputs, self.parameters)
+        _merge_repeated(copied, fixed)
         if bfloat16:
-            _guard_against_autocast(copied, self._inputs, self.parameters)
+            _guard_against_autocast(copied, fixed)
         self._forward = torch.fx.GraphModule(graph.program.graph_module, copied).forward
 
     def __call__(
@@ -96,16 +98,39 @@ def _head(last: torch.fx.Node, keys: Mapping[str, str]) -> Head | None:
     return Head(keys[weight.name], keys[bias.name]) if bias.name in keys else None
 
 
-def _guard_against_autocast(graph: torch.fx.Graph, inputs: list[tuple[bool, str]], parameters: set[str]) -> None:
+def _without_parameters(
+    graph: torch.fx.Graph, inputs: list[tuple[bool, str]], parameters: set[str]
+) -> list[torch.fx.Node]:
+    """Calls that only inputs and buffers enter: masks and position tables."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     learned = {node for node, (_, key) in zip(placeholders, inputs, strict=True) if key in parameters}
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        node.args, node.kwargs = (torch.fx.node.map_aggregate(part, _clamped) for part in (node.args, node.kwargs))
         if not learned.isdisjoint(node.all_input_nodes):
             learned.add(node)
-        elif node.target in _PRODUCTS:
+    return [node for node in graph.nodes if node.op == "call_function" and node not in learned]
+
+
+def _merge_repeated(graph: torch.fx.Graph, nodes: list[torch.fx.Node]) -> None:
+    """Every block of an exported model makes its own copy of the attention mask: one is enough."""
+    if any(is_impure(node) for node in graph.nodes if node.op == "call_function"):
+        return  # something writes into a tensor, perhaps into one of the copies
+    first: dict[tuple[object, ...], torch.fx.Node] = {}
+    for node in list(nodes):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        same = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+            nodes.remove(node)
+
+
+def _guard_against_autocast(graph: torch.fx.Graph, fixed: list[torch.fx.Node]) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = (torch.fx.node.map_aggregate(part, _clamped) for part in (node.args, node.kwargs))
+    for node in fixed:
+        if node.target in _PRODUCTS:
             node.target = _without_autocast(node.target)
 
 
