@@ -37,6 +37,8 @@ def modegpt(
     Chosen here: the temperature; ``ridge`` as a share of C's mean diagonal, in the scores and in the least squares;
     no layer loses more than ``LARGEST_SHARE``; the O parts of a KV head's query heads are decomposed side by side;
     attention rounds to whole pairs and ranks, and the layer's FFN takes up the difference to the channel.
+    Temperature and ridge matter little: on SmolLM2-135M (20 % off, 12 thousand calibration tokens, dense perplexity
+    14.6), temperatures of 0.03 to 1000 and ridges of 1e-5 to 0.1 gave 20.5 to 21.2.
 
     Attention keeps its shapes: dropped pairs and ranks are zero rows (columns in O), which is the same function as
     removing them, since scores are scaled by the dense head size either way; they count as removed.
