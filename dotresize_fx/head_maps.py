@@ -24,7 +24,7 @@ def over_heads(region: Region, matrix: torch.Tensor, width: int) -> torch.Tensor
         raise ValueError(f"{region.name}: {width} is no multiple of {region.width}")
     share = width // region.width
     if region.kind is RegionKind.HEADS:
-        return torch.kron(matrix, torch.eye(share, dtype=matrix.dtype, device=matrix.device))
+        return torch.kron(matrix.contiguous(), torch.eye(share, dtype=matrix.dtype, device=matrix.device))
     if share % region.heads or (matrix.ndim > 2 and len(matrix) != region.heads):
         raise ValueError(f"{region.name}: a map of {len(matrix)} heads for {share} heads over {region.heads} KV heads")
     if matrix.ndim < 4:

@@ -18,7 +18,7 @@ from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import MatchReport, Region, RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.solvers import solver
 from dotresize_fx.stream import stream_statistics
 from dotresize_fx.sweep import Sweep, SweptRegion
@@ -102,6 +102,8 @@ def why_not_cut(graph: FxGraph, region: Region) -> str:
     """Why a matched region is left alone all the same; empty when it can be cut."""
     if region.kind is RegionKind.PLAIN:
         return "nothing but linear ops between: cutting its rank is not supported yet"
+    if region.kind in ATTENTION_KINDS:
+        return "the widths of attention heads are found, and cannot be cut yet"
     if region.kind is RegionKind.RESIDUAL:
         return _why_not_opened(graph, region)
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
