@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.head_layout import HeadLayout
 from dotresize_fx.passes.close_dimension import Escape
-from dotresize_fx.passes.follow_heads import Way, follow_back, follow_on, is_broadcast
+from dotresize_fx.passes.follow_heads import INTERLEAVED, PACKED, Way, follow_back, follow_on, is_broadcast
 from dotresize_fx.passes.region_ends import common_module, stream_behind
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 
 ROLES = ("query", "key", "value")
+QK_NORM = "a norm acts on the head (QK-norm): leaving numbers out would change its mean square"
 
 
 @dataclass
@@ -92,7 +93,7 @@ class _Attention:
         query, key = self._way("query"), self._way("key")
         self._fit(key, query)
         if query.norms or key.norms:
-            raise Escape("a norm acts on the head (QK-norm): leaving numbers out would change its mean square")
+            raise Escape(QK_NORM)
         rotaries = [way.rotary for way in (query, key) if way.rotary is not None]
         if any(rotary.partial for rotary in rotaries):
             raise Escape("only a part of the head is rotated (partial rotary embedding), which is not supported yet")
@@ -130,7 +131,8 @@ class _Attention:
 
     def _way(self, role: str) -> Way:
         if role not in self.ways:
-            raise Escape(f"{role}: {self.reasons[role]}")
+            reason = self.reasons[role]
+            raise Escape(reason if reason in (PACKED, INTERLEAVED) else f"of its {role}: {reason}")
         return self.ways[role]
 
     def _fit(self, shared: Way, whole: Way) -> None:

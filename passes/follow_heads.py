@@ -14,6 +14,7 @@ from dotresize_fx.passes.match_rotary import Rotary, match_rotary
 
 PACKED = "query, key and value are packed in one weight"
 INTERLEAVED = "query, key and value are packed in one weight, head by head"
+ALL_HEADS_NORM = "a norm acts on all heads together"
 Shape = tuple[int | str, ...]
 
 
@@ -151,7 +152,7 @@ class _Back:
         if form in ("part", "split") or (form == "slice" and op.attributes["axis"] == len(self.value.shape) - 1):
             return PACKED if self.split or form == "slice" else INTERLEAVED
         if op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
-            return "a norm acts on all heads together"
+            return ALL_HEADS_NORM
         if op.kind is Kind.ADD or (form == "concat" and op.attributes["axis"] == len(self.value.shape) - 1):
             return "it is added to or put together in a way that is no rotary embedding of two halves"
         if self.repeated:

@@ -12,8 +12,10 @@ from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
+from dotresize_fx.passes.find_heads import QK_NORM
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears
+from dotresize_fx.passes.follow_heads import ALL_HEADS_NORM
 from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.progress import Progress
@@ -143,6 +145,7 @@ def _cut_stream(
     streams = [r for r in matches.of_kind(RegionKind.RESIDUAL) if not why_not_cut(graph, r)]
     if not streams:
         reasons = {row.writes_reason for row in matches.linears if "norm" in row.writes_reason}
+        reasons = {reason for reason in reasons if not any(norm in reason for norm in (QK_NORM, ALL_HEADS_NORM))}
         reasons |= {why_not_cut(graph, region) for region in matches.of_kind(RegionKind.RESIDUAL)}
         why = min(reasons, default="no width that norms and blocks share was found")
         raise NothingToSlimError(f"the residual stream cannot be cut: {why}; use --regions ffn")
