@@ -195,9 +195,7 @@ class Graph(ABC):
         """Let a slice take another range; ``stop`` None is the end."""
 
     @abstractmethod
-    def insert_gather(
-        self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered"
-    ) -> Op:
+    def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         """Let the given users read ``source[..., indices]`` instead of ``source``; ``indices`` is (k,), integers."""
 
     @abstractmethod

@@ -28,8 +28,8 @@ def over_heads(region: Region, matrix: torch.Tensor, width: int) -> torch.Tensor
     if share % region.heads or (matrix.ndim > 2 and len(matrix) != region.heads):
         raise ValueError(f"{region.name}: a map of {len(matrix)} heads for {share} heads over {region.heads} KV heads")
     if matrix.ndim < 4:
-        a, b = matrix.shape[-2:]
-        matrix = torch.block_diag(*matrix.expand(region.heads, a, b)).view(region.heads, a, region.heads, b)
+        own = torch.eye(region.heads, dtype=matrix.dtype, device=matrix.device)
+        matrix = torch.einsum("iab,ij->iajb", matrix.expand(region.heads, *matrix.shape[-2:]), own)
     heads, a, _, b = matrix.shape
     same = torch.eye(share // heads, dtype=matrix.dtype, device=matrix.device)
     written: torch.Tensor = torch.einsum("iajb,gh->igajhb", matrix, same).reshape(share * a, share * b)

@@ -184,9 +184,10 @@ class _Attention:
 
 
 def _linear_behind(graph: Graph, value: Value) -> Op | None:
-    """The linear that a way leads back to, whatever stands on it."""
-    op = graph.producer(value)
+    """The linear that a way leads back to, whatever stands on it: one norm at most, else it is another sublayer's."""
+    op, norms = graph.producer(value), 0
     while op is not None and op.kind is not Kind.LINEAR:
+        norms += op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM)
         before = [v for v in op.inputs if v.shape != () and 0 not in v.shape] or list(op.inputs[:1])
-        op = graph.producer(before[0]) if before and not before[0].is_parameter else None
+        op = graph.producer(before[0]) if before and norms < 2 else None
     return op

@@ -99,7 +99,8 @@ class _Back:
             raise Escape("its rotary embedding differs from head to head")
         for name in rotary.ops:
             result = self.graph.op(name).output
-            if result != self.value and not {op.name for op in self.graph.users(result)} <= rotary.ops:
+            inside = {op.name for op in self.graph.users(result)} <= rotary.ops and result not in self.graph.outputs
+            if result != self.value and not inside:
                 raise Escape("a part of its rotary embedding is used elsewhere")
         self.way.rotary = rotary
         self.way.crossed += sorted(rotary.ops)

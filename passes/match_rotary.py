@@ -43,9 +43,7 @@ def match_rotary(graph: Graph, value: Value) -> Rotary | None:
                     continue
                 tables = ((cosine, straight.name), (sine, turned.name))
                 if all(table.width == value.width for table, _ in tables):
-                    return replace(
-                        matched, tables=tables, ops=matched.ops | {op.name, straight.name, turned.name}
-                    )
+                    return replace(matched, tables=tables, ops=matched.ops | {op.name, straight.name, turned.name})
     return None
 
 

@@ -28,7 +28,7 @@ class SplitPackedLinears(Pass):
         name = graph.parameter_name(linear.weight)
         weight, bias = graph.weight(linear), graph.bias(linear)
         ends = tuple(accumulate(split.attributes["sizes"]))
-        for part in parts:
+        for part in reversed(parts):  # each goes right behind what they read, so that they stand in order
             index = part.attributes["index"]
             start, end = ends[index] - split.attributes["sizes"][index], ends[index]
             rows = graph.insert_linear(

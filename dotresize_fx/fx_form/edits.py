@@ -107,9 +107,7 @@ class FxEdits(FxReading):
         self._shapes_stale = True
         self.changed()
 
-    def insert_gather(
-        self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered"
-    ) -> Op:
+    def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         node = self.node(source.name)
         readers = [self.node(op.name) for op in users]
         places = self.add_parameter(f"{name}.indices", indices.to(torch.int64))

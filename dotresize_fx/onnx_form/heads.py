@@ -18,9 +18,7 @@ class NoHeadEdits:
     def resize_slice(self, op: Op, start: int, stop: int | None) -> None:
         raise NotImplementedError(f"{op.name}: a slice of an ONNX graph cannot be resized yet")
 
-    def insert_gather(
-        self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered"
-    ) -> Op:
+    def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         raise NotImplementedError(f"{source.name}: tables of an ONNX graph cannot be gathered yet")
 
     def set_attention_scale(self, op: Op, scale: float) -> None:

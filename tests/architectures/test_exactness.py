@@ -178,6 +178,31 @@ def test_wrong_maps_of_heads_break_it(heads_graph: Any, error: Any, kind: str, r
     assert error(model, graph) >= BROKEN
 
 
+PARTLY = {"qwen3": "QK-norm", "phi": "partial rotary"}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_a_head_that_cannot_be_narrowed_can_be_moved(tiny_graph: Any, error: Any, kind: str) -> None:
+    model, graph = tiny_graph(kind)
+    report = find_regions(graph)
+    assert [region.kind for region in report.of_kind(*HEADS)] == ["kv_heads", "value"] * 2
+    assert len(report.refused) == 2
+    assert all(PARTLY[kind] in reason for _, reason in report.refused)
+    assert map_regions(graph, HEADS, random_admissible_map) == 4
+    assert error(model, graph) <= BOUND
+    map_regions(graph, ("kv_heads",), random_wrong_map)
+    assert error(model, graph) >= BROKEN
+
+
+def test_packed_weights_are_left_alone(tiny_graph: Any) -> None:
+    for kind, reason in (("gpt2", ""), ("neox", ", head by head")):
+        report = find_regions(tiny_graph(kind)[1])
+        assert list(report.of_kind(*HEADS)) == []
+        packed = [row for row in report.linears if row.shape == (96, 32)]
+        assert len(packed) == 2
+        assert {row.writes_reason for row in packed} == {f"query, key and value are packed in one weight{reason}"}
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_rotary_pairs_without_their_tables_break_it(heads_graph: Any, error: Any, kind: str) -> None:
     model, graph = heads_graph(kind)
