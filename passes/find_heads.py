@@ -124,6 +124,8 @@ class _Attention:
         axis = len(self.op.output.shape) - 3
         if not all(is_broadcast(mask.shape, axis + 3, axis) for mask in self.op.inputs[3:]):
             raise Escape("the mask that is added to the scores differs from head to head")
+        if any(way.by_head for way in self.ways.values()):
+            raise Escape("what acts on it differs from head to head")
         sizes = (*query.of_heads, *key.of_heads, *value.of_heads, *output.of_heads)
         layout = HeadLayout(sizes=sizes, cache=(*key.cache, *value.cache))
         ways = [query, key, value]
@@ -173,7 +175,9 @@ class _Attention:
     def _explain(self, refused: dict[RegionKind, str]) -> None:
         """Each of the attention's linears gets its own reason, or else that of the region it would be in."""
         region = {"query": RegionKind.QUERY_KEY, "key": RegionKind.QUERY_KEY}
-        for role, value in zip(ROLES, self.op.inputs, strict=False):
+        packed = {role for role in ROLES if self.reasons.get(role) in (PACKED, INTERLEAVED)}
+        inputs = zip(ROLES, self.op.inputs, strict=False)
+        for role, value in sorted(inputs, key=lambda pair: pair[0] not in packed):
             linear = self.ways[role].linear if role in self.ways else _linear_behind(self.graph, value)
             reason = self.reasons.get(role, refused.get(region.get(role, RegionKind.VALUE), ""))
             if linear is not None and reason:

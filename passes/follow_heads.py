@@ -25,6 +25,7 @@ class Way:
     ``groups`` query heads share one of them where they are repeated on the way. ``of_size`` and ``of_heads`` are
     the (op, axis) whose stated size is a multiple of the head's size and of the number of heads. ``crossed`` are
     all ops between, ``norms`` and ``rotary`` those that stand in the way of a map. ``cache`` are outputs of the graph.
+    ``by_head`` says that what stands between is not the same for all heads.
     """
 
     linear: Op
@@ -37,6 +38,7 @@ class Way:
     crossed: list[str] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     cache: list[str] = field(default_factory=list)
+    by_head: bool = False
 
 
 def follow_back(graph: Graph, attention: Op, value: Value) -> Way:
@@ -95,8 +97,7 @@ class _Back:
     def _rotate(self, rotary: Rotary) -> None:
         if self.way.rotary is not None:
             raise Escape("it is rotated twice")
-        if not all(is_broadcast(table.shape, 4, self.axis) for table, _ in rotary.tables):
-            raise Escape("its rotary embedding differs from head to head")
+        self.way.by_head |= not all(is_broadcast(table.shape, 4, self.axis) for table, _ in rotary.tables)
         for name in rotary.ops:
             result = self.graph.op(name).output
             inside = {op.name for op in self.graph.users(result)} <= rotary.ops and result not in self.graph.outputs
@@ -155,7 +156,7 @@ class _Back:
         if op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
             return ALL_HEADS_NORM
         if op.kind is Kind.ADD or (form == "concat" and op.attributes["axis"] == len(self.value.shape) - 1):
-            return "it is added to or put together in a way that is no rotary embedding of two halves"
+            return "it is combined in a way that is not understood as a rotary embedding of two halves"
         if self.repeated:
             return "KV heads are repeated in an order that is not understood"
         if form == "concat":
@@ -197,7 +198,9 @@ def follow_on(graph: Graph, attention: Op) -> Way:
             way.of_heads.append((op.name, axis))
             way.of_size.append((op.name, axis))
             merged = True
-        elif form != "where" or not _hides(graph, op, value, axis):
+        elif form == "where" and _hides(graph, op, value):
+            way.by_head |= not is_broadcast(op.inputs[0].shape, last + 1, axis)
+        else:
             raise Escape(in_words(op, "goes into"))
         way.crossed.append(op.name)
         value = op.output
@@ -230,15 +233,15 @@ def _filled(op: Op) -> list[Value]:
     return [value for value in op.inputs if 0 not in value.shape]
 
 
-def _hides(graph: Graph, op: Op, value: Value, axis: int) -> bool:
-    """Whether a choice between ``value`` and zero is made for whole positions, all heads alike."""
+def _hides(graph: Graph, op: Op, value: Value) -> bool:
+    """Whether a choice between ``value`` and zero is made for whole heads."""
     if len(op.inputs) != 3 or value not in op.inputs[1:]:
         return False
     condition, first, second = op.inputs
     other = graph.producer(second if first == value else first)
     zero = other is not None and other.attributes.get("form") == "fill" and other.attributes["number"] == 0
     rank = len(value.shape)
-    return zero and is_broadcast(condition.shape, rank, axis) and is_broadcast(condition.shape, rank, rank - 1)
+    return zero and is_broadcast(condition.shape, rank, rank - 1)
 
 
 def is_broadcast(shape: Shape, rank: int, axis: int) -> bool:

@@ -146,6 +146,29 @@ def test_a_mask_for_each_head_keeps_heads_in_place(trace: Trace) -> None:
     assert len(find_heads(trace(grouped, SHAPE, (2, 1, LENGTH, LENGTH), **linears())).regions) == 3
 
 
+def test_a_result_hidden_for_some_heads_keeps_heads_in_place(trace: Trace) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = split(m.q(x)), repeat(split(m.k(x))), repeat(split(m.v(x)))
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return m.o(merge(torch.where(m.mask > 1, torch.zeros(()), mixed)))
+
+    found = find_heads(trace(forward, SHAPE, **linears(), mask=nn.Parameter(torch.empty(HEADS * GROUPS, 1, 1))))
+    assert [region.kind for region in found.regions] == ["value", "query_key"]
+    assert refusals(found) == {"kv_heads": "what acts on it differs from head to head"}
+
+
+def test_weights_packed_and_sliced_say_so(trace: Trace) -> None:
+    """Also where a rotary embedding that is not understood stands before the slices."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        packed = m.q(x)
+        query, key, value = (split(packed[..., i * 8 : i * 8 + 8]) for i in range(3))
+        return m.k(merge(F.scaled_dot_product_attention(query + query.roll(1, -1), key, value)))
+
+    report = find_regions(trace(forward, SHAPE, q=nn.Linear(WIDTH, 24), k=nn.Linear(8, WIDTH)))
+    assert report.linears[0].writes_reason == "query, key and value are packed in one weight"
+
+
 def test_qk_norm(trace: Trace) -> None:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         query, key = m.norm(split(m.q(x))), m.norm(split(m.k(x)))

@@ -76,7 +76,10 @@ def outer_repeat(x: torch.Tensor) -> torch.Tensor:
 REFUSED: dict[str, tuple[Spelling, str]] = {
     "repeated in another order": (lambda m, x: outer_repeat(split(m.v(x))), "in an order that is not understood"),
     "a nonlinearity": (lambda m, x: torch.tanh(split(m.v(x))), "comes from tanh.default, which is not understood"),
-    "something added": (lambda m, x: split(m.v(x)) + 1 * split(x), "no rotary embedding of two halves"),
+    "something added": (
+        lambda m, x: split(m.v(x)) + 1 * split(x),
+        "not understood as a rotary embedding of two halves",
+    ),
     "a cache that is not empty": (lambda m, x: torch.cat([split(x), split(m.v(x))], -2), "not an empty cache"),
     "a norm on all heads": (lambda m, x: split(m.norm(m.v(x))), "a norm acts on all heads together"),
     "no linear": (lambda m, x: split(x), "it comes from an input of the graph"),
@@ -106,7 +109,8 @@ def result_way(trace: Trace, spelling: Spelling) -> Way:
     def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
         return spelling(m, F.scaled_dot_product_attention(split(x), split(x), split(x)))
 
-    masks = {"mask": nn.Parameter(torch.empty(1, 1, LENGTH, 1)), "by_head": nn.Parameter(torch.empty(1, 2, 1, 1))}
+    shapes = {"mask": (1, 1, LENGTH, 1), "by_head": (1, 2, 1, 1), "by_number": (1, 1, 1, SIZE)}
+    masks = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
     graph = trace(forward, (2, LENGTH, 8), o=nn.Linear(8, 6), gate=nn.Linear(8, 8), **masks)
     return follow_on(graph, next(op for op in graph.ops if op.kind is Kind.ATTENTION))
 
@@ -123,12 +127,17 @@ def test_the_result_is_merged_and_read(trace: Trace) -> None:
     way = result_way(trace, lambda m, x: m.o(merge(x)))
     assert (way.heads, way.size, way.linear.name) == (2, SIZE, "linear")
     assert way.of_heads == way.of_size == [("reshape", 2)]
-    assert result_way(trace, lambda m, x: m.o(merge(hidden(x, m.mask, 0)))).linear.name == "linear"
+
+
+@pytest.mark.parametrize(("mask", "by_head"), [("mask", False), ("by_head", True)])
+def test_a_result_may_be_hidden(trace: Trace, mask: str, by_head: bool) -> None:
+    way = result_way(trace, lambda m, x: m.o(merge(hidden(x, getattr(m, mask), 0))))
+    assert (way.linear.name, way.by_head) == ("linear", by_head)
 
 
 RESULTS: dict[str, tuple[Spelling, str]] = {
     "hidden by another number": (lambda m, x: m.o(merge(hidden(x, m.mask, 1))), "where"),
-    "hidden head by head": (lambda m, x: m.o(merge(hidden(x, m.by_head, 0))), "where"),
+    "hidden number by number": (lambda m, x: m.o(merge(hidden(x, m.by_number, 0))), "where"),
     "a gate": (lambda m, x: m.o(torch.sigmoid(m.gate(merge(x))) * merge(x)), "several ops read it"),
     "merged the other way": (lambda m, x: m.o(x.permute(0, 2, 3, 1).reshape(x.shape[0], LENGTH, 8)), "reshaped"),
     "heads apart": (lambda m, x: x.transpose(1, 2), "it is an output of the graph"),
