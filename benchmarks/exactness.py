@@ -18,10 +18,12 @@ from dotresize_fx.compiler import analyse
 from dotresize_fx.export.model_source import load_model
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions, redraw_parameters
+from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import random_admissible_map, random_wrong_map
-from dotresize_fx.regions import RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 
 
 def difference(graph: FxGraph, batch: dict[str, torch.Tensor], expected: torch.Tensor) -> float:
@@ -35,7 +37,7 @@ def prove(name: str) -> bool:
     """Print one line per region kind; whether all bounds were met."""
     loaded = load_model(name)
     model = redraw_parameters(loaded.model)
-    captured, graph, matches = analyse(loaded, Progress(quiet=True), check=True)
+    captured, graph, _ = analyse(loaded, Progress(quiet=True), check=True)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, captured.vocabulary, (3, 29), generator=generator)
     mask = torch.ones_like(ids)
@@ -44,10 +46,14 @@ def prove(name: str) -> bool:
     with torch.no_grad():
         expected = model(**batch)[0]
     good = True
-    for kind in (RegionKind.FFN, RegionKind.RESIDUAL):
+    SplitPackedLinears()(graph)
+    matches = find_regions(graph)
+    for kind in (RegionKind.FFN, RegionKind.RESIDUAL, *ATTENTION_KINDS):
         count = len(list(matches.of_kind(kind)))
         if not count:
-            why = {row.writes_reason for row in matches.linears if "norm" in row.writes_reason}
+            why = {reason for what, reason in matches.refused if what.endswith(kind)}
+            if kind is RegionKind.RESIDUAL:
+                why = {row.writes_reason for row in matches.linears if "norm" in row.writes_reason}
             print(f"| {name} | {kind} | 0 | refused: {min(why, default='none found')} | |", flush=True)
             continue
         right, wrong = graph.copy(), graph.copy()

@@ -75,8 +75,7 @@ def _leads_out(graph: Graph, op: Op, outside: set[str]) -> bool:
 
 
 def weights_per_unit(graph: Graph, region: Region) -> int:
-    """Block linear weights that one unit of the region's width accounts for."""
+    """Block linear weights that one unit of the region's width accounts for, over all heads where it has some."""
     blocks = {op.name for op in block_linears(graph)}
-    writers = [graph.weight(graph.op(name)) for name in region.writers if name in blocks]
-    readers = [graph.weight(graph.op(name)) for name in region.readers if name in blocks]
-    return sum(int(w.shape[1]) for w in writers) + sum(int(w.shape[0]) for w in readers)
+    names = [name for name in (*region.writers, *region.readers) if name in blocks]
+    return sum(graph.weight(graph.op(name)).numel() // region.width for name in names)

@@ -58,7 +58,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. ``inputs`` are activations; ``weight`` and ``bias`` are the parameters it owns by its kind."""
+    """One operation. ``inputs`` are activations; ``weight`` and ``bias`` are the parameters it owns by its kind.
+
+    Ops that move axes say so in ``attributes``, whatever their kind: ``form`` is ``permute`` (``order``: the input's
+    axis for each of the output's), ``view`` or ``expand`` (``sizes``: the sizes it states, None for computed ones),
+    ``unsqueeze``, ``concat``, ``slice`` (``start``, ``stop``; None for the end) or ``split`` (``sizes``) along
+    ``axis``, ``part`` (``index``, of what a split gives), ``where``, ``fill`` (``number``) or ``size`` (one axis'
+    size). Axes count from 0. An ATTENTION op has ``scale`` (None: one over the root of the head size) and
+    ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key and value.
+    """
 
     name: str
     kind: Kind
@@ -177,6 +185,26 @@ class Graph(ABC):
     @abstractmethod
     def resize_reshape(self, op: Op, width: int) -> None:
         """Let a reshape that keeps the last dimension (attribute ``reshape``) keep another width."""
+
+    @abstractmethod
+    def resize_axes(self, op: Op, sizes: Mapping[int, int]) -> None:
+        """Let a view or expand state other sizes for these axes of its output; inferred and computed ones stay."""
+
+    @abstractmethod
+    def resize_slice(self, op: Op, start: int, stop: int | None) -> None:
+        """Let a slice take another range; ``stop`` None is the end."""
+
+    @abstractmethod
+    def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
+        """Let the given users read ``source[..., indices]`` instead of ``source``; ``indices`` is (k,), integers."""
+
+    @abstractmethod
+    def set_attention_scale(self, op: Op, scale: float) -> None:
+        """State what an ATTENTION op multiplies its scores by."""
+
+    @abstractmethod
+    def redirect(self, op: Op, value: Value) -> None:
+        """Let the users of ``op``'s output, and the graph's outputs, read ``value`` instead; ``op`` becomes dead."""
 
     @abstractmethod
     def drop_affine(self, op: Op) -> None:

@@ -10,6 +10,8 @@ from dotresize_fx.regions import MatchReport, counted
 def match_table(matches: MatchReport, left_alone: Mapping[str, str]) -> str:
     """Both lists and, under them, the reasons: many linears share one, so the lines carry its number only.
 
+    Widths of an attention that are none of its regions stand behind the regions.
+
     ``left_alone`` maps names of matched regions that cannot be cut to the reason.
     """
     reasons: dict[str, int] = {}
@@ -24,6 +26,7 @@ def match_table(matches: MatchReport, left_alone: Mapping[str, str]) -> str:
             f"  {region.name}: {region.description}; {region.symmetry}"
             + (f"; left alone {part(None, why)}" if why else "")
         )
+    lines += [f"  {what}: none {part(None, why)}" for what, why in matches.refused]
     matched = sum(row.matched for row in matches.linears)
     lines += ["", f"{counted(len(matches.linears), 'linear')}, {matched} matched"]
     rows = [("weight", "out x in", "reads", "writes")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dotresize_fx.regions import Region, Symmetry
+from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,17 @@ class RegionMap:
     product's linear branch. up: (k, n), folds into the readers; None where ``reader_weights`` gives every reader's
     weight (out, k) outright, as a least-squares refit does. ``reader_biases`` go with them: a reader not named
     keeps its bias. All tensors are float64. ``notes`` are figures for the report.
+
+    Where each KV head has a basis of its own, down is (heads, n, k) and up (heads, k, n); two dimensions are then
+    one basis for all heads. ``key_down``, shaped like down, stands in for it on a region's ``key_writers``: the
+    inverse transpose of down where queries and keys meet. A weight of ``reader_weights`` is as wide as all heads
+    of its reader together. :func:`dotresize_fx.head_maps.over_heads` makes one matrix of such a map.
     """
 
     down: torch.Tensor
     up: torch.Tensor | None = None
     branch_down: torch.Tensor | None = None
+    key_down: torch.Tensor | None = None
     reader_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     reader_biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
@@ -30,7 +36,7 @@ class RegionMap:
     @property
     def width(self) -> int:
         """k."""
-        return int(self.down.shape[1])
+        return int(self.down.shape[-1])
 
 
 def selection(support: torch.Tensor, width: int) -> torch.Tensor:
@@ -44,14 +50,17 @@ def random_admissible_map(region: Region, generator: torch.Generator) -> RegionM
     """A random full-rank map that must leave the function unchanged, of condition number at most 4.
 
     Orthogonal regions get a random rotation; permutation regions a random permutation, times scales between
-    1/2 and 2 where the function lets them through (a gate's linear branch; ReLU, both positive).
+    1/2 and 2 where the function lets them through (a gate's linear branch; ReLU, both positive). An attention's
+    regions: see :func:`random_head_map`.
     """
     n = region.width
+    if region.kind in ATTENTION_KINDS:
+        return random_head_map(region, generator)
     if region.symmetry is Symmetry.ORTHOGONAL:
         rotation = random_rotation(n, generator)
         return RegionMap(rotation, rotation.T)
     permutation = selection(torch.randperm(n, generator=generator), n)
-    scale = 2.0 ** (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1)
+    scale = random_scale(n, generator)
     if region.linear_branch:
         signs = 2.0 * torch.randint(0, 2, (n,), generator=generator) - 1
         scaled = permutation * (scale * signs)
@@ -65,14 +74,74 @@ def random_wrong_map(region: Region, generator: torch.Generator) -> RegionMap:
     """An invertible, equally well-conditioned map that the region's symmetry does not admit.
 
     A rotation where only permutations pass, an uneven scaling where only rotations do: if the function does not
-    notice, the ratio-0 proof proves nothing.
+    notice, the ratio-0 proof proves nothing. An attention's regions: see :func:`wrong_head_map`.
     """
     n = region.width
+    if region.kind in ATTENTION_KINDS:
+        return wrong_head_map(region, generator)
     if region.symmetry is Symmetry.ORTHOGONAL:
-        scale = 2.0 ** (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1)
+        scale = random_scale(n, generator)
         return RegionMap(torch.diag(scale), torch.diag(1 / scale))
     rotation = random_rotation(n, generator)
     return RegionMap(rotation, rotation.T)
+
+
+def random_head_map(region: Region, generator: torch.Generator) -> RegionMap:
+    """A random admissible map of full width for a region of an attention, of condition number at most 4.
+
+    HEADWISE_LINEAR: per KV head a rotation times scales. ROTARY_PAIRS: the pairs in another order, scaled by r on
+    queries and 1/r on keys. HEADS: the KV heads in another order.
+    """
+    n = region.width
+    if region.kind is RegionKind.HEADS:
+        order = selection(_another_order(n, generator), n)
+        return RegionMap(order, order.T)
+    if region.symmetry is Symmetry.ROTARY_PAIRS:
+        order = pair_selection(_another_order(n // 2, generator), n)
+        scale = random_scale(n // 2, generator).repeat(2)
+        return RegionMap(order * scale, key_down=order / scale)
+    turns = torch.stack([random_rotation(n, generator) for _ in range(region.heads)])
+    scales = torch.stack([random_scale(n, generator) for _ in range(region.heads)])[:, None]
+    down, inverse = turns * scales, (turns / scales).mT
+    if region.kind is RegionKind.VALUE:
+        return RegionMap(down, inverse)
+    return RegionMap(down, key_down=inverse.mT)
+
+
+def wrong_head_map(region: Region, generator: torch.Generator) -> RegionMap:
+    """An invertible map that a region of an attention does not admit.
+
+    HEADWISE_LINEAR: a rotation across KV heads, as (heads, n, heads, n); of a single KV head every basis is
+    admissible, there the map is not undone. ROTARY_PAIRS: an order that tears the pairs apart. HEADS: the KV heads
+    in another order, but for the keys.
+    """
+    n, heads = region.width, region.heads
+    if region.kind is RegionKind.HEADS:
+        order = selection(_another_order(n, generator), n)
+        return RegionMap(order, order.T, key_down=torch.eye(n, dtype=torch.float64))
+    if region.symmetry is Symmetry.ROTARY_PAIRS:
+        order = selection(torch.arange(n).view(-1, 2).T.flatten(), n)
+        return RegionMap(order, key_down=order)
+    across = random_rotation(heads * n, generator)
+    back = across.T if heads > 1 else across
+    down, up = across.view(heads, n, heads, n), back.reshape(heads, n, heads, n)
+    return RegionMap(down, up) if region.kind is RegionKind.VALUE else RegionMap(down, key_down=back.T.view_as(down))
+
+
+def pair_selection(pairs: torch.Tensor, width: int) -> torch.Tensor:
+    """The (width, 2k) matrix that takes the rotary pairs (p, p + width/2) of ``pairs`` (k,), in that order."""
+    return selection(torch.cat([pairs, pairs + width // 2]), width)
+
+
+def _another_order(n: int, generator: torch.Generator) -> torch.Tensor:
+    """A random permutation of n that is not the identity, where there is one."""
+    order = torch.randperm(n, generator=generator)
+    return order.roll(1) if torch.equal(order, torch.arange(n)) else order
+
+
+def random_scale(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Random factors between 1/2 and 2, (n,) float64."""
+    return 2.0 ** (2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1)
 
 
 def random_rotation(n: int, generator: torch.Generator) -> torch.Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dotresize_fx.head_layout import HeadLayout
+
 
 class Symmetry(StrEnum):
     """The exact changes of basis that what stands between writers and readers lets through."""
@@ -13,6 +15,8 @@ class Symmetry(StrEnum):
     GENERAL_LINEAR = "general linear"
     ORTHOGONAL = "orthogonal"
     PERMUTATION = "permutation"
+    HEADWISE_LINEAR = "general linear per KV head"  # query heads that share a KV head share its basis
+    ROTARY_PAIRS = "permutation of rotary pairs"  # (p, p + n/2), one order for all heads; scale r on q, 1/r on k
 
 
 class RegionKind(StrEnum):
@@ -21,6 +25,12 @@ class RegionKind(StrEnum):
     FFN = "ffn"
     RESIDUAL = "residual"
     PLAIN = "plain"  # only linear ops between; nothing cuts it yet
+    VALUE = "value"  # the width of a value head
+    QUERY_KEY = "query_key"  # the width of a query and key head
+    HEADS = "kv_heads"  # whole KV heads, with the query heads that share them
+
+
+ATTENTION_KINDS = (RegionKind.VALUE, RegionKind.QUERY_KEY, RegionKind.HEADS)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,12 @@ class Region:
     ``positive_scale`` says that the nonlinearity is ReLU, through which positive scales pass.
     ``target`` is the value that the sublayer's readers finally add up to (the residual stream after the sublayer),
     or the reader's own output where nothing is added. ``crossed`` are the names of the ops between.
+
+    Regions of an attention (``ATTENTION_KINDS``) have the rest. ``width`` is the size of one head, for HEADS the
+    number of KV heads. ``heads`` is the number of KV heads. ``attention`` names the attention op,
+    ``attention_reader`` the linear that reads what it mixed (the target leads from there; a QUERY_KEY region has no
+    readers of its own). ``key_writers`` are those writers that write keys. ``layout`` says where the ops between
+    state the region's size. Regions of one attention share weights: after cutting HEADS, find the others anew.
     """
 
     name: str
@@ -47,11 +63,18 @@ class Region:
     positive_scale: bool = False
     target: str = ""
     crossed: tuple[str, ...] = ()
+    heads: int = 1
+    attention: str = ""
+    attention_reader: str = ""
+    key_writers: tuple[str, ...] = ()
+    layout: HeadLayout | None = None
 
     @property
     def description(self) -> str:
         """One phrase for people."""
-        parts = [counted(len(self.writers), "writer"), counted(len(self.readers), "reader")]
+        parts = [counted(self.heads, "KV head")] if self.kind in (RegionKind.VALUE, RegionKind.QUERY_KEY) else []
+        parts += [counted(len(self.writers), "writer")]
+        parts += [counted(len(self.readers), "reader")] if self.kind is not RegionKind.QUERY_KEY else []
         parts += [f"{counted(len(self.norms), 'norm')} between"] if self.norms else []
         return f"{self.kind} width {self.width}: {', '.join(parts)}"
 
@@ -61,9 +84,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+SEPARATOR = ", "  # between the names of several regions
+
+
 @dataclass(frozen=True)
 class LinearMatch:
-    """What became of one linear. ``reads`` and ``writes`` name its regions; a reason stands where there is none."""
+    """What became of one linear. ``reads`` and ``writes`` name its regions; a reason stands where there is none.
+
+    An attention's linear takes part in several regions on one side: their names are joined with ``SEPARATOR``.
+    """
 
     op: str
     parameter: str
@@ -91,10 +120,15 @@ class LinearMatch:
 
 @dataclass(frozen=True)
 class MatchReport:
-    """All regions of a graph, and every linear with its regions or the reason why it has none."""
+    """All regions of a graph, and every linear with its regions or the reason why it has none.
+
+    ``refused`` are widths of an attention that are no region while others of the same attention are: pairs of what
+    and why. No linear's reason tells of those.
+    """
 
     regions: tuple[Region, ...]
     linears: tuple[LinearMatch, ...]
+    refused: tuple[tuple[str, str], ...] = ()
 
     def of_kind(self, *kinds: str) -> Iterator[Region]:
         """The regions of these kinds, in topological order."""

@@ -21,6 +21,7 @@ from dotresize_fx.export.runtime_process import peak_rss_bytes
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.fidelity import Inputs, compare_decoders, mean_cosine
 from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.regions import SEPARATOR
 from dotresize_fx.report.contents import (
     DecoderFidelity,
     EncoderFidelity,
@@ -233,9 +234,9 @@ def _linear_rows(result: SlimResult) -> tuple[LinearRow, ...]:
     for match in result.matches.linears:
         roles = []
         if match.reads is not None:
-            roles.append(LinearRole(region=match.reads, role="reader"))
+            roles += [LinearRole(region=name, role="reader") for name in match.reads.split(SEPARATOR)]
         if match.writes is not None:
-            roles.append(LinearRole(region=match.writes, role="writer"))
+            roles += [LinearRole(region=name, role="writer") for name in match.writes.split(SEPARATOR)]
         name = match.parameter.removesuffix(".weight")
         rows.append(LinearRow(name=name, shape=match.shape, roles=tuple(roles), reason=match.reason))
     return tuple(rows)

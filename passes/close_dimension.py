@@ -119,7 +119,7 @@ class _Walk:
         elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
             self._cross(op, normed)
         else:
-            raise Escape(_in_words(op, "comes from"))
+            raise Escape(in_words(op, "comes from"))
 
     # -- towards the readers -----------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ class _Walk:
             elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
                 self._cross(op, self.values[value])
             else:
-                raise Escape(_in_words(op, "goes into"))
+                raise Escape(in_words(op, "goes into"))
 
     def _norm(self, op: Op) -> None:
         self.ends["norms"].add(op)
@@ -169,7 +169,8 @@ class _Walk:
                 self.join(value, other.kind is Kind.LINEAR and axis == 1 and self._starts_normed(value))
 
 
-def _in_words(op: Op, direction: str) -> str:
+def in_words(op: Op, direction: str) -> str:
+    """Why a dimension cannot be followed through this op; ``direction`` is "comes from" or "goes into"."""
     words = {
         Kind.RESHAPE: "it is split into heads or reshaped",
         Kind.ATTENTION: f"it {direction} attention",

@@ -3,7 +3,8 @@
 From a linear's output (or input) the coupled dimension is followed through the ops that stand between, forwards
 and backwards, until every way ends at a linear or an embedding: that is a region. A way that ends anywhere else
 (the graph's output, a split into heads, an op nobody taught us) is an escape: the width is left alone and the
-match report says why. No architecture is asked for by name.
+match report says why. The widths of an attention's heads lie inside the dimensions that it splits: they are found
+from the attention (:mod:`dotresize_fx.passes.find_heads`). No architecture is asked for by name.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import replace
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.close_dimension import ClosedDimension, Escape, close_dimension
+from dotresize_fx.passes.find_heads import FoundHeads, find_heads
 from dotresize_fx.passes.pass_base import promise
-from dotresize_fx.regions import LinearMatch, MatchReport, Region, RegionKind, Symmetry
+from dotresize_fx.passes.region_ends import common_module, stream_behind
+from dotresize_fx.regions import SEPARATOR, LinearMatch, MatchReport, Region, RegionKind, Symmetry
 
 
 def find_regions(graph: Graph) -> MatchReport:
@@ -34,11 +37,12 @@ def find_regions(graph: Graph) -> MatchReport:
         promise(not any(isinstance(found.get(value), Region) for value in closed.values), "regions overlap")
         found.update(dict.fromkeys(closed.values, region))
         regions.append(region)
-    ordered = sorted(regions, key=lambda r: graph.positions[r.writers[0]])
+    heads = find_heads(graph)
+    ordered = sorted((*regions, *heads.regions), key=lambda r: graph.positions[r.writers[0]])
     unique = _with_unique_names(ordered)
     renamed = dict(zip(ordered, unique, strict=True))
-    linears = [_linear_match(graph, op, found, renamed) for op in graph.ops if op.kind is Kind.LINEAR]
-    return MatchReport(tuple(unique), (*linears, *_not_understood(graph)))
+    linears = [_linear_match(graph, op, found, renamed, heads) for op in graph.ops if op.kind is Kind.LINEAR]
+    return MatchReport(tuple(unique), (*linears, *_not_understood(graph)), heads.refused)
 
 
 def _starts(graph: Graph) -> Iterable[Value]:
@@ -70,7 +74,7 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
         normed_readers=tuple(op.name for op in readers if op.inputs[0] in closed.normed),
         linear_branch=_linear_branch(graph, products, writers, readers),
         positive_scale=functions == {"relu"} and not products,
-        target=_target(graph, readers[-1]) if kind is RegionKind.FFN else "",
+        target=stream_behind(graph, readers[-1]) if kind is RegionKind.FFN else "",
         crossed=tuple(op.name for op in closed.crossed),
     )
 
@@ -79,13 +83,7 @@ def _name(graph: Graph, writers: list[Op], readers: list[Op], kind: RegionKind) 
     """The module that holds all its weights, as far as names tell; names are for people only."""
     if kind is RegionKind.RESIDUAL:
         return "residual stream"
-    names = [graph.parameter_name(op.weight) for op in (*writers, *readers) if op.weight is not None]
-    stem = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        stem.append(parts[0])
-    return ".".join(stem) or writers[0].name
+    return common_module(graph, (*writers, *readers)) or writers[0].name
 
 
 def _with_unique_names(regions: list[Region]) -> list[Region]:
@@ -129,18 +127,6 @@ def _reached(graph: Graph, value: Value) -> set[str]:
     return reached
 
 
-def _target(graph: Graph, reader: Op) -> str:
-    """Follow the reader's output through the additions that only it feeds: the stream after the sublayer."""
-    value = reader.output
-    while len(users := graph.users(value)) == 1 and users[0].kind in (Kind.ADD, Kind.KEEP):
-        op = users[0]
-        reshaped = op.kind is Kind.KEEP and op.output.shape != value.shape and not op.attributes.get("reshape")
-        if value in graph.outputs or reshaped or op.attributes.get("subtract"):
-            break
-        value = op.output
-    return value.name
-
-
 def _not_understood(graph: Graph) -> Iterable[LinearMatch]:
     """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over."""
     for op in graph.ops:
@@ -153,16 +139,28 @@ def _not_understood(graph: Graph) -> Iterable[LinearMatch]:
                 yield LinearMatch(op.name, graph.parameter_name(value), (rows, columns), None, None, reason, reason)
 
 
-def _linear_match(graph: Graph, op: Op, found: dict[Value, Region | str], renamed: dict[Region, Region]) -> LinearMatch:
-    reads, writes = found.get(op.inputs[0], "not reached"), found.get(op.output, "not reached")
+def _linear_match(
+    graph: Graph, op: Op, found: dict[Value, Region | str], renamed: dict[Region, Region], heads: FoundHeads
+) -> LinearMatch:
+    reads, reads_reason = _part(found.get(op.inputs[0], "not reached"), renamed)
+    writes, writes_reason = _part(found.get(op.output, "not reached"), renamed)
+    reading = [renamed[region].name for region in heads.regions if op.name in region.readers]
+    writing = [renamed[region].name for region in heads.regions if op.name in region.writers]
+    reads = SEPARATOR.join(reading) or reads
+    writes = SEPARATOR.join(writing) or writes
     rows, columns = graph.weight(op).shape
     assert op.weight is not None
     return LinearMatch(
         op=op.name,
         parameter=graph.parameter_name(op.weight),
         shape=(rows, columns),
-        reads=renamed[reads].name if isinstance(reads, Region) else None,
-        writes=renamed[writes].name if isinstance(writes, Region) else None,
-        reads_reason="" if isinstance(reads, Region) else reads,
-        writes_reason="" if isinstance(writes, Region) else writes,
+        reads=reads,
+        writes=writes,
+        reads_reason="" if reads else heads.reads_reasons.get(op.name, reads_reason),
+        writes_reason="" if writes else heads.writes_reasons.get(op.name, writes_reason),
     )
+
+
+def _part(found: Region | str, renamed: dict[Region, Region]) -> tuple[str | None, str]:
+    """Name of the region that was found, or why there is none."""
+    return (renamed[found].name, "") if isinstance(found, Region) else (None, found)

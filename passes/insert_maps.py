@@ -7,7 +7,9 @@ import math
 import torch
 
 from dotresize_fx.graph import Graph, Kind, Op
+from dotresize_fx.head_maps import over_heads
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
+from dotresize_fx.passes.resize_heads import check_heads, resize_heads
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region
 
@@ -27,10 +29,10 @@ class InsertMaps(Pass):
 
     def requires(self, graph: Graph) -> None:
         n = self.region.width
-        promise(
-            self.map.down.shape[0] == n,
-            f"{self.region.name}: the map starts at {self.map.down.shape[0]}, not {n}",
-        )
+        start = self.map.down.shape[-2] if self.map.down.ndim < 4 else self.map.down.shape[1]
+        promise(start == n, f"{self.region.name}: the map starts at {start}, not {n}")
+        if self.region.layout is not None:
+            check_heads(graph, self.region, self.map)
         for name in self.region.norms:
             norm = graph.op(name)
             promise(norm.weight is None, f"{name}: a map that is not diagonal cannot cross a gain")
@@ -44,14 +46,20 @@ class InsertMaps(Pass):
             down = self.map.down
             if self.map.branch_down is not None and name in region.linear_branch:
                 down = self.map.branch_down
+            if self.map.key_down is not None and name in region.key_writers:
+                down = self.map.key_down
             writer = graph.op(name)
+            down = over_heads(region, down, _size(graph, writer, 0 if writer.kind is Kind.LINEAR else 1))
             weight = down.T.to(_dtype(graph, writer))
             self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down").name)
         for name in region.norms:
             norm = graph.op(name)
             graph.resize_norm(norm, k, norm.attributes["epsilon"] * region.width / k)
-        for name in reshapes:
-            graph.resize_reshape(graph.op(name), k)
+        if region.layout is not None:
+            resize_heads(graph, region, self.map)
+        else:
+            for name in reshapes:
+                graph.resize_reshape(graph.op(name), k)
         for name in region.readers:
             self._before_reader(graph, graph.op(name))
         return PassResult((f"{region.name}: {region.width} -> {k}",))
@@ -66,9 +74,13 @@ class InsertMaps(Pass):
         promise(self.map.up is not None, f"{self.region.name}: no way up to {reader.name}")
         assert self.map.up is not None
         gain = math.sqrt(self.region.width / self.map.width) if reader.name in self.region.normed_readers else 1.0
-        weight = (gain * self.map.up.T).to(_dtype(graph, reader))
-        up = graph.insert_linear(reader.inputs[0], weight, users=[reader], name="inserted_up")
-        self.ups.append(up.name)
+        up = over_heads(self.region, self.map.up, _size(graph, reader, 1))
+        weight = (gain * up.T).to(_dtype(graph, reader))
+        self.ups.append(graph.insert_linear(reader.inputs[0], weight, users=[reader], name="inserted_up").name)
+
+
+def _size(graph: Graph, op: Op, axis: int) -> int:
+    return int(graph.weight(op).shape[axis])
 
 
 def _dtype(graph: Graph, op: Op) -> torch.dtype:

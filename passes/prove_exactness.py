@@ -42,7 +42,8 @@ def redraw_parameters(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module
 def map_regions(graph: Graph, kinds: tuple[str, ...], draw: Draw, seed: int = 0) -> int:
     """Insert and fold a map of full width into every region of these kinds; returns how many there were.
 
-    A stream is opened first: its gains folded, its layer norms turned into RMSNorms.
+    A stream is opened first: its gains folded, its layer norms turned into RMSNorms. Regions of attention overlap,
+    which is no matter at full width.
     """
     generator = torch.Generator().manual_seed(seed)
     if RegionKind.RESIDUAL in kinds:

@@ -12,13 +12,15 @@ from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
+from dotresize_fx.passes.find_heads import QK_NORM
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears
+from dotresize_fx.passes.follow_heads import ALL_HEADS_NORM
 from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import MatchReport, Region, RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.solvers import solver
 from dotresize_fx.stream import stream_statistics
 from dotresize_fx.sweep import Sweep, SweptRegion
@@ -102,6 +104,8 @@ def why_not_cut(graph: FxGraph, region: Region) -> str:
     """Why a matched region is left alone all the same; empty when it can be cut."""
     if region.kind is RegionKind.PLAIN:
         return "nothing but linear ops between: cutting its rank is not supported yet"
+    if region.kind in ATTENTION_KINDS:
+        return "the widths of attention heads are found, and cannot be cut yet"
     if region.kind is RegionKind.RESIDUAL:
         return _why_not_opened(graph, region)
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
@@ -141,6 +145,7 @@ def _cut_stream(
     streams = [r for r in matches.of_kind(RegionKind.RESIDUAL) if not why_not_cut(graph, r)]
     if not streams:
         reasons = {row.writes_reason for row in matches.linears if "norm" in row.writes_reason}
+        reasons = {reason for reason in reasons if not any(norm in reason for norm in (QK_NORM, ALL_HEADS_NORM))}
         reasons |= {why_not_cut(graph, region) for region in matches.of_kind(RegionKind.RESIDUAL)}
         why = min(reasons, default="no width that norms and blocks share was found")
         raise NothingToSlimError(f"the residual stream cannot be cut: {why}; use --regions ffn")

@@ -182,6 +182,12 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**grouped, tie_word_embeddings=True))
     elif kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**grouped, tie_word_embeddings=False))
+    elif kind == "qwen3":
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**grouped, head_dim=8))
+    elif kind == "phi":
+        model = transformers.PhiForCausalLM(transformers.PhiConfig(**grouped))
+    elif kind == "neox":
+        model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
     elif kind == "gpt2":
         config = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))

@@ -37,6 +37,16 @@ def test_regions_linears_and_reasons() -> None:
     )
 
 
+def test_widths_of_an_attention_that_are_no_region() -> None:
+    value = Region("attn value", RegionKind.VALUE, Symmetry.HEADWISE_LINEAR, 8, ("v",), ("o",), heads=2)
+    table = match_table(MatchReport((value,), (), (("attn query_key", "a norm acts on the head"),)), {})
+    assert table.splitlines()[1:3] == [
+        "  attn value: value width 8: 2 KV heads, 1 writer, 1 reader; general linear per KV head",
+        "  attn query_key: none (1)",
+    ]
+    assert table.endswith("  (1) a norm acts on the head")
+
+
 def test_nothing_left_alone() -> None:
     linear = LinearMatch("gate", "gate.weight", (64, 32), "stream", "mlp")
     table = match_table(MatchReport((FFN,), (linear,)), {})

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dotresize_fx.head_maps import over_heads
 from dotresize_fx.region_map import (
     RegionMap,
+    pair_selection,
     random_admissible_map,
     random_rotation,
     random_wrong_map,
@@ -107,3 +109,78 @@ def test_wrong_maps_are_invertible_and_leave_the_symmetry(name: str, n: int, see
 def test_rotations_are_orthogonal() -> None:
     rotation = random_rotation(16, torch.Generator().manual_seed(0))
     assert close(rotation.T @ rotation, torch.eye(16, dtype=torch.float64))
+
+
+def heads(kind: RegionKind, width: int, number: int, *, rotary: bool = False) -> Region:
+    symmetry = Symmetry.ROTARY_PAIRS if rotary else Symmetry.HEADWISE_LINEAR
+    symmetry = Symmetry.PERMUTATION if kind is RegionKind.HEADS else symmetry
+    keys = () if kind is RegionKind.VALUE else ("k",)
+    return Region("r", kind, symmetry, width, ("q", "k"), ("o",), heads=number, key_writers=keys)
+
+
+HEAD_REGIONS = {
+    "value": lambda n, m: heads(RegionKind.VALUE, n, m),
+    "query_key": lambda n, m: heads(RegionKind.QUERY_KEY, n, m),
+    "rotary": lambda n, m: heads(RegionKind.QUERY_KEY, n, m, rotary=True),
+    "kv_heads": lambda n, m: heads(RegionKind.HEADS, m, m),
+}
+names_sizes_seeds = given(
+    name=st.sampled_from(sorted(HEAD_REGIONS)), half=st.integers(2, 6), m=st.integers(2, 5), seed=st.integers(0, 999)
+)
+
+
+def met(region: Region, found: RegionMap) -> torch.Tensor:
+    """What stands between the two sides when a map is undone: the identity where it is."""
+    share = 2 * region.heads * (1 if region.kind is RegionKind.HEADS else region.width)
+    down = over_heads(region, found.down, share)
+    if found.up is not None:
+        return down @ over_heads(region, found.up, share)
+    assert found.key_down is not None
+    return down @ over_heads(region, found.key_down, share).T
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@names_sizes_seeds
+def test_admissible_maps_of_heads(name: str, half: int, m: int, seed: int) -> None:
+    region = HEAD_REGIONS[name](2 * half, m)
+    found = random_admissible_map(region, torch.Generator().manual_seed(seed))
+    assert found.width == region.width
+    assert close(met(region, found), torch.eye(2 * m * (1 if name == "kv_heads" else 2 * half), dtype=torch.float64))
+    for matrix in (found.down, found.up, found.key_down):
+        assert matrix is None or bool((torch.linalg.cond(matrix) <= 4 + EXACT).all())
+    if name == "rotary":
+        source = (found.down != 0).double().argmax(0)
+        assert torch.equal(source[half:], source[:half] + half)
+        assert torch.equal(
+            found.down[source[:half], torch.arange(half)], found.down[source[half:], -half + torch.arange(half)]
+        )
+        assert not torch.equal(source, torch.arange(2 * half))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@names_sizes_seeds
+def test_wrong_maps_of_heads(name: str, half: int, m: int, seed: int) -> None:
+    region = HEAD_REGIONS[name](2 * half, m)
+    wrong = random_wrong_map(region, torch.Generator().manual_seed(seed))
+    assert wrong.width == region.width
+    identity = torch.eye(2 * m * (1 if name == "kv_heads" else 2 * half), dtype=torch.float64)
+    assert close(met(region, wrong), identity)  # undone where it should be: only the symmetry is broken
+    if name == "kv_heads":
+        assert wrong.key_down is not None
+        assert not close(wrong.key_down, wrong.down)
+    elif name == "rotary":
+        source = wrong.down.argmax(0)
+        assert not torch.equal(source[half:], source[:half] + half)
+    else:
+        assert wrong.down.shape == (m, 2 * half, m, 2 * half)
+        assert float(wrong.down[0, :, 1].abs().max()) > 1e-3
+
+
+def test_of_a_single_head_the_wrong_map_is_not_undone() -> None:
+    region = HEAD_REGIONS["value"](4, 1)
+    wrong = random_wrong_map(region, torch.Generator().manual_seed(0))
+    assert not close(met(region, wrong), torch.eye(8, dtype=torch.float64))
+
+
+def test_pairs_are_taken_in_order() -> None:
+    assert pair_selection(torch.tensor([2, 0]), 6).argmax(0).tolist() == [2, 0, 5, 3]

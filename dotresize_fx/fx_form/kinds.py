@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dotresize_fx.fx_form.axes import axes_form
 from dotresize_fx.graph import Kind
 
 aten = torch.ops.aten
@@ -71,7 +72,15 @@ _PLAIN_NUMBERS = (int, float)
 
 
 def classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, dict[str, Any]]:
-    """The kind of a call node and the attributes that go with it; ``parameters`` are names of placeholders."""
+    """The kind of a call node and the attributes that go with it, what it does to axes among them.
+
+    ``parameters`` are names of placeholders.
+    """
+    kind, attributes = _classify(node, parameters)
+    return kind, attributes | axes_form(node)
+
+
+def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, dict[str, Any]]:
     target, args = node.target, node.args
     if target in (aten.linear.default, aten.embedding.default):
         weight = args[1] if target is aten.linear.default else args[0]
@@ -118,7 +127,8 @@ def classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, dic
     if target in RESHAPE:
         return Kind.RESHAPE, {}
     if target is aten.scaled_dot_product_attention.default:
-        return Kind.ATTENTION, {}
+        grouped = bool(node.kwargs.get("enable_gqa", False))
+        return Kind.ATTENTION, {"scale": node.kwargs.get("scale"), "grouped": grouped}
     return Kind.OTHER, {}
 
 

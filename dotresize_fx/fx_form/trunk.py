@@ -9,7 +9,8 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.fx_form.graph import FxGraph, is_impure
+from dotresize_fx.fx_form.edits import is_impure
+from dotresize_fx.fx_form.graph import FxGraph
 
 aten = torch.ops.aten
 # What autocast would compute in bfloat16.

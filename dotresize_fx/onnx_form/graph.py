@@ -17,6 +17,7 @@ from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.onnx_form.axes import declared_width
 from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
 from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
+from dotresize_fx.onnx_form.heads import NoHeadEdits
 from dotresize_fx.onnx_form.kinds import Form, bodies, read_form
 from dotresize_fx.onnx_form.linears import (
     BIASED,
@@ -33,7 +34,7 @@ from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_w
 RMS_NORM_OPSET = 23
 
 
-class OnnxGraph(Graph):
+class OnnxGraph(NoHeadEdits, Graph):
     """The main graph of a model, topologically sorted as ONNX demands; calls of functions are ops not understood.
 
     Edits write to the model in place. Parameters are initializers that are not graph inputs, and Constant nodes.

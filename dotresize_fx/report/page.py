@@ -16,7 +16,13 @@ import jinja2
 from dotresize_fx.report import figure_rows as words
 from dotresize_fx.report.contents import DecoderFidelity, Figures, Latency, RegionRow, Report
 
-_KINDS = {"ffn": "FFN intermediate width", "residual": "Residual stream width"}
+_KINDS = {
+    "ffn": "FFN intermediate width",
+    "residual": "Residual stream width",
+    "value": "Width of a value head",
+    "query_key": "Width of a query and key head",
+    "kv_heads": "Number of KV heads",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ below 1e-6. A map that the symmetry does not admit must break it a hundredfold, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +17,21 @@ import torch
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.fold_linears import FoldLinears
+from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions
-from dotresize_fx.region_map import RegionMap, random_admissible_map, random_wrong_map, selection
+from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
+from dotresize_fx.region_map import (
+    RegionMap,
+    random_admissible_map,
+    random_rotation,
+    random_wrong_map,
+    selection,
+)
 from dotresize_fx.regions import Region, Symmetry
 
+HEADS = ("value", "query_key", "kv_heads")
 PRE_NORM = ["llama", "gpt2", "qwen2", "opt"]
 TIED = ["llama", "gpt2", "opt"]
 
@@ -117,9 +128,122 @@ def test_what_the_regions_admit(tiny_graph: Any, kind: str) -> None:
     assert all(linear.matched for linear in report.linears)
 
 
+@pytest.fixture(scope="session")
+def heads_graph(tiny_graph: Any) -> Callable[[str], tuple[Any, FxGraph]]:
+    """``heads_graph(kind)``: as ``tiny_graph``, with query, key and value in weights of their own."""
+
+    def get(kind: str) -> tuple[Any, FxGraph]:
+        model, graph = tiny_graph(kind)
+        SplitPackedLinears()(graph)
+        return model, graph
+
+    return get
+
+
+@pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
+def test_what_the_heads_admit(heads_graph: Any, kind: str) -> None:
+    report = find_regions(heads_graph(kind)[1])
+    grouped = 2 if kind in ("llama", "qwen2") else 4
+    rotary = kind in ("llama", "qwen2")
+    assert report.refused == ()
+    for region in report.of_kind(*HEADS):
+        assert region.heads == grouped
+        assert region.width == (grouped if region.kind == "kv_heads" else 8)
+    symmetries = {region.kind: region.symmetry for region in report.of_kind(*HEADS)}
+    assert symmetries == {
+        "value": Symmetry.HEADWISE_LINEAR,
+        "query_key": Symmetry.ROTARY_PAIRS if rotary else Symmetry.HEADWISE_LINEAR,
+        "kv_heads": Symmetry.PERMUTATION,
+    }
+
+
+@pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
+def test_admissible_maps_of_heads_change_nothing(heads_graph: Any, error: Any, kind: str) -> None:
+    model, graph = heads_graph(kind)
+    assert error(model, graph) <= BOUND
+    for region_kind in HEADS:
+        assert map_regions(graph, (region_kind,), random_admissible_map) == 2
+        assert error(model, graph) <= BOUND, region_kind
+    graph.refresh_shapes()
+    assert map_regions(graph, HEADS, random_admissible_map, seed=1) == 6
+    assert error(model, graph) <= BOUND
+
+
+@pytest.mark.parametrize("region_kind", HEADS)
+@pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
+def test_wrong_maps_of_heads_break_it(heads_graph: Any, error: Any, kind: str, region_kind: str) -> None:
+    """A rotation across heads; rotary pairs torn apart; KV heads in an order that the keys do not have."""
+    model, graph = heads_graph(kind)
+    assert map_regions(graph, (region_kind,), random_wrong_map) == 2
+    assert error(model, graph) >= BROKEN
+
+
+PARTLY = {"qwen3": "QK-norm", "phi": "partial rotary"}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_a_head_that_cannot_be_narrowed_can_be_moved(tiny_graph: Any, error: Any, kind: str) -> None:
+    model, graph = tiny_graph(kind)
+    report = find_regions(graph)
+    assert [region.kind for region in report.of_kind(*HEADS)] == ["kv_heads", "value"] * 2
+    assert len(report.refused) == 2
+    assert all(PARTLY[kind] in reason for _, reason in report.refused)
+    assert map_regions(graph, HEADS, random_admissible_map) == 4
+    assert error(model, graph) <= BOUND
+    map_regions(graph, ("kv_heads",), random_wrong_map)
+    assert error(model, graph) >= BROKEN
+
+
+def test_packed_weights_are_left_alone(tiny_graph: Any) -> None:
+    for kind, reason in (("gpt2", ""), ("neox", ", head by head")):
+        report = find_regions(tiny_graph(kind)[1])
+        assert list(report.of_kind(*HEADS)) == []
+        packed = [row for row in report.linears if row.shape == (96, 32)]
+        assert len(packed) == 2
+        assert {row.writes_reason for row in packed} == {f"query, key and value are packed in one weight{reason}"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_rotary_pairs_without_their_tables_break_it(heads_graph: Any, error: Any, kind: str) -> None:
+    model, graph = heads_graph(kind)
+    generator = torch.Generator().manual_seed(0)
+    for region in find_regions(graph).of_kind("query_key"):
+        assert region.layout is not None
+        bare = replace(region, layout=replace(region.layout, tables=()))
+        insert = InsertMaps(bare, random_admissible_map(region, generator))
+        insert(graph)
+        FoldLinears(insert.downs, insert.ups)(graph)
+    assert error(model, graph) >= BROKEN
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_basis_for_each_query_head_breaks_values(heads_graph: Any, error: Any, kind: str) -> None:
+    """Query heads that share a KV head share its basis: what reads them cannot undo one of its own."""
+    model, graph = heads_graph(kind)
+    generator = torch.Generator().manual_seed(0)
+    for region in find_regions(graph).of_kind("value"):
+        turns = torch.stack([random_rotation(8, generator) for _ in range(4)])
+        writer, reader = graph.op(region.writers[0]), graph.op(region.readers[0])
+        graph.set_weight(writer, torch.block_diag(*turns[::2].mT).float() @ graph.weight(writer))
+        if writer.bias is not None:
+            graph.set_bias(graph.op(writer.name), torch.block_diag(*turns[::2].mT).float() @ graph.bias(writer))
+        graph.set_weight(reader, graph.weight(reader) @ torch.block_diag(*turns).float())
+    assert error(model, graph) >= BROKEN
+
+
+@pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
+def test_nothing_inserted_is_left_between_heads(heads_graph: Any, kind: str) -> None:
+    """But for the tables of a rotary embedding, which are taken in another order."""
+    _, graph = heads_graph(kind)
+    before = [op.name for op in graph.ops]
+    map_regions(graph, HEADS, random_admissible_map)
+    added = [op.spelling for op in graph.ops if op.name not in before]
+    assert added == (["index_select.default"] * 4 if kind in ("llama", "qwen2") else [])
+
+
 def test_the_stream_of_a_post_norm_model_is_refused(tiny_graph: Any) -> None:
     report = find_regions(tiny_graph("bert")[1])
-    assert [(region.kind, region.width) for region in report.regions] == [("ffn", 64), ("ffn", 64)]
+    assert [(region.kind, region.width) for region in report.of_kind("ffn", "residual")] == [("ffn", 64)] * 2
     first = next(linear for linear in report.linears if linear.parameter.endswith("intermediate.dense.weight"))
     assert first.writes is not None
     assert first.reads is None

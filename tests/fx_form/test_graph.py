@@ -235,3 +235,62 @@ def test_replacing_by_a_norm_keeps_the_gain_as_a_parameter(trace: Trace, run: Ru
     graph.remove_dead()
     assert [op.kind for op in graph.ops] == [Kind.RMS_NORM]
     assert torch.allclose(run(graph, x=X)[0], F.rms_norm(X, [4], graph.parameter(gain), 0.5), atol=ROUNDING)
+
+
+def test_stated_sizes_are_set_and_inferred_ones_stay(trace: Trace, run: Run) -> None:
+    graph = trace(lambda m, x: m.up(x).view(-1, 2, 4).expand(-1, 2, 4), (2, 4), up=nn.Linear(4, 8))
+    view, expand = (op for op in graph.ops if "sizes" in op.attributes)
+    assert view.attributes["sizes"] == (-1, 2, 4)
+    up = graph.op("linear")
+    graph.set_weight(up, graph.weight(up)[:6])
+    graph.set_bias(graph.op("linear"), graph.bias(graph.op("linear"))[:6])
+    graph.resize_axes(graph.op(view.name), {0: 7, 2: 3})
+    graph.resize_axes(graph.op(expand.name), {2: 3})
+    assert graph.op(view.name).attributes["sizes"] == (-1, 2, 3)
+    assert run(graph, x=X)[0].shape == (3, 2, 3)
+    graph.refresh_shapes()
+    assert [value.width for value in graph.outputs] == [3]
+
+
+def test_a_slice_takes_another_range(trace: Trace, run: Run) -> None:
+    graph = trace(lambda m, x: x[:, 2:], (2, 4))
+    for start, stop in ((1, 3), (3, None)):
+        graph.resize_slice(graph.ops[-1], start, stop)
+        assert (graph.ops[-1].attributes["start"], graph.ops[-1].attributes["stop"]) == (start, stop)
+        assert torch.equal(run(graph, x=X)[0], X[:, start:stop])
+
+
+def test_gathering_is_for_the_given_users(trace: Trace, run: Run) -> None:
+    graph = trace(lambda m, x: (torch.relu(x), torch.exp(x)), (2, 4))
+    source = graph.ops[0].inputs[0]
+    exp = next(op for op in graph.ops if op.function == "exp")
+    gather = graph.insert_gather(source, torch.tensor([3, 0]), users=[exp])
+    places = gather.inputs[1]
+    assert (graph.is_buffer(places), graph.parameter(places).tolist()) == (True, [3, 0])
+    relu, exp_again = run(graph, x=X)
+    assert torch.equal(relu, torch.relu(X))
+    assert torch.equal(exp_again, torch.exp(X[:, [3, 0]]))
+    graph.copy().refresh_shapes()
+    assert torch.equal(graph.program.module()(X)[1], exp_again)
+
+
+def test_the_scale_of_an_attention(trace: Trace, run: Run) -> None:
+    graph = trace(lambda m, x: F.scaled_dot_product_attention(x, x, x), (2, 3, 4))
+    (attention,) = graph.ops
+    assert [value.name for value in attention.inputs] == ["x", "x", "x"]
+    assert attention.attributes["scale"] is None
+    graph.set_attention_scale(attention, 0.25)
+    assert graph.ops[0].attributes["scale"] == 0.25
+    x = X.view(3, 1, 4)
+    assert torch.equal(run(graph, x=x)[0], F.scaled_dot_product_attention(x, x, x, scale=0.25))
+
+
+def test_redirecting_moves_users_and_outputs(trace: Trace) -> None:
+    graph = trace(lambda m, x: (x.sin() + 1, (y := torch.relu(x)), y.exp()), (2, 4))
+    sine, _, relu, _ = graph.ops
+    graph.redirect(relu, sine.output)
+    assert graph.remove_dead() == 1
+    assert [op.spelling for op in graph.ops] == ["sin.default", "add.Tensor", "exp.default"]
+    found = graph.program.module()(X)
+    for tensor, expected in zip(found, (X.sin() + 1, X.sin(), X.sin().exp()), strict=True):
+        assert torch.equal(tensor, expected)

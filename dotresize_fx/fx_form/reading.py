@@ -1,0 +1,127 @@
+"""Reading a :class:`torch.export.ExportedProgram` as a neutral graph."""
+
+from __future__ import annotations
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from dotresize_fx.fx_form.kinds import classify
+from dotresize_fx.graph import Graph, Kind, Op, Value
+
+
+class FxReading(Graph):
+    """What of the torch.fx form only reads; ``program`` is the exported program, its parameters placeholders."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.program = program
+        self._shapes_stale = False
+        self._nodes_by_name: dict[str, torch.fx.Node] = {}
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> torch.fx.Graph:
+        """The torch.fx graph itself."""
+        graph: torch.fx.Graph = self.program.graph_module.graph
+        return graph
+
+    def node(self, name: str) -> torch.fx.Node:
+        """The torch.fx node behind an op or value name."""
+        if not self._nodes_by_name:
+            self._nodes_by_name = {node.name: node for node in self.nodes.nodes}
+        return self._nodes_by_name[name]
+
+    def changed(self) -> None:
+        super().changed()
+        self._nodes_by_name = {}
+
+    def _value(self, node: torch.fx.Node) -> Value:
+        val = node.meta.get("val")
+        shape: tuple[int | str, ...] = ()
+        if isinstance(val, torch.Tensor):
+            shape = tuple(size if isinstance(size, int) else str(size) for size in val.shape)
+        return Value(node.name, shape, node.name in self._parameter_targets)
+
+    @property
+    def _parameter_targets(self) -> dict[str, str]:
+        """Placeholder name -> key in the state dict or the constants."""
+        if "_targets" not in self.__dict__:
+            self.__dict__["_targets"] = {
+                spec.arg.name: str(spec.target)
+                for spec in self.program.graph_signature.input_specs
+                if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+            }
+        targets: dict[str, str] = self.__dict__["_targets"]
+        return targets
+
+    def is_buffer(self, value: Value) -> bool:
+        return any(
+            spec.arg.name == value.name and spec.kind is not InputKind.PARAMETER
+            for spec in self.program.graph_signature.input_specs
+        )
+
+    def parameter_name(self, value: Value) -> str:
+        return self._parameter_targets[value.name]
+
+    # One node is read without reading the whole graph, so that a long row of edits stays cheap.
+
+    def op(self, name: str) -> Op:
+        return self._read_op(self.node(name))
+
+    def producer(self, value: Value) -> Op | None:
+        node = self.node(value.name)
+        return self._read_op(node) if node.op == "call_function" else None
+
+    def users(self, value: Value) -> list[Op]:
+        return [self._read_op(user) for user in sorted(self.node(value.name).users) if user.op == "call_function"]
+
+    def _read_ops(self) -> list[Op]:
+        return [self._read_op(node) for node in self.nodes.nodes if node.op == "call_function"]
+
+    def _read_outputs(self) -> frozenset[Value]:
+        return frozenset(self._value(node) for node in self.nodes.output_node().all_input_nodes)
+
+    def _read_op(self, node: torch.fx.Node) -> Op:
+        inputs = tuple(self._value(n) for n in node.all_input_nodes)
+        output = self._value(node)
+        kind, attributes = classify(node, self._parameter_targets)
+        weight = bias = None
+        if kind is Kind.LINEAR:
+            inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]
+            weight, bias = self._owned(node, 1, "weight"), self._owned(node, 2, "bias")
+        elif kind is Kind.EMBEDDING:
+            inputs = (self._value(node.args[1]),)  # type: ignore[arg-type]
+            weight = self._owned(node, 0, "weight")
+        elif kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
+            inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]
+            weight = self._owned(node, 2, "weight")
+            bias = self._owned(node, 3, "bias") if kind is Kind.LAYER_NORM else None
+        elif kind is Kind.ATTENTION or attributes.get("form") in ("concat", "where"):
+            inputs = tuple(self._value(n) for n in _in_order(node))
+        spelling = str(getattr(node.target, "__name__", node.target))
+        return Op(node.name, kind, inputs, output, weight, bias, attributes, spelling)
+
+    def _owned(self, node: torch.fx.Node, position: int, keyword: str) -> Value | None:
+        argument = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
+        return self._value(argument) if isinstance(argument, torch.fx.Node) else None
+
+    def parameter(self, value: Value) -> torch.Tensor:
+        return self.stored(self._parameter_targets[value.name]).detach()
+
+    def stored(self, key: str) -> torch.Tensor:
+        """The tensor under a key of the state dict or of the constants, as it is now."""
+        found = self.program.state_dict.get(key)
+        tensor: torch.Tensor = self.program.constants[key] if found is None else found
+        return tensor
+
+    def _read_weight(self, op: Op) -> torch.Tensor:
+        assert op.weight is not None
+        return self.parameter(op.weight)
+
+
+def _in_order(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes among its arguments, in their order, one that stands twice given twice."""
+    found: list[torch.fx.Node] = []
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n))
+    return found

@@ -1,0 +1,30 @@
+"""What the ends of a region tell: the name of the module that holds them, and the stream behind its readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dotresize_fx.graph import Graph, Kind, Op
+
+
+def common_module(graph: Graph, ops: Iterable[Op]) -> str:
+    """The module that holds all their weights, as far as names tell; names are for people only."""
+    names = [graph.parameter_name(op.weight) for op in ops if op.weight is not None]
+    stem = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        stem.append(parts[0])
+    return ".".join(stem)
+
+
+def stream_behind(graph: Graph, reader: Op) -> str:
+    """Follow the reader's output through the additions that only it feeds: the stream after the sublayer."""
+    value = reader.output
+    while len(users := graph.users(value)) == 1 and users[0].kind in (Kind.ADD, Kind.KEEP):
+        op = users[0]
+        reshaped = op.kind is Kind.KEEP and op.output.shape != value.shape and not op.attributes.get("reshape")
+        if value in graph.outputs or reshaped or op.attributes.get("subtract"):
+            break
+        value = op.output
+    return value.name
