@@ -20,8 +20,10 @@ from dotresize_fx.text import (
     token_batches,
 )
 
-# Sequences run through the model at once: few, so that one block's activations stay small.
+# Sequences run through the model at once on a CPU: few, so that one block's activations stay small. A GPU takes about
+# as many tokens as keep it busy.
 CALIBRATION_BATCH = 2
+GPU_TOKENS = 8192
 # One at a time: a batch of logits over a large vocabulary is the largest tensor of a run.
 EVALUATION_BATCH = 1
 SENTENCES_PER_BATCH = 16
@@ -68,7 +70,9 @@ def load_text(files: Sequence[Path]) -> Text:
     )
 
 
-def prepare_data(text: Text, options: Options, tokenizer: Tokenizer | None, task: str, longest: int) -> CalibrationData:
+def prepare_data(
+    text: Text, options: Options, tokenizer: Tokenizer | None, task: str, longest: int, device: str = "cpu"
+) -> CalibrationData:
     """Tokenise calibration and evaluation text as the options ask.
 
     Raises:
@@ -94,7 +98,8 @@ def prepare_data(text: Text, options: Options, tokenizer: Tokenizer | None, task
     # The part is named: a text may do for calibration and have too little left to measure on.
     part = "the first 80 %, which calibrates"
     try:
-        calibrating = batches(text.calibration, options.calibration_tokens, CALIBRATION_BATCH)
+        at_once = CALIBRATION_BATCH if device == "cpu" else max(1, GPU_TOKENS // length)
+        calibrating = batches(text.calibration, options.calibration_tokens, at_once)
         part = "the last 20 %, which measures"
         measured = batches(text.evaluation, options.evaluation_tokens, EVALUATION_BATCH)
     except TextError as error:

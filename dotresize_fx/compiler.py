@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dotresize_fx.calibration import CalibrationData, load_text, prepare_data
+from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
 from dotresize_fx.errors import CaptureError, UsageError
 from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.export.model_source import LoadedModel, load_model
@@ -18,11 +18,13 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.slim_graph import slim_graph, why_not_cut
+from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
-from dotresize_fx.sweep import SweptRegion
+from dotresize_fx.sweep import SweptRegion, is_held_out
 
 if TYPE_CHECKING:
     from dotresize_fx.report.contents import Report
@@ -39,14 +41,23 @@ class SlimResult:
     loaded: LoadedModel
     captured: Captured
     dense: FxGraph
-    slim: FxGraph
+    slimmed: Slimmed
     matches: MatchReport
-    swept: tuple[SweptRegion, ...]
     data: CalibrationData
     options: Options
     progress: Progress
     notes: tuple[str, ...] = ()
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def slim(self) -> FxGraph:
+        """The slim program."""
+        return self.slimmed.graph
+
+    @property
+    def swept(self) -> tuple[SweptRegion, ...]:
+        """What was cut."""
+        return self.slimmed.swept
 
     def save(self, out: Path | str, *, force: bool = False) -> Report:
         """Write model.onnx, its weights, config, tokenizer and the two reports into ``out``; returns the report.
@@ -105,31 +116,81 @@ def slim_with(
             model if isinstance(model, LoadedModel) else load_model(str(model), trust_remote_code=trust_remote_code)
         )
     captured, dense, matches = analyse(loaded, progress, check=chosen.check)
-    data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest)
-    slimmed, swept, notes = _slim_on_device(dense, matches, data, chosen, progress, work)
+    device = compute_device(chosen)
+    data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest, device)
+    own = _own_text(loaded, data, chosen, device, progress)
+    slimmed = _slim_on_device(dense, matches, data, own, chosen, progress, work, loaded.task)
     return SlimResult(
-        loaded, captured, dense, slimmed, matches, swept, data, chosen, progress, notes=notes, started=started
+        loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=slimmed.notes, started=started
     )
+
+
+def _own_text(
+    loaded: LoadedModel, data: CalibrationData, options: Options, device: str, progress: Progress
+) -> Sequence[Inputs]:
+    """Batches that the dense model writes itself, shaped like the calibration's; none where none are asked for."""
+    rows, length = data.calibration[0]["input_ids"].shape
+    count = options.own_tokens(loaded.task, device) // length
+    if count == 0:
+        return ()
+    from dotresize_fx.export.sample_text import sample_tokens
+
+    with progress.stage("sample the model's own text"):
+        ids = sample_tokens(loaded, sequences=count, length=length, seed=options.seed, device=device)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.cpu().split(rows)]
 
 
 def _slim_on_device(
     dense: FxGraph,
     matches: MatchReport,
     data: CalibrationData,
+    own: Sequence[Inputs],
     options: Options,
     progress: Progress,
     work: Path | None,
-) -> tuple[FxGraph, tuple[SweptRegion, ...], tuple[str, ...]]:
-    """Calibrate and solve where the options say; the slim graph comes back to the CPU."""
+    task: str,
+) -> Slimmed:
+    """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
     device = compute_device(options)
-    if device == "cpu":
-        return slim_graph(dense, matches, data.calibration, options, progress, work)
-    moved = dense.copy()
-    moved.to(device)
+    plan = None if options.plan is None else read_plan(options.plan)
+    moved = dense
+    if device != "cpu":
+        moved = dense.copy()
+        moved.to(device)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
-    slimmed, swept, notes = slim_graph(moved, matches, batches, options, progress, work)
-    slimmed.to("cpu")
-    return slimmed, swept, notes
+    slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan)
+    if options.effort == "heal" and slimmed.swept:
+        healed = _heal(moved, slimmed.graph, [*batches, *own], options, progress, task)
+        slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
+    if device != "cpu":
+        slimmed.graph.to("cpu")
+    return slimmed
+
+
+def _heal(
+    dense: FxGraph, slim: FxGraph, batches: Sequence[Inputs], options: Options, progress: Progress, task: str
+) -> tuple[str, ...]:
+    """Distil end to end, measured on the same share of the batches that the sweep held out; notes for the report."""
+    from dotresize_fx.healing import PROGRESS_STEPS, HealOptions, heal
+
+    held_out = [batch for i, batch in enumerate(batches) if is_held_out(i)]
+    training = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
+    chosen = HealOptions(seconds=60 * options.heal_minutes, seed=options.seed)
+    with progress.stage("heal", PROGRESS_STEPS) as step:
+        found = heal(
+            dense,
+            slim,
+            training,
+            held_out or training,
+            chosen,
+            task=task,
+            checkpoint=options.heal_checkpoint,
+            advanced=step,
+        )
+    return (
+        f"healed for {found.steps} steps in {found.seconds:.0f} s: held-out divergence {found.before:.4f} -> "
+        f"{found.after:.4f}; stopped because: {found.stopped}",
+    )
 
 
 def compute_device(options: Options) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,6 +39,20 @@ class GramAccumulator:
             self.cross[name] += x.T @ y
             self.energy[name] += y.double().square().sum()
 
+    def through(self, matrix: torch.Tensor) -> GramAccumulator:
+        """What would have been summed over x @ matrix; matrix: (n, k) float64."""
+        mapped = GramAccumulator()
+        mapped.tokens = self.tokens
+        mapped.gram = matrix.T @ self.gram @ matrix
+        mapped.cross = {name: matrix.T @ cross for name, cross in self.cross.items()}
+        mapped.energy = self.energy
+        return mapped
+
+
+def with_ones(rows: torch.Tensor) -> torch.Tensor:
+    """(tokens, n + 1): a constant one beside the activations, which a bias multiplies."""
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+
 
 def check_finite(gram: torch.Tensor, region: Region) -> None:
     """Raises SolverError when calibration met activations that are no numbers."""
@@ -64,19 +79,40 @@ class RegionStatistics:
     """What a solver sees of a region on calibration data; all float64.
 
     gram: (n, n), mean of x x.T over tokens, x being what the readers read (for a residual stream: the normalised
-    stream, so that every token counts alike). writer_gram: (n, n), the same for what the writers write, summed
-    over them, or None. reader_norm: (n,), Euclidean norm over the readers of the weights that read each neuron.
+    stream, so that every token counts alike; for the heads of an attention: all heads together). Empty where
+    nothing reads the region. reader_weight: (out, n), or None for a stream, which many linears read.
+    entry_gram: (d + 1, d + 1), the same for what the writers read, a constant one beside it for their biases; None
+    where they do not read one value. writer_weights: (n, d + 1) by op name, the bias as last column.
     samples: (tokens, n), some rows of x, or None.
     """
 
     tokens: int
     gram: torch.Tensor
-    reader_norm: torch.Tensor
-    writer_gram: torch.Tensor | None = None
     reader_weight: torch.Tensor | None = None
+    entry_gram: torch.Tensor | None = None
+    writer_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     samples: torch.Tensor | None = None
 
     @property
     def activation_norm(self) -> torch.Tensor:
         """(n,): root mean square of each neuron's activation."""
         return self.gram.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def reader_norm(self) -> torch.Tensor:
+        """(n,): Euclidean norm of the weights that read each neuron; ones for a stream."""
+        return self.gram.new_ones(len(self.gram)) if self.reader_weight is None else self.reader_weight.norm(dim=0)
+
+    def written_gram(self, writer: str) -> torch.Tensor:
+        """(n, n): mean of y y.T over tokens, y being what the writer of this op name writes."""
+        if self.entry_gram is None:
+            raise ValueError(f"{writer} shares its input with no other writer")
+        weight = self.writer_weights[writer]
+        return weight @ self.entry_gram @ weight.T
+
+    @property
+    def writer_gram(self) -> torch.Tensor | None:
+        """(n, n): :meth:`written_gram` summed over the writers; None where they do not read one value."""
+        if self.entry_gram is None or not self.writer_weights:
+            return None
+        return torch.stack([self.written_gram(name) for name in self.writer_weights]).sum(0)

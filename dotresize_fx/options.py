@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.solvers import SOLVERS
+from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
+from dotresize_fx.solvers import METHODS
 from dotresize_fx.width_plan import MULTIPLE, check_ratio
 
-REGION_KINDS = ("ffn", "residual")
+REGION_NAMES = {
+    "ffn": (RegionKind.FFN,),
+    "attention": ATTENTION_KINDS,
+    **{kind.value: (kind,) for kind in ATTENTION_KINDS},
+    "residual": (RegionKind.RESIDUAL,),
+}
+# What is cut where nothing is said, of those that the method cuts.
+DEFAULT_REGIONS = ("ffn", "attention")
 DEVICES = ("auto", "cpu", "cuda")
+EFFORTS = ("fast", "best", "heal")
+ALLOCATIONS = ("measured", "uniform")
+# A few minutes of distillation see so much once or twice; text of few sources alone is learnt by heart.
+SELF_TOKENS = 786_432
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """``ratio`` is the share of block linear weights to remove. Lengths and counts are in tokens.
 
-    ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    ``regions`` are names of REGION_NAMES; none stands for what the method cuts of DEFAULT_REGIONS. ``effort``: fast is
+    closed forms alone; best refines each cut sublayer for ``repair_steps`` steps; heal also distils end to end for
+    ``heal_minutes``, on calibration text and ``self_tokens`` tokens that the dense model itself writes (None: as many
+    as pay on this device). ``heal_checkpoint`` is a folder to go on from. ``plan`` is a file of widths to follow
+    instead of ``ratio``. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
     """
 
     ratio: float = 0.2
-    regions: tuple[str, ...] = ("ffn",)
-    method: str = "dotresize"
+    regions: tuple[str, ...] = ()
+    method: str = "auto"
+    effort: str = "fast"
+    allocation: str = "measured"
+    plan: Path | None = None
+    repair_steps: int = 300
+    heal_minutes: float = 5.0
+    heal_checkpoint: Path | None = None
+    self_tokens: int | None = None
     multiple: int = MULTIPLE
     calibration: tuple[Path, ...] = ()
     calibration_tokens: int = 24_576
@@ -39,23 +63,48 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        if self.method not in SOLVERS:
-            raise UsageError(f"--method {self.method}: choose one of {', '.join(sorted(SOLVERS))}")
-        unknown = [kind for kind in self.regions if kind not in REGION_KINDS]
-        if unknown or not self.regions:
-            raise UsageError(f"--regions {','.join(self.regions)}: choose from {', '.join(REGION_KINDS)}")
+        choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"--{name} {getattr(self, name)}: choose one of {', '.join(sorted(known))}")
+        said = f"--regions {','.join(self.regions)}"
+        if any(name not in REGION_NAMES for name in self.regions):
+            raise UsageError(f"{said}: choose from {', '.join(REGION_NAMES)}")
         if len(set(self.regions)) < len(self.regions):
-            raise UsageError(f"--regions {','.join(self.regions)}: names one twice")
-        if self.method == "obs" and "residual" in self.regions:
-            raise UsageError("--method obs eliminates neurons of FFNs: use it with --regions ffn")
-        if self.method == "pca" and "ffn" in self.regions:
-            raise UsageError("--method pca rotates, which an FFN does not allow: use it with --regions residual")
-        if self.device not in DEVICES:
-            raise UsageError(f"--device {self.device}: choose one of {', '.join(DEVICES)}")
+            raise UsageError(f"{said}: names one twice")
+        idle = [name for name in self.regions if not any(kind in METHODS[self.method] for kind in REGION_NAMES[name])]
+        if idle or not self.kinds:
+            takes = [name for name, kinds in REGION_NAMES.items() if any(k in METHODS[self.method] for k in kinds)]
+            raise UsageError(
+                f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
+                f"choose --regions from {', '.join(takes)}"
+            )
+        if not math.isfinite(self.heal_minutes) or self.heal_minutes <= 0:
+            raise UsageError(f"--heal-minutes is {self.heal_minutes}: it must be above 0")
         # A sequence of one token has no next token to predict.
-        least = {"multiple": 1, "calibration_tokens": 1, "sequence_length": 2, "evaluation_tokens": 1}
-        for name, smallest in (least | {"latency_length": 1, "seed": 0}).items():
-            if getattr(self, name) < smallest:
+        least = {
+            "multiple": 1,
+            "calibration_tokens": 1,
+            "sequence_length": 2,
+            "evaluation_tokens": 1,
+            "repair_steps": 1,
+        }
+        for name, smallest in (least | {"latency_length": 1, "seed": 0, "self_tokens": 0}).items():
+            if (value := getattr(self, name)) is not None and value < smallest:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {smallest}")
         if self.seed >= 2**63:
             raise UsageError(f"--seed is {self.seed}: it must be below 2**63")
+
+    @property
+    def kinds(self) -> tuple[RegionKind, ...]:
+        """The kinds of region that are cut."""
+        names = self.regions or DEFAULT_REGIONS
+        return tuple(kind for name in names for kind in REGION_NAMES[name] if kind in METHODS[self.method])
+
+    def own_tokens(self, task: str, device: str) -> int:
+        """How much text the dense model writes for its slim self; an encoder writes none."""
+        if self.effort != "heal" or task != "decoder":
+            return 0
+        if self.self_tokens is not None:
+            return self.self_tokens
+        return 0 if device == "cpu" else SELF_TOKENS

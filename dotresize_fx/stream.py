@@ -46,6 +46,5 @@ def stream_statistics(
     return RegionStatistics(
         tokens=total.tokens,
         gram=total.gram / total.tokens,
-        reader_norm=total.gram.new_ones(region.width),
         samples=torch.cat(kept),
     )

@@ -1,33 +1,42 @@
-"""The sweep: one walk over the regions with two activation streams, the dense model's and the slim model's.
+"""The sweep: one walk over the sublayers with two activation streams, the dense model's and the slim model's.
 
-Each region is calibrated on what the already slimmed prefix really feeds it, and its readers are refitted so that
+Each region is calibrated on what the already slimmed prefix really feeds it, and its reader is refitted so that
 the residual stream after the sublayer is the dense model's again, which repairs what earlier cuts broke.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows, with_ones
+from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import refit_reader, relative_error
+from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import ATTENTION_KINDS, Region
+from dotresize_fx.repair import Sublayer, repair
 from dotresize_fx.solvers import Solver
 
 # One batch in this many is kept out of the solve and measures the region's error.
 HELD_OUT_EVERY = 8
 
 Inputs = Mapping[str, torch.Tensor]
+Solvers = Sequence[tuple[str, Solver]]
+
+
+def is_held_out(batch: int) -> bool:
+    """Whether the batch of this number measures and is not solved with."""
+    return batch % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 @dataclass(frozen=True)
 class SweptRegion:
-    """What the sweep did to a region.
+    """What the sweep did to a region, and by which solver's map (``method``).
 
     ``error`` is ||slim - wanted|| / ||wanted|| of the reader's output on batches that were not solved with, ``wanted``
     being what would make the stream behind the sublayer the dense model's.
@@ -35,6 +44,7 @@ class SweptRegion:
 
     region: Region
     width: int
+    method: str
     error: float | None
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
 
@@ -53,10 +63,24 @@ class _Stream:
         self.position = stop
 
 
+@dataclass
+class _Gathered:
+    """A region's sums on the slim prefix: solved with, and held out; and per batch what its reader should put out
+    (``wanted``) and does (``own``), (batch, length, width) or joined.
+    """
+
+    statistics: RegionStatistics
+    fitting: GramAccumulator
+    held_out: GramAccumulator
+    wanted: list[torch.Tensor]
+    own: list[torch.Tensor]
+
+
 class Sweep:
-    """Slims regions one after another; ``apply`` inserts and folds a map (the passes live outside the core).
+    """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
     ``basis`` (d, k) takes the dense stream into the slim one's coordinates where the stream itself was cut.
+    ``repair_steps``: how long each cut sublayer's weights are refined; 0 for not at all.
     """
 
     def __init__(
@@ -68,125 +92,190 @@ class Sweep:
         *,
         refit: bool = True,
         basis: torch.Tensor | None = None,
+        repair_steps: int = 0,
+        seed: int = 0,
     ) -> None:
         self.slim_graph = slim
         self.apply, self.refit, self.basis = apply, refit, basis
+        self.repair_steps, self.seed = repair_steps, seed
         self.masks = [batch.get("attention_mask") for batch in batches]
         self.dense = _Stream(execution := Execution(dense), [execution.start(batch) for batch in batches])
         self.slim = _Stream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.
-        self.measuring = {i for i in range(len(batches)) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1}
+        self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
 
-    def slim_region(self, region: Region, width: int, solver: Solver) -> SweptRegion:
-        """Solve one region, fold the map and bring both streams behind its target. Regions come in graph order."""
-        first = min(self._slim_index(name) for name in region.writers)
-        self.slim.advance(first)
-        wanted = self._dense_targets(region)
-        statistics, outputs = self._statistics(region, wanted)
-        region_map = solver(region, statistics, width)
-        error = None
-        if self.refit:
-            region_map, error = self._refit(region, region_map, wanted, outputs)
-        self.apply(region, region_map)
-        self._rebuild()
-        self.slim.advance(self._slim_index(region.target) + 1)
-        return SweptRegion(region, width, error, region_map.notes)
+    def slim_sublayer(
+        self, cuts: Sequence[tuple[Region, int]], solvers: Callable[[Region], Solvers]
+    ) -> list[SweptRegion]:
+        """Cut the regions of one target, in the order given, and bring both streams behind it.
+
+        Sublayers come in graph order. A region that keeps its width is only refitted.
+        """
+        target = cuts[0][0].target
+        self.slim.advance(min(self._slim_index(name) for region, _ in cuts for name in region.writers))
+        goals = self._dense_goals(target)
+        swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
+        if self.repair_steps:
+            notes = self._repair(target, [region for region, _ in cuts], goals)
+            swept[-1] = replace(swept[-1], notes={**swept[-1].notes, **notes})
+        self.slim.advance(self._slim_index(target) + 1)
+        return swept
 
     def _slim_index(self, name: str) -> int:
         return self.slim.execution.index[self.slim_graph.node(name)]
 
-    def _rebuild(self) -> None:
-        """Folding may add parameters; nodes, and so environments, stay."""
-        self.slim.execution = Execution(self.slim_graph)
-
-    def _dense_targets(self, region: Region) -> list[torch.Tensor]:
+    def _dense_goals(self, target: str) -> list[torch.Tensor]:
         """Per batch, the dense model's stream behind the sublayer, in the slim stream's coordinates."""
         execution = self.dense.execution
-        node = self.dense.execution.graph.node(region.target)
+        node = execution.graph.node(target)
         stop = execution.index[node] + 1
-        targets = []
+        goals = []
         for environment in self.dense.environments:
             value = execution.run(environment, self.dense.position, stop, keep=[node])[node]
-            targets.append(value if self.basis is None else value @ self.basis.to(value.dtype))
+            goals.append(value if self.basis is None else value @ self.basis.to(value.dtype))
         self.dense.position = stop
-        return targets
+        return goals
 
-    def _statistics(self, region: Region, wanted: list[torch.Tensor]) -> tuple[RegionStatistics, list[torch.Tensor]]:
-        """Run the sublayer as it is. ``wanted`` becomes what the reader should put out; returns what it does."""
-        graph, execution = self.slim_graph, self.slim.execution
-        reader = graph.op(region.readers[0])
-        writers = [graph.op(name) for name in region.writers]
-        hidden, output = graph.node(reader.inputs[0].name), graph.node(reader.name)
-        entry, target = graph.node(writers[0].inputs[0].name), graph.node(region.target)
-        read, written = GramAccumulator(), GramAccumulator()
-        outputs = []
+    # -- one region --------------------------------------------------------------------------------
+
+    def _slim_region(self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers) -> SweptRegion:
+        inputs = RegionInputs(self.slim_graph, region)
+        gathered = self._gather(inputs, goals)
+        found: list[tuple[str, RegionMap, float | None]] = []
+        if width == region.width and inputs.reader is not None:
+            solvers = [("refit", _keep_all)]
+        for name, solver in solvers:
+            region_map, error = solver(region, gathered.statistics, width), None
+            if self.refit and inputs.reader is not None:
+                region_map, error = self._refit(inputs, region_map, gathered)
+            found.append((name, region_map, error))
+        # The first of equals; without held-out batches nothing tells them apart.
+        name, region_map, error = min(found, key=lambda one: 0.0 if one[2] is None else one[2])
+        self.apply(region, region_map)
+        self.slim.execution = Execution(self.slim_graph)  # folding adds parameters, and tables before their readers
+        return SweptRegion(region, width, name, error, region_map.notes)
+
+    def _gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> _Gathered:
+        """Run the sublayer as it is."""
+        execution = self.slim.execution
+        target = self.slim_graph.node(inputs.region.target)
+        fitting, held_out, entered = GramAccumulator(), GramAccumulator(), GramAccumulator()
+        wanted, own = [], []
+        reads = inputs.output is not None
+        last = target if reads else inputs.entry
+        assert last is not None
         for i, environment in enumerate(self.slim.environments):
-            scratch = dict(environment)
-            values = execution.run(
-                scratch, self.slim.position, execution.index[target] + 1, keep=[hidden, output, entry, target]
-            )
-            # Some models run a sublayer with batch and length joined and part them behind the addition.
-            wanted[i] = (wanted[i] - values[target]).reshape_as(values[output]) + values[output]
-            outputs.append(values[output])
-            if i in self.measuring:
-                continue
-            read.add(token_rows(values[hidden], self.masks[i]))
-            if all(op.inputs[0] == writers[0].inputs[0] for op in writers):
-                written.add(token_rows(values[entry], self.masks[i]))
-        check_finite(read.gram, region)
-        writer_gram = None
-        if written.tokens:
-            weights = [graph.weight(op).double() for op in writers]
-            writer_gram = sum((w @ (written.gram / written.tokens) @ w.T for w in weights), written.gram.new_zeros(()))
-        statistics = RegionStatistics(
-            tokens=read.tokens,
-            gram=read.gram / read.tokens,
-            reader_norm=graph.weight(reader).double().norm(dim=0),
-            reader_weight=graph.weight(reader).double(),
-            writer_gram=writer_gram,
-        )
-        return statistics, outputs
+            stop, keep = execution.index[last] + 1, [*inputs.nodes, target]
+            values = execution.run(dict(environment), self.slim.position, stop, keep=keep)
+            solves, mask = i not in self.measuring, self.masks[i]
+            if reads:
+                output = values[inputs.output]
+                # Some models run a sublayer with batch and length joined and part them behind the addition.
+                wanted.append((goals[i] - values[target]).reshape_as(output) + output)
+                own.append(output)
+                sums = fitting if solves else held_out
+                sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
+            if solves and (rows := inputs.entry_rows(values, mask)) is not None:
+                entered.add(rows)
+        return _Gathered(inputs.statistics(fitting, entered), fitting, held_out, wanted, own)
 
     def _refit(
-        self, region: Region, region_map: RegionMap, wanted: list[torch.Tensor], own: list[torch.Tensor]
+        self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered
     ) -> tuple[RegionMap, float | None]:
-        """Replace the map's way up by a reader fitted to ``wanted``, from the merged neurons' own activations."""
-        graph = self.slim_graph
-        reader = graph.op(region.readers[0])
-        with_bias = graph.bias(reader) is not None
-        fitting, held_out = GramAccumulator(), GramAccumulator()
-        for i, hidden in enumerate(self._merged_activations(region, region_map)):
-            rows = token_rows(hidden, self.masks[i])
-            if with_bias:
-                rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-            (held_out if i in self.measuring else fitting).add(
-                rows, wanted=token_rows(wanted[i], self.masks[i]), own=token_rows(own[i], self.masks[i])
-            )
-        refit = refit_reader(fitting.gram, fitting.cross["wanted"], fitting.cross["own"], with_bias=with_bias)
+        """Replace the map's way up by a reader fitted to ``wanted`` from what the reader will see."""
+        region, reader = inputs.region, inputs.reader
+        assert reader is not None
+        if _passes_through(region, region_map):
+            weight = inputs.reader_weight()
+            width = weight.shape[1] - inputs.biased
+            mix = over_heads(region, region_map.down, width)
+            if inputs.biased:
+                mix = torch.block_diag(mix, mix.new_ones(1, 1))
+            fitting, held_out = gathered.fitting.through(mix), gathered.held_out
+            held_out = held_out.through(mix) if held_out.tokens else held_out
+            own = mix.T @ gathered.fitting.gram @ weight.T
+        else:
+            fitting, held_out = self._gather_merged(inputs, region_map, gathered)
+            own = fitting.cross["own"]
+        refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased)
         full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
         error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
         refitted = RegionMap(
             region_map.down,
             branch_down=region_map.branch_down,
+            key_down=region_map.key_down,
             reader_weights={reader.name: refit.weight},
             reader_biases={} if refit.bias is None else {reader.name: refit.bias},
             notes=region_map.notes,
         )
         return refitted, error
 
-    def _merged_activations(self, region: Region, region_map: RegionMap) -> Iterator[torch.Tensor]:
-        """Per batch, what the reader will see: the sublayer up to the reader with the writers already mapped."""
-        graph, execution = self.slim_graph, self.slim.execution
-        hidden = graph.node(graph.op(region.readers[0]).inputs[0].name)
-        down = region_map.down
+    def _gather_merged(
+        self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered
+    ) -> tuple[GramAccumulator, GramAccumulator]:
+        """The sums over what the reader sees once the writers are mapped: merged neurons have to be run."""
+        fitting, held_out = GramAccumulator(), GramAccumulator()
+        for i, hidden in enumerate(self._merged_activations(inputs, region_map)):
+            rows = token_rows(hidden, self.masks[i])
+            (held_out if i in self.measuring else fitting).add(
+                with_ones(rows) if inputs.biased else rows,
+                wanted=token_rows(gathered.wanted[i], self.masks[i]),
+                own=token_rows(gathered.own[i], self.masks[i]),
+            )
+        return fitting, held_out
+
+    def _merged_activations(self, inputs: RegionInputs, region_map: RegionMap) -> Iterator[torch.Tensor]:
+        """Per batch, the sublayer up to the reader with the writers already mapped."""
+        graph, execution, region = self.slim_graph, self.slim.execution, inputs.region
+        assert inputs.hidden is not None
         weights: dict[torch.fx.Node, torch.Tensor] = {}
-        for op in (graph.op(name) for name in region.writers):
+        for op in inputs.writers:
             assert op.weight is not None
+            branch = op.name in region.linear_branch and region_map.branch_down is not None
+            down = region_map.branch_down if branch else region_map.down
+            assert down is not None
             weight = graph.weight(op)
             weights[graph.node(op.weight.name)] = (down.T @ weight.double()).to(weight.dtype)
             if op.bias is not None and (bias := graph.bias(op)) is not None:
                 weights[graph.node(op.bias.name)] = (down.T @ bias.double()).to(bias.dtype)
-        stop = execution.index[hidden] + 1
+        stop = execution.index[inputs.hidden] + 1
         for environment in self.slim.environments:
-            scratch = dict(environment)
-            yield execution.run(scratch, self.slim.position, stop, keep=[hidden], parameters=weights)[hidden]
+            values = execution.run(
+                dict(environment), self.slim.position, stop, keep=[inputs.hidden], parameters=weights
+            )
+            yield values[inputs.hidden]
+
+    # -- repair ------------------------------------------------------------------------------------
+
+    def _repair(self, target: str, regions: Sequence[Region], goals: list[torch.Tensor]) -> dict[str, float]:
+        """Refine writers and readers of the cut regions; returns the held-out loss before and after."""
+        graph, stream = self.slim_graph, self.slim
+        ops = [graph.op(name) for region in regions for name in (*region.writers, *region.readers)]
+        owned = {value: op for op in ops for value in (op.weight, op.bias) if value is not None}
+        sublayer = Sublayer(
+            stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks
+        )
+        nodes = {graph.node(value.name): (value, op) for value, op in owned.items()}
+        repaired = repair(sublayer, list(nodes), sorted(self.measuring), steps=self.repair_steps, seed=self.seed)
+        for node, weight in repaired.weights.items():
+            value, op = nodes[node]
+            op = graph.op(op.name)
+            (graph.set_weight if value == op.weight else graph.set_bias)(op, weight)
+        return {"loss before repair": repaired.before, "loss after repair": repaired.after}
+
+
+def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
+    identity = torch.eye(width, dtype=torch.float64, device=statistics.gram.device)
+    return RegionMap(identity, identity)
+
+
+def _passes_through(region: Region, region_map: RegionMap) -> bool:
+    """Whether what the reader sees of the mapped writers is what it saw before, times ``down``.
+
+    So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.
+    """
+    if region.kind in ATTENTION_KINDS:
+        return True
+    down = region_map.down
+    taken = (down != 0).sum(0)
+    return region_map.branch_down is None and bool((taken == 1).all() and (down.amax(0) == 1).all())

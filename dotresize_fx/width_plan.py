@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import floor
 
+import torch
+
 from dotresize_fx.errors import NothingToSlimError, UsageError
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry
 
 # Kernels like widths on a grid (a width off it ran 3.8 times slower than the dense one on a GPU); small regions
 # take a finer grid, so that a ratio can still be met.
@@ -14,6 +17,16 @@ MULTIPLE = 16
 STEPS_AT_LEAST = 8
 
 NO_REGION = "no region matched, so nothing can be slimmed: `dotresize-fx inspect` says why"
+
+
+@dataclass(frozen=True)
+class WidthPlan:
+    """``widths`` by region name. ``losses``: what the measured curves predict for each region's cut, where there
+    are any, in nats a token (encoders: in squared output error relative to the output's).
+    """
+
+    widths: Mapping[str, int]
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_ratio(ratio: float) -> None:
@@ -29,6 +42,12 @@ def grid(width: int, multiple: int = MULTIPLE) -> int:
     return multiple
 
 
+def step_of(region: Region, multiple: int = MULTIPLE) -> int:
+    """The region's grid: whole rotary pairs where they go in pairs."""
+    step = grid(region.width, multiple)
+    return max(step, 2) if region.symmetry is Symmetry.ROTARY_PAIRS else step
+
+
 def _too_much(ratio: float, held: float, most: float) -> str:
     return (
         f"--ratio {ratio} would make a region vanish: the chosen regions hold {held:.0%} of the block "
@@ -36,15 +55,15 @@ def _too_much(ratio: float, held: float, most: float) -> str:
     )
 
 
-def plan_widths(
+def plan_uniformly(
     regions: Sequence[Region],
     weights_per_unit: Mapping[str, int],
     total: int,
     ratio: float,
     *,
     multiple: int = MULTIPLE,
-) -> dict[str, int]:
-    """Region name -> width, cutting every region by the same share, so that ``ratio`` of ``total`` goes.
+) -> WidthPlan:
+    """Cut every region by the same share, so that ``ratio`` of ``total`` goes.
 
     weights_per_unit: weights that one unit of each region's width accounts for. total: all block linear weights.
     Widths are on the region's grid; the regions with most to lose by rounding are rounded so that the sum comes
@@ -58,9 +77,9 @@ def plan_widths(
     held = sum(region.width * weights_per_unit[region.name] for region in regions)
     wanted = ratio * total
     if ratio == 0:
-        return {region.name: region.width for region in regions}
+        return WidthPlan({region.name: region.width for region in regions})
     share = wanted / held
-    steps = {region.name: grid(region.width, multiple) for region in regions}
+    steps = {region.name: step_of(region, multiple) for region in regions}
     most = min(1 - steps[region.name] / region.width for region in regions)
     if share > most + 1e-9:
         raise NothingToSlimError(_too_much(ratio, held / total, most * held / total))
@@ -74,4 +93,77 @@ def plan_widths(
         if removed - gain / 2 >= wanted:
             widths[region.name] = above
             removed -= gain
-    return widths
+    return WidthPlan(widths)
+
+
+def plan_by_curves(
+    regions: Sequence[Region],
+    curves: Mapping[str, torch.Tensor],
+    weights_per_unit: Mapping[str, int],
+    total: int,
+    ratio: float,
+    *,
+    multiple: int = MULTIPLE,
+) -> WidthPlan:
+    """The widths that remove ``ratio`` of ``total`` at the least sum of losses.
+
+    curves: (n + 1,) by region name, the loss at each width. Every curve is replaced by its lower convex hull over
+    the grid; taking its segments in the order of loss per weight is then the exact optimum of the separable problem
+    (Fox 1966, "Discrete optimization via marginal analysis"), up to the step that meets the ratio. Whole KV heads
+    and the widths of the same attention's heads share weights: whichever comes first rules the other out.
+
+    Raises:
+        NothingToSlimError: there is no region, or they hold too little for the ratio.
+    """
+    if not regions:
+        raise NothingToSlimError(NO_REGION)
+    widths = {region.name: region.width for region in regions}
+    wanted, removed = ratio * total, 0.0
+    segments = sorted(
+        (segment for region in regions for segment in _hull(region, curves[region.name], weights_per_unit, multiple)),
+        key=lambda segment: (segment.price, segment.region.name, -segment.below),
+    )
+    taken: dict[str, RegionKind] = {}
+    for segment in segments:
+        region, step = segment.region, step_of(segment.region, multiple)
+        whole = region.kind is RegionKind.HEADS
+        if region.kind in ATTENTION_KINDS and (taken.get(region.attention, region.kind) is RegionKind.HEADS) != whole:
+            continue
+        while removed < wanted and widths[region.name] > segment.below:
+            taken[region.attention] = region.kind
+            width = max(segment.below, (-(-widths[region.name] // step) - 1) * step)
+            removed += (widths[region.name] - width) * weights_per_unit[region.name]
+            widths[region.name] = width
+    if removed < wanted - 1e-9 * total:
+        held = sum(region.width * weights_per_unit[region.name] for region in regions if not _whole(region))
+        raise NothingToSlimError(_too_much(ratio, held / total, removed / total))
+    return WidthPlan(widths, {r.name: float(curves[r.name][widths[r.name]]) for r in regions})
+
+
+def _whole(region: Region) -> bool:
+    return region.kind is RegionKind.HEADS
+
+
+@dataclass(frozen=True)
+class _Segment:
+    region: Region
+    below: int  # the width at its end
+    price: float  # loss per weight removed on the way
+
+
+def _hull(
+    region: Region, curve: torch.Tensor, weights_per_unit: Mapping[str, int], multiple: int
+) -> Sequence[_Segment]:
+    """The lower convex hull of a region's losses over the widths on its grid, from the whole width down."""
+    step = step_of(region, multiple)
+    below = [width for width in range(step, region.width, step) if curve[width].isfinite()]
+    widths = [region.width, *reversed(below)]
+    losses = curve[widths].cummax(0).values.tolist()
+    segments, at = [], 0
+    while at < len(widths) - 1:
+        slopes = [(losses[i] - losses[at]) / (widths[at] - widths[i]) for i in range(at + 1, len(widths))]
+        best = min(range(len(slopes)), key=lambda i: (slopes[i], -i))
+        price = slopes[best] / weights_per_unit[region.name]
+        at += 1 + best
+        segments.append(_Segment(region, widths[at], price))
+    return segments

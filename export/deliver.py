@@ -21,6 +21,7 @@ from dotresize_fx.export.runtime_process import peak_rss_bytes
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.fidelity import Inputs, compare_decoders, mean_cosine
 from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.plan_file import write_plan
 from dotresize_fx.regions import SEPARATOR
 from dotresize_fx.report.contents import (
     DecoderFidelity,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from dotresize_fx.compiler import SlimResult
 
 MACS_LENGTH = 512
+PLAN_FILE = "plan.json"
 # (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
 VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
 LATENCY_RUNS = 20
@@ -61,6 +63,7 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
     with progress.stage("convert slim to ONNX"):
         path = emit_onnx(result.loaded.model, result.captured, result.slim, folder)
         result.loaded.write_auxiliary_files(folder)
+        write_plan(result.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         comparison = compare_outputs(path, _cases(result), work, mask="attention_mask")
         allowed, notes = options.tolerance, result.notes
@@ -221,7 +224,7 @@ def _region_rows(result: SlimResult) -> tuple[RegionRow, ...]:
                 width_after=entry.width if entry else region.width,
                 writers=tuple(names.get(op, op) for op in region.writers),
                 readers=tuple(names.get(op, op) for op in region.readers),
-                method=result.options.method if entry else None,
+                method=entry.method if entry else None,
                 error=entry.error if entry else None,
                 notes=dict(entry.notes) if entry else {},
             )

@@ -1,30 +1,36 @@
-"""Slim a graph: cut its residual stream in one basis, its FFNs in a sweep, every map inserted and folded."""
+"""Slim a graph: its residual stream in one basis, its FFNs and attention heads in a sweep, all inserted and folded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from dotresize_fx.cost import block_linears, count_cost, weights_per_unit
-from dotresize_fx.errors import NothingToSlimError
+from dotresize_fx.cost import count_cost, weights_per_unit
+from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
-from dotresize_fx.passes.find_heads import QK_NORM
+from dotresize_fx.passes.choose_regions import choose_regions, sublayers, why_not_cut
+from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.fold_linears import FoldLinears
-from dotresize_fx.passes.follow_heads import ALL_HEADS_NORM
-from dotresize_fx.passes.insert_maps import InsertMaps
-from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.progress import Progress
-from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
-from dotresize_fx.solvers import solver
-from dotresize_fx.stream import stream_statistics
+from dotresize_fx.regions import MatchReport, Region, RegionKind
+from dotresize_fx.sensitivity import measure_curves
+from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
-from dotresize_fx.width_plan import plan_widths
+from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly, step_of
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """A slim graph, what was cut in it and by which width plan, and notes for the report."""
+
+    graph: FxGraph
+    swept: tuple[SweptRegion, ...] = ()
+    plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
+    notes: tuple[str, ...] = ()
 
 
 def slim_graph(
@@ -33,154 +39,152 @@ def slim_graph(
     batches: Sequence[Mapping[str, torch.Tensor]],
     options: Options,
     progress: Progress,
-    work: Path | None,
-) -> tuple[FxGraph, tuple[SweptRegion, ...], tuple[str, ...]]:
-    """A slim copy of ``dense``, what was cut, and notes for the report; ``work`` takes finished blocks.
+    work: Path | None = None,
+    *,
+    task: str = "decoder",
+    plan: WidthPlan | None = None,
+) -> Slimmed:
+    """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
 
-    The stream is cut first, if asked, then the FFNs, so that they repair what the stream lost.
+    The stream is cut first, if asked, then the rest, so that it repairs what the stream lost.
 
     Raises:
         NothingToSlimError: no region of the chosen kinds can be cut, or not by that much.
+        UsageError: the plan is for another model.
     """
     slimmed = dense.copy()
-    if options.ratio == 0:
-        return slimmed, (), ("ratio 0: nothing was cut",)
+    if options.ratio == 0 and plan is None:
+        return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
+    if plan is not None:
+        _check_plan(plan, matches)
     total = _block_weights(dense)
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
     basis = None
-    if "residual" in options.regions:
-        share = options.ratio if options.regions == ("residual",) else options.ratio / 2
-        cut, basis, notes = _cut_stream(slimmed, matches, batches, total, share, options, progress)
+    widths: dict[str, int] = {}
+    kinds = options.kinds
+    streams = [region.name for region in matches.of_kind(RegionKind.RESIDUAL)]
+    asked = next((plan.widths[name] for name in streams if name in plan.widths), None) if plan else None
+    if asked is not None if plan else RegionKind.RESIDUAL in kinds:
+        share = options.ratio if len(kinds) == 1 else options.ratio / 2
+        cut, basis, notes = cut_stream(slimmed, matches, batches, total, share, options, progress, asked)
         swept.append(cut)
-    if "ffn" in options.regions:
-        left = _block_weights(slimmed)
-        ratio = max(0.0, 1 - (1 - options.ratio) * total / left)
-        regions, beside = _ffns(slimmed)
+        widths[cut.region.name] = cut.width
+    losses: Mapping[str, float] = {}
+    rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
+    if rest or plan:
+        found = find_regions(slimmed).regions
+        regions, beside = choose_regions(slimmed, found, tuple(RegionKind) if plan else rest)
+        regions = [region for region in regions if region.kind is not RegionKind.RESIDUAL]
         notes += beside
-        units = {r.name: weights_per_unit(slimmed, r) for r in regions}
-        widths = plan_widths(regions, units, left, ratio, multiple=options.multiple)
-        sweep = Sweep(
-            dense,
-            slimmed,
-            batches,
-            lambda region, found: _apply(slimmed, region, found, options.check),
-            refit=options.method != "magnitude",
-            basis=basis,
-        )
-        with progress.stage("sweep", len(regions)) as step:
-            for region in regions:
-                swept.append(sweep.slim_region(region, widths[region.name], solver(options.method)))
-                _write_block(slimmed, region, work)
-                step()
-    slimmed.refresh_shapes()
-    return slimmed, tuple(swept), notes
-
-
-def _ffns(graph: FxGraph) -> tuple[list[Region], tuple[str, ...]]:
-    """The FFNs that the sweep can take one after another, in graph order, and what was left for that reason."""
-    found = list(find_regions(graph).of_kind(RegionKind.FFN))
-    reasons = {region.name: why_not_cut(graph, region) for region in found}
-    if found and all(reasons.values()):
-        why = "; ".join(sorted(set(reasons.values())))
-        raise NothingToSlimError(f"none of the {len(found)} FFN widths found can be cut: {why}")
-    chosen: list[Region] = []
-    beside: list[str] = []
-    reached = -1
-    for region in (region for region in found if not reasons[region.name]):
-        if graph.positions[region.writers[0]] > reached:
-            chosen.append(region)
-            reached = graph.positions[region.target]
+        if plan is None:
+            chosen = _plan(slimmed, regions, batches, total, options, progress, task)
+            losses = chosen.losses
         else:
-            beside.append(f"{region.name}: left alone, it runs beside {chosen[-1].name} and adds to the same sum")
-    return chosen, tuple(beside)
+            chosen = _follow_plan(plan, slimmed, found, regions)
+        widths |= chosen.widths
+        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis)
+    slimmed.refresh_shapes()
+    return Slimmed(slimmed, tuple(swept), WidthPlan(widths, losses), notes)
+
+
+def _plan(
+    graph: FxGraph,
+    regions: list[Region],
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    total: int,
+    options: Options,
+    progress: Progress,
+    task: str,
+) -> WidthPlan:
+    """What is left to remove, split over the regions."""
+    left = _block_weights(graph)
+    ratio = max(0.0, 1 - (1 - options.ratio) * total / left)
+    units = {region.name: weights_per_unit(graph, region) for region in regions}
+    if options.allocation == "uniform":
+        same = [region for region in regions if region.kind is not RegionKind.HEADS]
+        plan = plan_uniformly(same, units, left, ratio, multiple=options.multiple)
+        return WidthPlan({region.name: plan.widths.get(region.name, region.width) for region in regions})
+    if not regions:
+        return plan_by_curves(regions, {}, units, left, ratio)
+    with progress.stage("measure sensitivity") as step:
+        curves = measure_curves(graph, regions, batches, task=task, seed=options.seed, advanced=step)
+    return plan_by_curves(regions, curves, units, left, ratio, multiple=options.multiple)
+
+
+def _sweep(
+    dense: FxGraph,
+    slimmed: FxGraph,
+    regions: list[Region],
+    plan: WidthPlan,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: Options,
+    progress: Progress,
+    work: Path | None,
+    basis: torch.Tensor | None,
+) -> list[SweptRegion]:
+    sweep = Sweep(
+        dense,
+        slimmed,
+        batches,
+        lambda region, found: apply_map(slimmed, region, found, options.check),
+        refit=options.method != "magnitude",
+        basis=basis,
+        repair_steps=0 if options.effort == "fast" else options.repair_steps,
+        seed=options.seed,
+    )
+    swept: list[SweptRegion] = []
+    with progress.stage("sweep", len(regions)) as step:
+        for together in sublayers(regions):
+            cuts = [(region, plan.widths[region.name]) for region in together]
+            cut = [(region, width) for region, width in cuts if width < region.width]
+            # Where scores were cut, the reader of the values makes good what it can even at full width.
+            values = [pair for pair in cuts if pair[0].kind is RegionKind.VALUE and pair not in cut]
+            scores = any(region.kind is RegionKind.QUERY_KEY for region, _ in cut)
+            if cut or basis is not None:
+                chosen = cuts if basis is not None else cut + (values if scores else [])
+                chosen = [(r, w) for r, w in chosen if w < r.width or r.kind in (RegionKind.VALUE, RegionKind.FFN)]
+                swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
+                for region, _ in chosen:
+                    _write_block(slimmed, region, work)
+            for _ in together:
+                step()
+    return swept
+
+
+def _check_plan(plan: WidthPlan, matches: MatchReport) -> None:
+    regions = {region.name: region for region in matches.regions}
+    for name, width in plan.widths.items():
+        if name not in regions:
+            raise UsageError(
+                f"--plan names {name!r}, which is no width of this model: `dotresize-fx inspect` lists them"
+            )
+        whole = regions[name].width
+        if not 0 < width <= whole:
+            raise UsageError(f"--plan gives {name!r} the width {width}: it must be from 1 to {whole}")
+        if width < whole and width % step_of(regions[name], 1):
+            raise UsageError(f"--plan gives {name!r} the width {width}: rotary pairs need an even one")
+
+
+def _follow_plan(plan: WidthPlan, graph: FxGraph, found: Sequence[Region], regions: list[Region]) -> WidthPlan:
+    """The plan's widths for the regions that can be cut; whole widths where it says nothing."""
+    widths = {region.name: plan.widths.get(region.name, region.width) for region in regions}
+    cut = [region for region in found if plan.widths.get(region.name, region.width) < region.width]
+    for region in cut:
+        if region.name not in widths and region.kind is not RegionKind.RESIDUAL:
+            why = why_not_cut(graph, region) or "it runs beside another"
+            raise UsageError(f"--plan cuts {region.name!r}, which cannot be cut: {why}")
+    whole = {region.attention for region in cut if region.kind is RegionKind.HEADS}
+    for region in cut:
+        if region.attention in whole and region.kind is not RegionKind.HEADS:
+            raise UsageError(
+                f"--plan cuts {region.name!r} and whole KV heads of the same attention: take one of the two"
+            )
+    return WidthPlan(widths)
 
 
 def _block_weights(graph: FxGraph) -> int:
     return count_cost(graph, 1).block_linear_weights
-
-
-def why_not_cut(graph: FxGraph, region: Region) -> str:
-    """Why a matched region is left alone all the same; empty when it can be cut."""
-    if region.kind is RegionKind.PLAIN:
-        return "nothing but linear ops between: cutting its rank is not supported yet"
-    if region.kind in ATTENTION_KINDS:
-        return "the widths of attention heads are found, and cannot be cut yet"
-    if region.kind is RegionKind.RESIDUAL:
-        return _why_not_opened(graph, region)
-    ops = [graph.op(name) for name in (*region.writers, *region.readers)]
-    if any(len(graph.users(op.weight)) > 1 for op in ops if op.weight is not None):
-        return "its weights are shared by several layers, which is not supported yet"
-    if any(graph.op(name).attributes.get("reshape") for name in region.crossed):
-        return "a reshape that names its width stands inside, which is not supported yet"
-    blocks = {op.name for op in block_linears(graph)}
-    if not {op.name for op in ops} <= blocks:
-        return "it is not part of a block"
-    return "" if len(region.readers) == 1 else f"it has {len(region.readers)} readers, one is supported yet"
-
-
-def _why_not_opened(graph: FxGraph, region: Region) -> str:
-    """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
-    kinds = {graph.op(name).kind for name in region.norms}
-    if Kind.LAYER_NORM not in kinds:
-        return ""
-    if len(kinds) > 1:
-        return "layer norms and RMSNorms act on one stream"
-    bare = set(region.readers) - set(region.normed_readers)
-    return f"{min(bare)} reads it without a norm, and would miss its mean" if bare else ""
-
-
-def _cut_stream(
-    graph: FxGraph,
-    matches: MatchReport,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    total: int,
-    ratio: float,
-    options: Options,
-    progress: Progress,
-) -> tuple[SweptRegion, torch.Tensor, tuple[str, ...]]:
-    """One basis for the whole stream; returns the cut, notes for the report, and the (d, k) matrix that takes the
-    dense model's stream, mean and all, into the slim one's coordinates.
-    """
-    streams = [r for r in matches.of_kind(RegionKind.RESIDUAL) if not why_not_cut(graph, r)]
-    if not streams:
-        reasons = {row.writes_reason for row in matches.linears if "norm" in row.writes_reason}
-        reasons = {reason for reason in reasons if not any(norm in reason for norm in (QK_NORM, ALL_HEADS_NORM))}
-        reasons |= {why_not_cut(graph, region) for region in matches.of_kind(RegionKind.RESIDUAL)}
-        why = min(reasons, default="no width that norms and blocks share was found")
-        raise NothingToSlimError(f"the residual stream cannot be cut: {why}; use --regions ffn")
-    stream = max(streams, key=lambda r: len(r.readers))
-    width = plan_widths(
-        [stream], {stream.name: weights_per_unit(graph, stream)}, total, ratio, multiple=options.multiple
-    )[stream.name]
-    centred = any(graph.op(name).kind is Kind.LAYER_NORM for name in stream.norms)
-    known = {op.name for op in graph.ops}
-    stream, _ = open_stream(graph, stream)
-    with progress.stage("stream statistics", len(batches)) as step:
-        statistics = stream_statistics(graph, stream, batches, step)
-    found = solver(options.method)(stream, statistics, width)
-    _apply(graph, stream, found, options.check)
-    basis = found.down - found.down.mean(0) if centred else found.down
-    return SweptRegion(stream, width, None, found.notes), basis, _price_of_ties(graph, known)
-
-
-def _price_of_ties(graph: FxGraph, known: set[str]) -> tuple[str, ...]:
-    """What it took to keep a head tied to its table: the linears that opening the stream put in, ``known`` aside."""
-    added = [op for op in graph.ops if op.kind is Kind.LINEAR and op.name not in known]
-    if not added:
-        return ()
-    shapes = " and ".join("{} x {}".format(*graph.weight(op).shape) for op in added)
-    weights = sum(graph.weight(op).numel() for op in added)
-    heads = {op.weight: op for op in graph.ops if op.kind is Kind.LINEAR}
-    table = next(op for op in graph.ops if op.kind is Kind.EMBEDDING and op.weight in heads)
-    size = "{} x {}".format(*graph.weight(table).shape)
-    return (f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights)",)
-
-
-def _apply(graph: FxGraph, region: Region, found: RegionMap, check: bool) -> None:
-    insert = InsertMaps(region, found)
-    insert(graph, check=check)
-    FoldLinears(insert.downs, insert.ups)(graph, check=check)
 
 
 def _write_block(graph: FxGraph, region: Region, work: Path | None) -> None:

@@ -47,7 +47,6 @@ class Execution:
         """The tensor behind a parameter placeholder, as it is now."""
         return self.graph.stored(self._keys[node])
 
-    @torch.no_grad()
     def run(
         self,
         environment: Environment,
@@ -55,11 +54,13 @@ class Execution:
         stop: int,
         keep: Iterable[torch.fx.Node] = (),
         parameters: Mapping[torch.fx.Node, torch.Tensor] | None = None,
+        *,
+        gradients: bool = False,
     ) -> dict[torch.fx.Node, Any]:
         """Run nodes ``start`` to ``stop`` (exclusive) in place; returns the values of ``keep``.
 
         Values that no node from ``stop`` on needs are dropped from the environment as soon as they were used.
-        ``parameters`` stand in for the program's own where given.
+        ``parameters`` stand in for the program's own where given. ``gradients`` lets autograd follow.
         """
         wanted = set(keep)
         kept = {node: environment[node] for node in wanted & environment.keys()}
@@ -70,17 +71,18 @@ class Execution:
                 return environment[node]
             return given[node] if node in given else self.parameter(node)
 
-        for i in range(start, stop):
-            node = self.nodes[i]
-            args = torch.fx.node.map_arg(node.args, look_up)
-            kwargs = torch.fx.node.map_arg(node.kwargs, look_up)
-            value = node.target(*args, **kwargs)
-            environment[node] = value
-            if node in wanted:
-                kept[node] = value
-            for used in node.all_input_nodes:
-                if self._last_use[used] <= i:
-                    environment.pop(used, None)
+        with torch.set_grad_enabled(gradients):
+            for i in range(start, stop):
+                node = self.nodes[i]
+                args = torch.fx.node.map_arg(node.args, look_up)
+                kwargs = torch.fx.node.map_arg(node.kwargs, look_up)
+                value = node.target(*args, **kwargs)
+                environment[node] = value
+                if node in wanted:
+                    kept[node] = value
+                for used in node.all_input_nodes:
+                    if self._last_use[used] <= i:
+                        environment.pop(used, None)
         for node in [n for n in environment if self._last_use.get(n, -1) < stop]:
             del environment[node]
         return kept

@@ -62,9 +62,10 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     removed[support] = False
     leaving = removed.nonzero().flatten()
     mass = importance[leaving]
-    if len(leaving) == 0 or float(mass.sum()) <= 0 or statistics.writer_gram is None:
+    written = statistics.writer_gram
+    if len(leaving) == 0 or float(mass.sum()) <= 0 or written is None:
         return RegionMap(down, down.T)
-    cost = _distances(statistics.writer_gram)[leaving][:, support]
+    cost = _distances(written)[leaving][:, support]
     plan = sinkhorn(
         cost,
         mass / mass.sum(),

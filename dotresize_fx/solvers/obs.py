@@ -24,6 +24,8 @@ FLOOR = 1e-9
 # Neurons that are eliminated before the whole matrices are updated once, and the cheapest ones they are chosen from.
 BLOCK = 32
 CANDIDATES = 128
+# The curve ends at n / EIGHTH: elimination gets no cheaper by what is never asked for.
+EIGHTH = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ def solve_obs(region: Region, statistics: RegionStatistics, width: int) -> Regio
     kept[gone] = False
     down = selection(kept.nonzero().flatten(), region.width)
     return RegionMap(down, down.T)
+
+
+def obs_curve(region: Region, statistics: RegionStatistics) -> torch.Tensor:
+    """(n + 1,): squared output error a token at each width; float64. One neuron in EIGHTH stays in any case."""
+    assert statistics.reader_weight is not None
+    n = region.width
+    error = eliminate(statistics.gram, statistics.reader_weight, n - n // EIGHTH).error
+    curve = error.new_full((n + 1,), torch.inf)
+    curve[n] = 0
+    curve[n - len(error) : n] = error.flip(0)
+    return curve
 
 
 def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Elimination:

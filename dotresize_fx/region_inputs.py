@@ -1,0 +1,80 @@
+"""What a region's linears see while a program runs: the nodes to watch, and the statistics that their values give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows, with_ones
+from dotresize_fx.regions import Region
+
+Values = Mapping[torch.fx.Node, Any]
+
+
+class RegionInputs:
+    """Watches one region of ``graph``: what its reader reads and puts out, and what its writers read.
+
+    ``reader`` is the region's only reader (for queries and keys, which attention reads: None). ``entry`` is the one
+    value that all writers read, or None. Node names stay valid while maps of other regions are folded.
+    """
+
+    def __init__(self, graph: FxGraph, region: Region) -> None:
+        self.graph, self.region = graph, region
+        self.reader = graph.op(region.readers[0]) if region.readers else None
+        self.writers = [graph.op(name) for name in region.writers]
+        shared = {op.inputs[0] for op in self.writers}
+        self.entry = graph.node(shared.pop().name) if len(shared) == 1 else None
+        self.hidden = self.output = None
+        if self.reader is not None:
+            self.hidden, self.output = graph.node(self.reader.inputs[0].name), graph.node(self.reader.name)
+        self.biased = self.reader is not None and graph.bias(self.reader) is not None
+
+    @property
+    def nodes(self) -> list[torch.fx.Node]:
+        """What to keep of a run."""
+        return [node for node in (self.entry, self.hidden, self.output) if node is not None]
+
+    def read_rows(self, values: Values, mask: torch.Tensor | None) -> torch.Tensor:
+        """(tokens, n), or (tokens, n + 1) with a constant one where the reader has a bias."""
+        rows = token_rows(values[self.hidden], mask) if self.hidden is not None else torch.zeros(0)
+        return with_ones(rows) if self.biased else rows
+
+    def entry_rows(self, values: Values, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """(tokens, d + 1): what the writers read, and a constant one."""
+        return None if self.entry is None else with_ones(token_rows(values[self.entry], mask))
+
+    def reader_weight(self) -> torch.Tensor:
+        """(out, n) float64, or (out, n + 1) with the bias as last column."""
+        assert self.reader is not None
+        weight = self.graph.weight(self.reader).double()
+        bias = self.graph.bias(self.reader)
+        return weight if bias is None else torch.cat([weight, bias.double()[:, None]], 1)
+
+    def statistics(self, read: GramAccumulator, entered: GramAccumulator) -> RegionStatistics:
+        """Of sums over :meth:`read_rows` and :meth:`entry_rows`; either may be empty.
+
+        Raises:
+            SolverError: activations are infinite or NaN.
+        """
+        for sums in (read, entered):
+            check_finite(sums.gram, self.region)
+        gram = read.gram / max(read.tokens, 1)
+        weight = self.reader_weight() if self.reader is not None else None
+        if self.biased and weight is not None:
+            gram, weight = gram[:-1, :-1], weight[:, :-1]
+        return RegionStatistics(
+            tokens=max(read.tokens, entered.tokens),
+            gram=gram,
+            reader_weight=weight,
+            entry_gram=entered.gram / entered.tokens if entered.tokens else None,
+            writer_weights={op.name: self._writer_weight(op.name) for op in self.writers},
+        )
+
+    def _writer_weight(self, name: str) -> torch.Tensor:
+        op = self.graph.op(name)
+        weight, bias = self.graph.weight(op).double(), self.graph.bias(op)
+        column = weight.new_zeros(len(weight)) if bias is None else bias.double()
+        return torch.cat([weight, column[:, None]], 1)

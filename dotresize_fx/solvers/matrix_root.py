@@ -1,0 +1,23 @@
+"""Symmetric square roots of second moments, and their inverses, for batches of matrices."""
+
+from __future__ import annotations
+
+import torch
+
+# Of the largest eigenvalue: directions that the activations hardly use.
+FLOOR = 1e-9
+
+
+def square_root(matrix: torch.Tensor) -> torch.Tensor:
+    """(..., n, n) symmetric and positive semidefinite: its square root, small eigenvalues raised to FLOOR."""
+    values, vectors = torch.linalg.eigh(matrix)
+    tiny = torch.finfo(matrix.dtype).tiny
+    floored = torch.maximum(values, (values[..., -1:] * FLOOR).clamp_min(tiny))
+    return (vectors * floored.sqrt()[..., None, :]) @ vectors.mT
+
+
+def inverse(root: torch.Tensor) -> torch.Tensor:
+    """(..., n, n): the inverse of what :func:`square_root` gave."""
+    values, vectors = torch.linalg.eigh(root)
+    inverted: torch.Tensor = (vectors / values[..., None, :]) @ vectors.mT
+    return inverted

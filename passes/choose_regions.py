@@ -1,0 +1,93 @@
+"""Which of the regions found can be cut, and in which order: sublayer by sublayer, as the sweep walks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dotresize_fx.cost import block_linears
+from dotresize_fx.errors import NothingToSlimError
+from dotresize_fx.graph import Graph, Kind
+from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
+
+# Within a sublayer. Scores first: what the values' reader is refitted to then comes of the cut scores.
+ORDER = (RegionKind.HEADS, RegionKind.QUERY_KEY, RegionKind.VALUE, RegionKind.FFN)
+
+
+def choose_regions(
+    graph: Graph, found: Sequence[Region], kinds: Sequence[RegionKind]
+) -> tuple[list[Region], tuple[str, ...]]:
+    """The regions of these kinds that the sweep can take, in its order, and what was left alone for what reason.
+
+    Regions of one target make a sublayer, and stand together.
+
+    Raises:
+        NothingToSlimError: there are such regions, and none of them can be cut.
+    """
+    asked = [region for region in found if region.kind in kinds]
+    reasons = {region.name: why_not_cut(graph, region) for region in asked}
+    if asked and all(reasons.values()):
+        why = "; ".join(sorted(set(reasons.values())))
+        words = " and ".join(
+            sorted({region.kind.upper() if region.kind is RegionKind.FFN else region.kind for region in asked})
+        )
+        raise NothingToSlimError(f"none of the {len(asked)} {words} widths found can be cut: {why}")
+    sublayers: dict[str, list[Region]] = {}
+    for region in (region for region in asked if not reasons[region.name]):
+        sublayers.setdefault(region.target, []).append(region)
+    chosen: list[Region] = []
+    left: list[str] = []
+    reached = -1
+    for target in sorted(sublayers, key=lambda name: graph.positions[name]):
+        regions = sorted(sublayers[target], key=lambda r: (ORDER.index(r.kind), graph.positions[r.writers[0]]))
+        if min(graph.positions[name] for region in regions for name in region.writers) > reached:
+            chosen += regions
+            reached = graph.positions[target]
+        else:
+            left += [f"{r.name}: left alone, it runs beside {chosen[-1].name} and adds to a later sum" for r in regions]
+    return chosen, tuple(left)
+
+
+def sublayers(regions: Sequence[Region]) -> list[list[Region]]:
+    """The chosen regions, those of one target together."""
+    groups: dict[str, list[Region]] = {}
+    for region in regions:
+        groups.setdefault(region.target, []).append(region)
+    return list(groups.values())
+
+
+def why_not_cut(graph: Graph, region: Region) -> str:
+    """Why a matched region is left alone all the same; empty when it can be cut."""
+    if region.kind is RegionKind.PLAIN:
+        return "nothing but linear ops between: cutting its rank is not supported yet"
+    if region.kind is RegionKind.RESIDUAL:
+        return _why_not_opened(graph, region)
+    ops = [graph.op(name) for name in (*region.writers, *region.readers)]
+    if any(len(graph.users(op.weight)) > 1 for op in ops if op.weight is not None):
+        return "its weights are shared by several layers, which is not supported yet"
+    blocks = {op.name for op in block_linears(graph)}
+    if not {op.name for op in ops} <= blocks:
+        return "it is not part of a block"
+    if region.kind in ATTENTION_KINDS:
+        return _why_no_head_goes(graph, region)
+    if any(graph.op(name).attributes.get("reshape") for name in region.crossed):
+        return "a reshape that names its width stands inside, which is not supported yet"
+    return "" if len(region.readers) == 1 else f"it has {len(region.readers)} readers, one is supported yet"
+
+
+def _why_no_head_goes(graph: Graph, region: Region) -> str:
+    if region.kind is RegionKind.QUERY_KEY and len({graph.op(name).inputs[0] for name in region.writers}) > 1:
+        return "queries and keys are made of different values (cross attention), which is not supported yet"
+    if region.layout is not None and region.layout.cache:
+        return "the cache that the graph puts out would change its size"
+    return ""
+
+
+def _why_not_opened(graph: Graph, region: Region) -> str:
+    """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
+    kinds = {graph.op(name).kind for name in region.norms}
+    if Kind.LAYER_NORM not in kinds:
+        return ""
+    if len(kinds) > 1:
+        return "layer norms and RMSNorms act on one stream"
+    bare = set(region.readers) - set(region.normed_readers)
+    return f"{min(bare)} reads it without a norm, and would miss its mean" if bare else ""
