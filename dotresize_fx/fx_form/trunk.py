@@ -15,6 +15,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 aten = torch.ops.aten
 # What autocast would compute in bfloat16.
 _PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default, aten.addmm.default)
+_PRODUCTS_OF_WEIGHTS = (aten.linear.default, *_PRODUCTS)
 _LOWEST = torch.finfo(torch.bfloat16).min
 
 
@@ -34,6 +35,8 @@ class Trunk:
     Attributes:
         head: the linear that was cut off, if there is one and it was asked for.
         keys: what the calls need, of the state dict and the constants; parameters in ``parameters``.
+        products: with ``bfloat16``, the parameters that autocast rounds wherever they are read (the head's are not
+            among them): given in bfloat16 they give the same.
         dimensions: the number of dimensions of the program's first output.
 
     Raises:
@@ -76,8 +79,14 @@ class Trunk:
         self.parameters &= self.keys.keys()
         fixed = _without_parameters(copied, self._inputs, self.parameters)
         _merge_repeated(copied, fixed)
+        self.products: set[str] = set()
         if bfloat16:
             _guard_against_autocast(copied, fixed)
+            placeholders = (node for node in copied.nodes if node.op == "placeholder")
+            for node, (_, key) in zip(placeholders, self._inputs, strict=True):
+                if key in self.parameters and all(user.target in _PRODUCTS_OF_WEIGHTS for user in node.users):
+                    self.products.add(key)
+            self.products -= {key for key in self.head or () if key}
         self._forward = torch.fx.GraphModule(graph.program.graph_module, copied).forward
 
     def __call__(

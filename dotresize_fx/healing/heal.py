@@ -11,20 +11,21 @@ from pathlib import Path
 
 import torch
 
-from dotresize_fx.distillation_loss import Distillation
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.heal_batches import Rebatched
-from dotresize_fx.heal_checkpoint import HealCheckpoint, fingerprint
-from dotresize_fx.heal_options import PRECISIONS, TASKS, HealOptions, HealResult
-from dotresize_fx.master_weights import MasterWeights
-from dotresize_fx.ranks import Ranks
+from dotresize_fx.healing.batches import Rebatched
+from dotresize_fx.healing.captured_step import CapturedStep, CudaRecorder, EagerStep, StepData
+from dotresize_fx.healing.checkpoint import HealCheckpoint, fingerprint
+from dotresize_fx.healing.distillation_loss import Distillation
+from dotresize_fx.healing.master_weights import MasterWeights
+from dotresize_fx.healing.options import PRECISIONS, TASKS, HealOptions, HealResult
+from dotresize_fx.healing.ranks import Ranks
 
 # ``advanced`` is called this often over the whole budget.
 PROGRESS_STEPS = 100
-# Evaluations over the budget where the options do not say.
-EVALUATIONS = 20
+# Evaluations at most, the first one included, where the options do not say.
+EVALUATIONS = 12
 BROKEN = "a loss was infinite or NaN"
 
 
@@ -80,12 +81,14 @@ class _Healing:
         self.weights = MasterWeights(slim, self.loss.slim)
         self.masters = self.weights.masters
         self.ranks.share_first(self.masters)
-        rates = {"lr": 0.0, "betas": options.betas, "weight_decay": options.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.masters, **rates, fused=device.type == "cuda")  # type: ignore[arg-type]
+        self.eager = EagerStep(self.loss, self.weights, self.ranks, options)
+        # Where nothing is recorded, Python's launches bound the step, but shapes are free.
+        alike = self.ranks.count == 1 and self.data.one_shape
+        recorded = options.cuda_graph and alike and device.type == "cuda"
+        self.captured = CapturedStep(self.eager, CudaRecorder(device)) if recorded else None
         self.steps, self.stale, self.seconds = 0, 0, 0.0
         self.history: list[tuple[int, float, float]] = []
         self.best: list[torch.Tensor] | None = None
-        self.trained = torch.zeros((), device=device)
         mark = ""
         if checkpoint is not None:
             words = (repr(options), task, str(dense.nodes), str(slim.nodes), str(self.ranks.count), str(device))
@@ -113,7 +116,8 @@ class _Healing:
             stopped = BROKEN if self._is_broken() else stopped
         self.weights.store(self.best)
         after = min(value for _, _, value in self.history if not math.isnan(value)) if self.best else self.history[0][2]
-        return HealResult(self.steps, self.seconds, self.history[0][2], after, str(stopped), tuple(self.history))
+        notes = (self.captured.note,) if self.captured and self.captured.note else ()
+        return HealResult(self.steps, self.seconds, self.history[0][2], after, str(stopped), tuple(self.history), notes)
 
     def _elapsed(self, started: float) -> float:
         """Seconds so far. Ranks have to agree on them only where they decide something."""
@@ -136,25 +140,16 @@ class _Healing:
     def _is_due(self) -> bool:
         step, seconds, _ = self.history[-1]
         if self.options.steps:
-            return self.steps - step >= (self.options.evaluate_every or self.options.steps / EVALUATIONS)
-        return self.seconds - seconds >= (self.options.evaluate_every or self.options.seconds / EVALUATIONS)
+            return self.steps - step >= (self.options.evaluate_every or self.options.steps / (EVALUATIONS - 1))
+        return self.seconds - seconds >= (self.options.evaluate_every or self.options.seconds / (EVALUATIONS - 1))
 
     def _step(self, chosen: list[int]) -> None:
-        outputs, tokens = self._counts(self.data, chosen)
         mine = chosen[self.ranks.rank :: self.ranks.count]
-        for batch in self.data.batches(mine, self.options.pass_tokens):
-            loss, streams = self.loss(self.weights.values(), batch)
-            total = loss / outputs + self.options.stream_weight * streams / tokens
-            total.backward()  # type: ignore[no-untyped-call]
-            self.trained += total.detach()
-        self.ranks.sum_gradients(self.masters)
-        torch.nn.utils.clip_grad_norm_(self.masters, self.options.clip)
+        passes = tuple(self.data.batches(mine, self.options.pass_tokens))
+        outputs, tokens = (torch.full((), 1 / count, device=self.device) for count in self._counts(self.data, chosen))
         # The middle of the step, so that neither the first nor the last is lost to a rate of zero.
         middle = 0.5 / self.options.steps if self.options.steps else 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.rate(self._fraction() + middle)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        (self.captured or self.eager)(StepData(passes, outputs, tokens), self.options.rate(self._fraction() + middle))
         self.steps += 1
 
     def _counts(self, data: Rebatched, units: Sequence[int]) -> tuple[int, int]:
@@ -164,13 +159,13 @@ class _Healing:
 
     @torch.no_grad()
     def _evaluate(self, started: float) -> None:
-        """Append to the history and keep what is best; a broken training loss counts as a broken measurement."""
+        """Append to the history and keep what is best; a broken gradient counts as a broken measurement."""
         units, values = range(len(self.held_out)), self.weights.values()
         mine = units[self.ranks.rank :: self.ranks.count]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in self.held_out.batches(mine, self.options.pass_tokens):
             total += self.loss(values, batch)[0]
-        mean = self.ranks.sum(total / self._counts(self.held_out, units)[0] + 0 * self.trained).item()
+        mean = self.ranks.sum(total / self._counts(self.held_out, units)[0] + 0 * self.eager.trained).item()
         self.seconds = self._elapsed(started)
         improved = bool(self.history) and mean < min(value for _, _, value in self.history)
         self.history.append((self.steps, self.seconds, mean))
@@ -186,7 +181,7 @@ class _Healing:
             return
         tensors: dict[str, torch.Tensor] = {f"{i}.weight": master for i, master in enumerate(self.masters)}
         tensors |= {f"{i}.best": tensor for i, tensor in enumerate(self.best or ())}
-        for i, state in self.optimizer.state_dict()["state"].items():
+        for i, state in self.eager.optimizer.state_dict()["state"].items():
             tensors |= {f"{i}.adam.{name}": tensor for name, tensor in state.items()}
         facts = {"steps": self.steps, "stale": self.stale, "seconds": self.seconds, "history": self.history}
         self.checkpoint.write(tensors, facts)
@@ -208,7 +203,7 @@ class _Healing:
                 state[i] = moments
         if "0.best" in tensors:
             self.best = [tensors[f"{i}.best"] for i in range(len(self.masters))]
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.eager.load(state)
 
 
 @contextmanager

@@ -33,11 +33,17 @@ class MasterWeights:
         return {keys[0]: master for keys, master in zip(self._keys, self.masters, strict=True)}
 
     def values(self) -> dict[str, torch.Tensor]:
-        """What the trunk and its head compute with: the copies in the program's dtypes, and its buffers."""
+        """What the trunk and its head compute with: the copies in the program's dtypes, and its buffers.
+
+        Those that only bfloat16 products read are in that, as autocast would have them each time.
+        """
         values = dict(self._fixed)
         for keys, master in zip(self._keys, self.masters, strict=True):
             cast = master.to(self._graph.stored(keys[0]).dtype)
-            values.update({key: cast for key in keys if key in values})
+            products = self._trunk.products.intersection(keys)
+            values.update({key: cast for key in keys if key in values and key not in products})
+            if products:
+                values.update(dict.fromkeys(products, cast.to(torch.bfloat16)))
         return values
 
     def store(self, tensors: Sequence[torch.Tensor] | None) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dotresize_fx.distillation_loss import Batch
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fidelity import Inputs
+from dotresize_fx.healing.distillation_loss import Batch
 
 
 class Rebatched:
@@ -17,6 +17,7 @@ class Rebatched:
     Attributes:
         tokens: positions of each unit, padding included: what it costs.
         rows, real: rows of each unit, and its positions that are not padding.
+        one_shape: all steps of one size have passes of the same shapes, as long as one process takes them alone.
 
     Raises:
         UsageError: there are no batches, or one has no real position.
@@ -25,21 +26,23 @@ class Rebatched:
     def __init__(self, batches: Sequence[Inputs], device: torch.device) -> None:
         if not batches:
             raise UsageError("healing needs at least one batch to train on and one that is held out")
-        one_length = len({batch["input_ids"].shape[1] for batch in batches}) == 1
+        self.one_shape = one_length = len({batch["input_ids"].shape[1] for batch in batches}) == 1
         units = [
             {name: value[i : i + step] for name, value in batch.items()}
             for batch in batches
             for step in [1 if one_length else len(batch["input_ids"])]
             for i in range(0, len(batch["input_ids"]), step)
         ]
-        # Padding is looked up on the CPU, where it costs no wait for the device.
+        # Padding is counted on the CPU, once, where it costs no wait for the device.
         masks = [unit["attention_mask"] if "attention_mask" in unit else unit["input_ids"] >= 0 for unit in units]
-        self._masks = [mask.cpu().bool() for mask in masks]
+        masks = [mask.cpu().bool() for mask in masks]
         self._units = [{name: value.to(device) for name, value in unit.items()} for unit in units]
-        self._device = device
-        self.rows = [len(mask) for mask in self._masks]
-        self.tokens = [mask.numel() for mask in self._masks]
-        self.real = [int(mask.sum()) for mask in self._masks]
+        self.rows = [len(mask) for mask in masks]
+        self.tokens = [mask.numel() for mask in masks]
+        self.real = [int(mask.sum()) for mask in masks]
+        # For all or for none, so that passes are alike.
+        padded = self.tokens != self.real
+        self._padding = [mask.logical_not().flatten().to(device) for mask in masks] if padded else None
         if not sum(self.real):
             raise UsageError("healing batches hold nothing but padding")
 
@@ -69,7 +72,7 @@ class Rebatched:
         """``units`` as forward passes of one length and of ``most_tokens`` positions at most, or of one unit."""
         by_length: dict[int, list[int]] = {}
         for unit in units:
-            by_length.setdefault(self._masks[unit].shape[1], []).append(unit)
+            by_length.setdefault(self.tokens[unit] // self.rows[unit], []).append(unit)
         for same in by_length.values():
             together: list[int] = []
             for unit in same:
@@ -82,5 +85,4 @@ class Rebatched:
     def _joined(self, units: list[int]) -> Batch:
         names = self._units[units[0]]
         inputs = {name: torch.cat([self._units[unit][name] for unit in units]) for name in names}
-        mask = torch.cat([self._masks[unit] for unit in units]).flatten()
-        return Batch(inputs, None if mask.all() else mask.nonzero()[:, 0].to(self._device, non_blocking=True))
+        return Batch(inputs, None if self._padding is None else torch.cat([self._padding[unit] for unit in units]))

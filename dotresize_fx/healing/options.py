@@ -25,10 +25,11 @@ class HealOptions:
         learning_rate: AdamW's at its peak, reached after the ``warmup`` share of the budget.
         clip: largest norm of the gradient.
         streams: names of values in both graphs whose relative squared error is added, times ``stream_weight``.
-        evaluate_every: seconds, or steps where these are given; a 20th of the budget if None.
+        evaluate_every: seconds, or steps where these are given; if None, there are at most 12 evaluations.
         patience: evaluations in a row without a new best after which it stops.
         precision: "bfloat16" (autocast) or "float32"; "auto" is bfloat16 on CUDA. The loss and weights are float32.
         tf32: let CUDA round the inputs of what products are left in float32, while it heals.
+        cuda_graph: let CUDA replay a recording of the step where one process trains on batches of one length.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -49,6 +50,7 @@ class HealOptions:
     patience: int = 6
     precision: str = "auto"
     tf32: bool = True
+    cuda_graph: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class HealResult:
     """What healing did. ``before`` and ``after`` are held-out means a position: KL in nats, or relative error.
 
     ``stopped`` is "time", "steps", "held-out text stopped improving" or "a loss was infinite or NaN"; ``history``
-    has (step, seconds, held-out mean) of every evaluation.
+    has (step, seconds, held-out mean) of every evaluation; ``notes`` are sentences on what did not go as it should.
     """
 
     steps: int
@@ -83,3 +85,4 @@ class HealResult:
     after: float
     stopped: str
     history: tuple[tuple[int, float, float], ...]
+    notes: tuple[str, ...] = ()
