@@ -20,7 +20,6 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.head_maps import over_heads
-from dotresize_fx.least_squares import refit_reader
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
@@ -30,6 +29,10 @@ PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.7
 # Tokens whose Gram matrices give the curves, and tokens whose gradients price the probes.
 SHAPE_TOKENS = 4096
 PRICE_TOKENS = 2048
+# A GPU takes so many times as many in less time.
+GPU_SCALE = 8
+# Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
+RIDGE = 1e-3
 
 
 def measure_curves(
@@ -47,14 +50,15 @@ def measure_curves(
     come in graph order. ``advanced`` is called once a batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
-    statistics = _dense_statistics(graph, watched, _few(batches, SHAPE_TOKENS), advanced)
+    shaping, pricing = _disjoint(batches)
+    statistics = _dense_statistics(graph, watched, shaping, advanced)
     curves, probes = {}, []
     for inputs in watched:
         region, found = inputs.region, statistics.pop(inputs.region.name)
         curves[region.name] = CURVES[region.kind](region, found)
         probes.append(_Probe(inputs, found))
         advanced()
-    prices = _prices(graph, probes, _few(batches, PRICE_TOKENS), task, seed, advanced)
+    prices = _prices(graph, probes, pricing, task, seed, advanced)
     for probe in probes:
         curve = curves[probe.region.name]
         height = curve[probe.width].clamp_min(torch.finfo(curve.dtype).tiny)
@@ -63,15 +67,27 @@ def measure_curves(
     return curves
 
 
-def _few(batches: Sequence[Inputs], tokens: int) -> Sequence[Inputs]:
-    """As many batches, spread evenly, as hold about ``tokens``."""
-    size = batches[0]["input_ids"].numel()
-    count = min(len(batches), max(1, -(-tokens // size)))
-    chosen = [batches[i * len(batches) // count] for i in range(count)]
-    if count == 1 and size > 2 * tokens:  # one batch can be many sequences
-        rows = max(1, tokens // chosen[0]["input_ids"].shape[1])
-        chosen = [{name: value[:rows] for name, value in chosen[0].items()}]
-    return chosen
+def _disjoint(batches: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """Batches that shape the curves and others that price the probes, spread evenly over the text.
+
+    A probe has to be priced on text that it was not fitted to: what the first layers put out follows from the token
+    alone, and of few tokens a cut learns each.
+    """
+    rows = [
+        {name: value[i : i + 1] for name, value in batch.items()}
+        for batch in batches
+        for i in range(len(batch["input_ids"]))
+    ]
+    if len(rows) == 1:
+        return rows, rows
+    real = sum(int(row["input_ids"].numel()) for row in rows) / len(rows)
+    # One row in three at most prices; all the others may shape.
+    wanted = GPU_SCALE if rows[0]["input_ids"].is_cuda else 1
+    priced = max(1, min(len(rows) // 3, round(wanted * PRICE_TOKENS / real)))
+    chosen = {(2 * i + 1) * len(rows) // (2 * priced) for i in range(priced)}
+    others = [row for i, row in enumerate(rows) if i not in chosen]
+    count = min(len(others), max(1, round(wanted * SHAPE_TOKENS / real)))
+    return [others[i * len(others) // count] for i in range(count)], [rows[i] for i in sorted(chosen)]
 
 
 def _dense_statistics(
@@ -136,9 +152,9 @@ class _Probe:
         self.output = inputs.output
         weight = statistics.reader_weight
         down = over_heads(region, found.down, weight.shape[1])
-        own = down.T @ statistics.gram @ weight.T
-        refit = refit_reader(down.T @ statistics.gram @ down, own, own, with_bias=False)
-        self.change = down @ refit.weight.T - weight.T
+        kept = down.T @ statistics.gram @ down
+        ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
+        self.change = down @ torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T) - weight.T
 
     def error(self, values: Mapping[torch.fx.Node, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         """(tokens, out): what the cut changes in the reader's output."""
