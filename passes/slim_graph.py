@@ -12,7 +12,7 @@ from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import choose_regions, sublayers, why_not_cut
+from dotresize_fx.passes.choose_regions import ORDER, choose_regions, sublayers, why_not_cut
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.progress import Progress
@@ -74,8 +74,7 @@ def slim_graph(
     rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
     if rest or plan:
         found = find_regions(slimmed).regions
-        regions, beside = choose_regions(slimmed, found, tuple(RegionKind) if plan else rest)
-        regions = [region for region in regions if region.kind is not RegionKind.RESIDUAL]
+        regions, beside = choose_regions(slimmed, found, ORDER if plan else rest)
         notes += beside
         if plan is None:
             chosen = _plan(slimmed, regions, batches, total, options, progress, task)

@@ -105,26 +105,26 @@ def damping(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _eliminate_few(inverse: torch.Tensor, weight: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact steps on a small (m, m) inverse and (out, m) weight; (indices, added error of each step)."""
+    """Exact steps on a small (m, m) inverse and (out, m) weight; (indices, added error of each step).
+
+    On the CPU whatever the device: a step is so little work that launching it on a GPU takes longer.
+    """
+    device = inverse.device
     # Only inner products of the weight's columns matter, and the same elimination updates them.
-    products = weight.T @ weight
-    inverse = inverse.clone()
-    open_cost = torch.zeros(len(inverse), dtype=inverse.dtype, device=inverse.device)
+    products, inverse = (weight.T @ weight).cpu(), inverse.cpu().clone()
+    open_cost = torch.zeros(len(inverse), dtype=inverse.dtype)
     chosen, errors = [], []
     tiny = torch.finfo(inverse.dtype).tiny
+    lengths, pivots = products.diagonal(), inverse.diagonal()
     for _ in range(count):
-        cost = products.diagonal().clamp_min(0) / inverse.diagonal().clamp_min(tiny) + open_cost
-        j = cost.argmin()
+        cost = lengths.clamp_min(0) / pivots.clamp_min(tiny) + open_cost
+        j = int(cost.argmin())
         chosen.append(j)
         errors.append(cost[j])
         factor = inverse[j] / inverse[j, j]
-        column = products[:, j].clone()
-        products = (
-            products
-            - torch.outer(column, factor)
-            - torch.outer(factor, column)
-            + products[j, j] * torch.outer(factor, factor)
-        )
-        inverse = inverse - torch.outer(inverse[:, j], factor)
+        # products - c f.T - f c.T + c_j f f.T in two rank-one updates
+        half = products[:, j] - 0.5 * products[j, j] * factor
+        products.addr_(half, factor, alpha=-1).addr_(factor, half, alpha=-1)
+        inverse.addr_(inverse[:, j].clone(), factor, alpha=-1)
         open_cost[j] = torch.inf
-    return torch.stack(chosen), torch.stack(errors)
+    return torch.tensor(chosen, device=device), torch.stack(errors).to(device)
