@@ -29,6 +29,8 @@ PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.7
 # Tokens whose Gram matrices give the curves, and tokens whose gradients price the probes.
 SHAPE_TOKENS = 4096
 PRICE_TOKENS = 2048
+# Tokens that are run, and differentiated, at once.
+PIECE = 1024
 # A GPU takes so many times as many in less time.
 GPU_SCALE = 8
 # Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
@@ -73,21 +75,24 @@ def _disjoint(batches: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inp
     A probe has to be priced on text that it was not fitted to: what the first layers put out follows from the token
     alone, and of few tokens a cut learns each.
     """
-    rows = [
-        {name: value[i : i + 1] for name, value in batch.items()}
-        for batch in batches
-        for i in range(len(batch["input_ids"]))
-    ]
-    if len(rows) == 1:
-        return rows, rows
-    real = sum(int(row["input_ids"].numel()) for row in rows) / len(rows)
-    # One row in three at most prices; all the others may shape.
-    wanted = GPU_SCALE if rows[0]["input_ids"].is_cuda else 1
-    priced = max(1, min(len(rows) // 3, round(wanted * PRICE_TOKENS / real)))
-    chosen = {(2 * i + 1) * len(rows) // (2 * priced) for i in range(priced)}
-    others = [row for i, row in enumerate(rows) if i not in chosen]
+    pieces = [piece for batch in batches for piece in _pieces(batch)]
+    if len(pieces) == 1:
+        return pieces, pieces
+    real = sum(piece["input_ids"].numel() for piece in pieces) / len(pieces)
+    wanted = GPU_SCALE if pieces[0]["input_ids"].is_cuda else 1
+    # One piece in three at most prices; all the others may shape.
+    priced = max(1, min(len(pieces) // 3, round(wanted * PRICE_TOKENS / real)))
+    chosen = {(2 * i + 1) * len(pieces) // (2 * priced) for i in range(priced)}
+    others = [piece for i, piece in enumerate(pieces) if i not in chosen]
     count = min(len(others), max(1, round(wanted * SHAPE_TOKENS / real)))
-    return [others[i * len(others) // count] for i in range(count)], [rows[i] for i in sorted(chosen)]
+    return [others[i * len(others) // count] for i in range(count)], [pieces[i] for i in sorted(chosen)]
+
+
+def _pieces(batch: Inputs) -> Sequence[Inputs]:
+    """The batch in pieces of at most PIECE tokens, or of one sequence."""
+    count, length = batch["input_ids"].shape
+    rows = max(1, PIECE // length)
+    return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, count, rows)]
 
 
 def _dense_statistics(
