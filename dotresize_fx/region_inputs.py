@@ -17,17 +17,17 @@ Values = Mapping[torch.fx.Node, Any]
 class RegionInputs:
     """Watches one region of ``graph``: what its reader reads and puts out, and what its writers read.
 
-    ``reader`` is the region's only reader (for queries and keys, which attention reads: None). ``entry`` is the one
-    value that all writers read, or None. Node names stay valid while maps of other regions are folded.
+    ``reader`` is the region's only reader; queries and keys have none, since the attention reads them. There ``entry``,
+    the one value that all writers read, is watched instead. Node names stay valid while other regions' maps are folded.
     """
 
     def __init__(self, graph: FxGraph, region: Region) -> None:
         self.graph, self.region = graph, region
         self.reader = graph.op(region.readers[0]) if region.readers else None
         self.writers = [graph.op(name) for name in region.writers]
-        shared = {op.inputs[0] for op in self.writers}
-        self.entry = graph.node(shared.pop().name) if len(shared) == 1 else None
-        self.hidden = self.output = None
+        self.entry = self.hidden = self.output = None
+        if self.reader is None:
+            self.entry = graph.node(self.writers[0].inputs[0].name)
         if self.reader is not None:
             self.hidden, self.output = graph.node(self.reader.inputs[0].name), graph.node(self.reader.name)
         self.biased = self.reader is not None and graph.bias(self.reader) is not None

@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 
 from dotresize_fx.gram import RegionStatistics
-from dotresize_fx.region_map import RegionMap, selection
+from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, Symmetry
 from dotresize_fx.solvers.magnitude import top
+from dotresize_fx.solvers.obs import solve_obs
 from dotresize_fx.transport.sinkhorn import TransportPlan, sinkhorn
 
 # Entropic weights as a share of the median cost, and how much of a removed neuron is merged into its targets.
-EPSILON_ANCHORED = 0.02
+EPSILON_ANCHORED = 0.05
 EPSILON_STREAM = 0.3
-MERGE = 0.2
+MERGE = 0.1
 
 
 def solve_dotresize(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
@@ -51,21 +52,21 @@ def _transported_basis(region: Region, statistics: RegionStatistics, width: int)
 def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
     """Kept neurons stay themselves; the removed ones' mass is transported onto them and merged in.
 
-    Importance, and mass, is the norm of what a neuron contributes to the sublayer's output. The target marginal is
-    free (each removed neuron goes where it is near), the cost is the distance of what the writers write. Column j
-    of ``down`` is the mean of neuron j and MERGE times what arrives at it, weighted by mass.
+    The support is what second-order elimination keeps. Importance, and mass, is the norm of what a neuron contributes
+    to the sublayer's output. The target marginal is free (each removed neuron goes where it is near). The cost of i at
+    j is the share of i's output error that is left once the best multiple of j stands in for it, 1 - C_ij² / C_ii C_jj.
+    Column j of ``down`` is the mean of neuron j and MERGE times what arrives at it, weighted by mass.
     """
+    kept = solve_obs(region, statistics, width)
     importance = statistics.activation_norm * statistics.reader_norm
-    support = top(importance, width)
-    down = selection(support, region.width)
+    support = kept.down.argmax(0)
     removed = torch.ones(region.width, dtype=torch.bool, device=importance.device)
     removed[support] = False
     leaving = removed.nonzero().flatten()
     mass = importance[leaving]
-    written = statistics.writer_gram
-    if len(leaving) == 0 or float(mass.sum()) <= 0 or written is None:
-        return RegionMap(down, down.T)
-    cost = _distances(written)[leaving][:, support]
+    if len(leaving) == 0 or float(mass.sum()) <= 0:
+        return kept
+    cost = output_error(statistics.gram)[leaving][:, support]
     plan = sinkhorn(
         cost,
         mass / mass.sum(),
@@ -77,12 +78,20 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     )
     arriving = MERGE * plan.plan * mass.sum()
     total = importance[support] + arriving.sum(0)
+    down = torch.zeros_like(kept.down)
     down[leaving] = arriving
     down[support, torch.arange(width, device=support.device)] = importance[support]
     tiny = torch.finfo(torch.float64).tiny
-    alive = total > tiny
-    down = torch.where(alive, down / total.clamp_min(tiny), selection(support, region.width))
+    down = torch.where(total > tiny, down / total.clamp_min(tiny), kept.down)
     return RegionMap(down, None, notes=_notes(plan))
+
+
+def output_error(gram: torch.Tensor) -> torch.Tensor:
+    """(n, n) from 0 to 1: the share of neuron i's contribution that the best multiple of neuron j does not give."""
+    square = gram.diagonal().clamp_min(0)
+    product = square[:, None] * square[None, :]
+    explained = torch.where(product > 0, gram.square() / product.clamp_min(torch.finfo(gram.dtype).tiny), 0)
+    return (1 - explained).clamp(0, 1)
 
 
 def _distances(gram: torch.Tensor) -> torch.Tensor:
