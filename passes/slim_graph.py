@@ -16,11 +16,13 @@ from dotresize_fx.passes.choose_regions import choose_regions, sublayers, why_no
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import MatchReport, Region, RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly, step_of
+
+SWEPT = (RegionKind.FFN, *ATTENTION_KINDS)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,7 @@ def slim_graph(
     rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
     if rest or plan:
         found = find_regions(slimmed).regions
-        regions, beside = choose_regions(slimmed, found, tuple(RegionKind) if plan else rest)
-        regions = [region for region in regions if region.kind is not RegionKind.RESIDUAL]
+        regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
         notes += beside
         if plan is None:
             chosen = _plan(slimmed, regions, batches, total, options, progress, task)
@@ -137,19 +138,25 @@ def _sweep(
     with progress.stage("sweep", len(regions)) as step:
         for together in sublayers(regions):
             cuts = [(region, plan.widths[region.name]) for region in together]
-            cut = [(region, width) for region, width in cuts if width < region.width]
-            # Where scores were cut, the reader of the values makes good what it can even at full width.
-            values = [pair for pair in cuts if pair[0].kind is RegionKind.VALUE and pair not in cut]
-            scores = any(region.kind is RegionKind.QUERY_KEY for region, _ in cut)
-            if cut or basis is not None:
-                chosen = cuts if basis is not None else cut + (values if scores else [])
-                chosen = [(r, w) for r, w in chosen if w < r.width or r.kind in (RegionKind.VALUE, RegionKind.FFN)]
+            if chosen := _cut_or_refitted(cuts, stream_cut=basis is not None):
                 swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
                 for region, _ in chosen:
                     _write_block(slimmed, region, work)
             for _ in together:
                 step()
     return swept
+
+
+def _cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> list[tuple[Region, int]]:
+    """Those of a sublayer that are cut; and where scores or the stream were, the full widths whose reader is refitted.
+
+    Where whole heads go, their cut refits the reader of the values, whose own region is then another.
+    """
+    cut = [region for region, width in cuts if width < region.width]
+    scores = any(region.kind is RegionKind.QUERY_KEY for region in cut)
+    again = (RegionKind.VALUE, RegionKind.FFN) if stream_cut else (RegionKind.VALUE,) if scores else ()
+    fewer = [region.attention for region in cut if region.kind is RegionKind.HEADS]
+    return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
 def _check_plan(plan: WidthPlan, matches: MatchReport) -> None:
