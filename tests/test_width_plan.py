@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.regions import Region, RegionKind, Symmetry
-from dotresize_fx.width_plan import check_ratio, grid, plan_widths
+from dotresize_fx.width_plan import WidthPlan, check_ratio, grid, plan_uniformly
 
 
 def regions(widths: list[int]) -> list[Region]:
@@ -18,8 +18,8 @@ def regions(widths: list[int]) -> list[Region]:
     ]
 
 
-def removed(chosen: list[Region], units: dict[str, int], plan: dict[str, int]) -> int:
-    return sum((region.width - plan[region.name]) * units[region.name] for region in chosen)
+def removed(chosen: list[Region], units: dict[str, int], plan: WidthPlan) -> int:
+    return sum((region.width - plan.widths[region.name]) * units[region.name] for region in chosen)
 
 
 sizes = st.lists(st.tuples(st.integers(8, 700), st.integers(1, 50)), min_size=1, max_size=8)
@@ -37,13 +37,13 @@ def test_meets_the_ratio_within_a_step_on_the_grid(
     wanted = ratio * held
     total = held + rest
     try:
-        plan = plan_widths(chosen, units, total, wanted / total, multiple=multiple)
+        plan = plan_uniformly(chosen, units, total, wanted / total, multiple=multiple)
     except NothingToSlimError:
         assert any(r.width * (1 - ratio) < grid(r.width, multiple) + 1e-6 for r in chosen)
         return
     steps = {region.name: grid(region.width, multiple) for region in chosen}
     for region in chosen:
-        width = plan[region.name]
+        width = plan.widths[region.name]
         assert 0 < width <= region.width
         assert width % steps[region.name] == 0 or width == region.width
     largest = max(steps[name] * unit for name, unit in units.items())
@@ -57,10 +57,11 @@ def test_a_higher_ratio_never_removes_a_step_less(sizes: list[tuple[int, int]], 
     chosen = regions([width + 64 for width, _ in sizes])
     units = {region.name: unit for region, (_, unit) in zip(chosen, sizes, strict=True)}
     total = sum(region.width * units[region.name] for region in chosen)
-    less, more = (plan_widths(chosen, units, total, ratio) for ratio in (low, high))
+    less, more = (plan_uniformly(chosen, units, total, ratio) for ratio in (low, high))
     step = max(grid(region.width) * units[region.name] for region in chosen)
     assert removed(chosen, units, more) >= removed(chosen, units, less) - step
-    assert all(more[name] <= less[name] + grid(region.width) for name, region in zip(more, chosen, strict=True))
+    for region in chosen:
+        assert more.widths[region.name] <= less.widths[region.name] + grid(region.width)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -69,22 +70,23 @@ def test_equal_regions_shrink_monotonically(width: int, count: int, low: float, 
     low, high = sorted((low, high))
     chosen = regions([width] * count)
     units = {region.name: 3 for region in chosen}
-    less, more = (plan_widths(chosen, units, width * count * 3, ratio) for ratio in (low, high))
-    assert all(more[name] <= less[name] for name in more)
-    assert max(more.values()) - min(more.values()) <= 16
+    less, more = (plan_uniformly(chosen, units, width * count * 3, ratio) for ratio in (low, high))
+    assert all(more.widths[name] <= less.widths[name] for name in more.widths)
+    assert max(more.widths.values()) - min(more.widths.values()) <= 16
 
 
 def test_an_example() -> None:
     """SmolLM2: 30 FFNs of 1536, three matrices of 576 columns each; 20 % of all block weights."""
     chosen = regions([1536] * 30)
     units = {region.name: 3 * 576 for region in chosen}
-    plan = plan_widths(chosen, units, 30 * 3538944, 0.2)
-    assert set(plan.values()) == {1120, 1136}
+    plan = plan_uniformly(chosen, units, 30 * 3538944, 0.2)
+    assert set(plan.widths.values()) == {1120, 1136}
     assert removed(chosen, units, plan) / (30 * 3538944) == pytest.approx(0.2, abs=1e-3)
 
 
 def test_ratio_zero_keeps_every_width() -> None:
-    assert plan_widths(regions([100, 33]), {"ffn 0": 1, "ffn 1": 1}, 133, 0) == {"ffn 0": 100, "ffn 1": 33}
+    plan = plan_uniformly(regions([100, 33]), {"ffn 0": 1, "ffn 1": 1}, 133, 0)
+    assert plan.widths == {"ffn 0": 100, "ffn 1": 33}
 
 
 @pytest.mark.parametrize(("width", "step"), [(1536, 16), (128, 16), (127, 8), (64, 8), (16, 2), (8, 1), (3, 1)])
@@ -105,15 +107,15 @@ def test_ratios_that_are_some_pass() -> None:
 
 def test_nothing_matched_is_refused() -> None:
     with pytest.raises(NothingToSlimError, match="no region matched"):
-        plan_widths([], {}, 100, 0.2)
+        plan_uniformly([], {}, 100, 0.2)
 
 
 def test_a_region_that_would_vanish_is_refused_with_what_there_is() -> None:
     chosen = regions([128])
     with pytest.raises(NothingToSlimError, match=r"hold 64% of the block weights and give up at most 0\.56") as caught:
-        plan_widths(chosen, {"ffn 0": 1}, 200, 0.6)
+        plan_uniformly(chosen, {"ffn 0": 1}, 200, 0.6)
     assert "\n" not in str(caught.value)
-    assert plan_widths(chosen, {"ffn 0": 1}, 200, 0.56) == {"ffn 0": 16}
+    assert plan_uniformly(chosen, {"ffn 0": 1}, 200, 0.56).widths == {"ffn 0": 16}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -123,6 +125,6 @@ def test_the_ratio_that_a_refusal_names_can_be_had(sizes: list[tuple[int, int]],
     units = {region.name: unit for region, (_, unit) in zip(chosen, sizes, strict=True)}
     total = sum(region.width * units[region.name] for region in chosen) + rest
     with pytest.raises(NothingToSlimError) as caught:
-        plan_widths(chosen, units, total, 0.999)
+        plan_uniformly(chosen, units, total, 0.999)
     named = float(str(caught.value).split("at most ")[1].split(";")[0])
-    assert all(width > 0 for width in plan_widths(chosen, units, total, named).values())
+    assert all(width > 0 for width in plan_uniformly(chosen, units, total, named).widths.values())

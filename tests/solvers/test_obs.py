@@ -70,4 +70,4 @@ def test_a_stream_is_refused() -> None:
     gram, weight = problem(16)
     stream = Region("residual stream", RegionKind.RESIDUAL, Symmetry.ORTHOGONAL, 16, ("a",), ("b",))
     with pytest.raises(UsageError, match="residual stream is a residual width"):
-        solve_obs(stream, RegionStatistics(10, gram, weight.norm(dim=0), reader_weight=weight), 8)
+        solve_obs(stream, RegionStatistics(10, gram, weight), 8)
