@@ -69,7 +69,7 @@ def copied(model_folder: Folder, tmp_path: Path) -> Path:
         (["--ratio", "much"], "argument --ratio: invalid float value: 'much' (see `dotresize-fx export --help`)"),
         (
             ["--regions", "nonsense"],
-            "--regions nonsense: choose from ffn, attention, value, query_key, kv_heads, residual",
+            "--regions nonsense: choose from ffn, attention, value, query_key, ",
         ),
         (["--effort", "utmost"], "--effort utmost: choose one of best, fast, heal"),
         (["--regions", "ffn,ffn"], "--regions ffn,ffn: names one twice"),

@@ -72,7 +72,7 @@ def test_what_runs_beside_a_sublayer_and_adds_later_is_left_alone(trace: Any) ->
 
 def test_weights_that_two_layers_share(trace: Any) -> None:
     graph = trace(lambda m, x: m.head(ffn(m, 0, ffn(m, 0, x))), (2, 8), **parts(1))
-    with pytest.raises(NothingToSlimError, match="none of the 1 FFN widths found can be cut: .* shared by several"):
+    with pytest.raises(NothingToSlimError, match=r"none of the 1 FFN widths found can be cut: .* shared by several"):
         choose_regions(graph, find_regions(graph).regions, SWEPT)
 
 

@@ -69,7 +69,7 @@ def test_to_a_width_whatever_the_ratio(tiny_graph: Any, data: list[Any]) -> None
 
 def test_a_post_norm_stream_is_refused(tiny_graph: Any) -> None:
     _, graph = tiny_graph("bert")
-    with pytest.raises(NothingToSlimError, match="residual stream cannot be cut: post-norm .* use --regions ffn"):
+    with pytest.raises(NothingToSlimError, match=r"residual stream cannot be cut: post-norm .* use --regions ffn"):
         widest_stream(graph, find_regions(graph))
 
 
