@@ -12,17 +12,15 @@ from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import choose_regions, sublayers, why_not_cut
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers, why_not_cut
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
+from dotresize_fx.regions import MatchReport, Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly, step_of
-
-SWEPT = (RegionKind.FFN, *ATTENTION_KINDS)
 
 
 @dataclass(frozen=True)

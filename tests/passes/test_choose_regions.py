@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from dotresize_fx.errors import NothingToSlimError
-from dotresize_fx.passes.choose_regions import choose_regions, sublayers, why_not_cut
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers, why_not_cut
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
+from dotresize_fx.regions import RegionKind
 
-SWEPT = (RegionKind.FFN, *ATTENTION_KINDS)
 IN_ORDER = ["kv_heads", "query_key", "value", "ffn"]
 
 
