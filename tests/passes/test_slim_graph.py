@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dotresize_fx.cost import count_cost
@@ -14,6 +19,7 @@ from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.progress import Progress
+from dotresize_fx.width_plan import WidthPlan
 
 QUIET = Progress(quiet=True)
 
@@ -67,3 +73,110 @@ def test_a_post_norm_stream_is_refused(tiny_graph: Any, tiny_batch: Any) -> None
     _, dense = tiny_graph("bert")
     with pytest.raises(NothingToSlimError, match="post-norm"):
         slim_graph(dense, find_regions(dense), [tiny_batch(2, 8)], Options(regions=("residual",)), QUIET)
+
+
+# -- what calibration may be like --------------------------------------------------------------------
+
+HEADS_AND_FFN = Options(ratio=0.2, regions=("ffn", "attention"), check=True)
+
+
+def constant(rows: int, length: int) -> Mapping[str, torch.Tensor]:
+    """One token, all alone in every row: every Gram matrix has rank one."""
+    mask = torch.zeros(rows, length, dtype=torch.int64)
+    mask[:, 2] = 1
+    return {"input_ids": torch.full((rows, length), 3), "attention_mask": mask}
+
+
+@pytest.fixture
+def poor(tiny_batch: Any) -> dict[str, list[Mapping[str, torch.Tensor]]]:
+    """Calibration that says little, by what is wrong with it."""
+    return {
+        "three tokens": [tiny_batch(1, 3)],
+        "one token a sequence": [tiny_batch(9, 1, seed=seed) for seed in range(9)],
+        "activations that never change": [constant(2, 6)] * 9,
+        "mostly padding": [tiny_batch(1, 12, padding=11, seed=seed) for seed in range(9)],
+        "a batch of padding alone": [tiny_batch(1, 12, padding=12), tiny_batch(2, 12)],
+    }
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("kind", ["three tokens", "one token a sequence", "activations that never change"])
+@pytest.mark.parametrize("model", ["llama", "opt"])
+def test_calibration_that_says_little(
+    tiny_graph: Any, tiny_batch: Any, run: Any, poor: Any, model: str, kind: str, effort: str
+) -> None:
+    check_finite(tiny_graph(model)[1], poor[kind], run, tiny_batch(2, 9, 2), effort)
+
+
+@pytest.mark.parametrize("kind", ["mostly padding", "a batch of padding alone"])
+def test_padding_in_calibration(tiny_graph: Any, tiny_batch: Any, run: Any, poor: Any, kind: str) -> None:
+    check_finite(tiny_graph("llama")[1], poor[kind], run, tiny_batch(2, 9, 2), "fast")
+
+
+@pytest.mark.parametrize("dead", [1, 40, 64])
+def test_dead_neurons_and_heads(tiny_graph: Any, tiny_batch: Any, run: Any, dead: int) -> None:
+    """Neurons that never fire, and a value head that writes nothing."""
+    graph = tiny_graph("llama")[1]
+    matches = find_regions(graph)
+    for region in matches.of_kind("ffn", "value"):
+        writer = graph.op(region.writers[-1])
+        weight = graph.weight(writer).detach().clone()
+        weight[: dead if region.kind == "ffn" else dead // 8] = 0
+        graph.set_weight(writer, weight)
+    check_finite(graph, [tiny_batch(4, 24, 3, seed=seed) for seed in range(9)], run, tiny_batch(2, 9, 2), "fast")
+
+
+def check_finite(graph: Any, data: Any, run: Any, unseen: Any, effort: str) -> None:
+    options = dataclasses.replace(HEADS_AND_FFN, effort=effort, repair_steps=5)
+    slimmed = slim_graph(graph, find_regions(graph), data, options, QUIET)
+    assert any(entry.width < entry.region.width for entry in slimmed.swept)
+    assert all(math.isfinite(loss) for loss in slimmed.plan.losses.values())
+    assert all(tensor.isfinite().all() for tensor in slimmed.graph.program.state_dict.values())
+    assert run(slimmed.graph, **unseen)[0].isfinite().all()
+
+
+def test_a_run_gives_the_same_bytes_twice(tiny_graph: Any, tiny_batch: Any) -> None:
+    graph = tiny_graph("llama")[1]
+    data = [tiny_batch(4, 24, 3, seed=seed) for seed in range(9)]
+    options = Options(ratio=0.3, effort="best", repair_steps=10)
+    first, second = (slim_graph(graph, find_regions(graph), data, options, QUIET) for _ in range(2))
+    assert first.plan == second.plan
+    weights, others = first.graph.program.state_dict, second.graph.program.state_dict
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize("allocation", ["measured", "uniform"])
+def test_allocations(tiny_graph: Any, tiny_batch: Any, allocation: str) -> None:
+    graph = tiny_graph("llama")[1]
+    data = [tiny_batch(4, 24, 3, seed=seed) for seed in range(4)]
+    options = Options(ratio=0.25, allocation=allocation)
+    widths = slim_graph(graph, find_regions(graph), data, options, QUIET).plan.widths
+    layers = [[widths[name] for name in widths if f"layers.{layer}." in name] for layer in (0, 1)]
+    assert (layers[0] == layers[1]) == (allocation == "uniform")
+    if allocation == "uniform":  # by whole heads nothing goes, by all else a quarter
+        assert layers[0] == [2, 6, 6, 48]
+
+
+def test_finished_sublayers_are_put_into_the_work_folder(tiny_graph: Any, tiny_batch: Any, tmp_path: Path) -> None:
+    graph = tiny_graph("llama")[1]
+    data = [tiny_batch(4, 24, 3, seed=seed) for seed in range(4)]
+    plan = WidthPlan({"model.layers.0.self_attn value": 5, "model.layers.1.mlp": 40})
+    slimmed = slim_graph(graph, find_regions(graph), data, Options(), QUIET, tmp_path, plan=plan)
+    assert sorted(file.stem for file in (tmp_path / "blocks").iterdir()) == sorted(plan.widths)
+    written = load_file(tmp_path / "blocks" / "model.layers.1.mlp.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == {
+        "model.layers.1.mlp.gate_proj.weight": (40, 32),
+        "model.layers.1.mlp.up_proj.weight": (40, 32),
+        "model.layers.1.mlp.down_proj.weight": (32, 40),
+    }
+    assert all(torch.equal(tensor, slimmed.graph.program.state_dict[name]) for name, tensor in written.items())
+
+
+def test_ratio_zero_changes_nothing(tiny_graph: Any, tiny_batch: Any, run: Any) -> None:
+    graph = tiny_graph("llama")[1]
+    slimmed = slim_graph(graph, find_regions(graph), [tiny_batch(2, 8)], Options(ratio=0), QUIET)
+    assert slimmed.swept == ()
+    assert slimmed.notes == ("ratio 0: nothing was cut",)
+    batch = tiny_batch(2, 9, 2)
+    assert torch.equal(run(slimmed.graph, **batch)[0], run(graph, **batch)[0])
