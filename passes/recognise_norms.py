@@ -17,10 +17,11 @@ class RecogniseNorms(Pass):
         records = []
         replaced: set[str] = set()
         for name in [op.name for op in graph.ops if op.kind is Kind.MUL]:
-            # Read anew: what it reads may have become a norm, or it may itself, as its gain.
-            product = None if name in replaced else graph.op(name)
-            match = product and self._match(graph, product)
-            if product is None or match is None:
+            if name in replaced:  # the product with a gain
+                continue
+            product = graph.op(name)  # read anew: what it reads may have become a norm
+            match = self._match(graph, product)
+            if match is None:
                 continue
             source, epsilon = match
             last, gain = self._gain(graph, product)
