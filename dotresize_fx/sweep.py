@@ -161,14 +161,13 @@ class Sweep:
         target = self.slim_graph.node(inputs.region.target)
         fitting, held_out, entered = GramAccumulator(), GramAccumulator(), GramAccumulator()
         wanted, own = [], []
-        reads = inputs.output is not None
-        last = target if reads else inputs.entry
+        last = inputs.entry if inputs.output is None else target
         assert last is not None
         for i, environment in enumerate(self.slim.environments):
             stop, keep = execution.index[last] + 1, [*inputs.nodes, target]
             values = execution.run(dict(environment), self.slim.position, stop, keep=keep)
             solves, mask = i not in self.measuring, self.masks[i]
-            if reads:
+            if inputs.output is not None:
                 output = values[inputs.output]
                 # Some models run a sublayer with batch and length joined and part them behind the addition.
                 wanted.append((goals[i] - values[target]).reshape_as(output) + output)
@@ -190,7 +189,7 @@ class Sweep:
             width = weight.shape[1] - inputs.biased
             mix = over_heads(region, region_map.down, width)
             if inputs.biased:
-                mix = torch.block_diag(mix, mix.new_ones(1, 1))
+                mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
             fitting, held_out = gathered.fitting.through(mix), gathered.held_out
             held_out = held_out.through(mix) if held_out.tokens else held_out
             own = mix.T @ gathered.fitting.gram @ weight.T

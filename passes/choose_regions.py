@@ -9,8 +9,9 @@ from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
 
-# Within a sublayer. Scores first: what the values' reader is refitted to then comes of the cut scores.
-ORDER = (RegionKind.HEADS, RegionKind.QUERY_KEY, RegionKind.VALUE, RegionKind.FFN)
+# What the sweep takes, in its order within a sublayer. Scores first: what the values' reader is refitted to then
+# comes of the cut scores.
+SWEPT = (RegionKind.HEADS, RegionKind.QUERY_KEY, RegionKind.VALUE, RegionKind.FFN)
 
 
 def choose_regions(
@@ -38,7 +39,7 @@ def choose_regions(
     left: list[str] = []
     reached = -1
     for target in sorted(sublayers, key=lambda name: graph.positions[name]):
-        regions = sorted(sublayers[target], key=lambda r: (ORDER.index(r.kind), graph.positions[r.writers[0]]))
+        regions = sorted(sublayers[target], key=lambda r: (SWEPT.index(r.kind), graph.positions[r.writers[0]]))
         if min(graph.positions[name] for region in regions for name in region.writers) > reached:
             chosen += regions
             reached = graph.positions[target]

@@ -15,13 +15,18 @@ class RecogniseNorms(Pass):
 
     def call(self, graph: Graph) -> PassResult:
         records = []
-        for product in [op for op in graph.ops if op.kind is Kind.MUL]:
+        replaced: set[str] = set()
+        for name in [op.name for op in graph.ops if op.kind is Kind.MUL]:
+            if name in replaced:  # the product with a gain
+                continue
+            product = graph.op(name)  # read anew: what it reads may have become a norm
             match = self._match(graph, product)
             if match is None:
                 continue
             source, epsilon = match
             last, gain = self._gain(graph, product)
             graph.replace_with_rms_norm(last, source, gain, epsilon)
+            replaced.add(last.name)
             records.append(f"{last.name}: RMSNorm of {source.name}" + ("" if gain is None else " with its gain"))
         graph.remove_dead()
         return PassResult(tuple(records))

@@ -12,7 +12,7 @@ from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import ORDER, choose_regions, sublayers, why_not_cut
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers, why_not_cut
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.progress import Progress
@@ -74,7 +74,7 @@ def slim_graph(
     rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
     if rest or plan:
         found = find_regions(slimmed).regions
-        regions, beside = choose_regions(slimmed, found, ORDER if plan else rest)
+        regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
         notes += beside
         if plan is None:
             chosen = _plan(slimmed, regions, batches, total, options, progress, task)
@@ -136,19 +136,25 @@ def _sweep(
     with progress.stage("sweep", len(regions)) as step:
         for together in sublayers(regions):
             cuts = [(region, plan.widths[region.name]) for region in together]
-            cut = [(region, width) for region, width in cuts if width < region.width]
-            # Where scores were cut, the reader of the values makes good what it can even at full width.
-            values = [pair for pair in cuts if pair[0].kind is RegionKind.VALUE and pair not in cut]
-            scores = any(region.kind is RegionKind.QUERY_KEY for region, _ in cut)
-            if cut or basis is not None:
-                chosen = cuts if basis is not None else cut + (values if scores else [])
-                chosen = [(r, w) for r, w in chosen if w < r.width or r.kind in (RegionKind.VALUE, RegionKind.FFN)]
+            if chosen := _cut_or_refitted(cuts, stream_cut=basis is not None):
                 swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
                 for region, _ in chosen:
                     _write_block(slimmed, region, work)
             for _ in together:
                 step()
     return swept
+
+
+def _cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> list[tuple[Region, int]]:
+    """Those of a sublayer that are cut; and where scores or the stream were, the full widths whose reader is refitted.
+
+    Where whole heads go, their cut refits the reader of the values, whose own region is then another.
+    """
+    cut = [region for region, width in cuts if width < region.width]
+    scores = any(region.kind is RegionKind.QUERY_KEY for region in cut)
+    again = (RegionKind.VALUE, RegionKind.FFN) if stream_cut else (RegionKind.VALUE,) if scores else ()
+    fewer = [region.attention for region in cut if region.kind is RegionKind.HEADS]
+    return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
 def _check_plan(plan: WidthPlan, matches: MatchReport) -> None:

@@ -184,6 +184,8 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**grouped, tie_word_embeddings=False))
     elif kind == "qwen3":
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**grouped, head_dim=8))
+    elif kind == "gemma":
+        model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**grouped, head_dim=8))
     elif kind == "phi":
         model = transformers.PhiForCausalLM(transformers.PhiConfig(**grouped))
     elif kind == "neox":

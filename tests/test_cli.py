@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,15 +58,17 @@ def test_the_defaults_are_those_of_python() -> None:
     for field in dataclasses.fields(Options):
         if hasattr(parsed, field.name) and field.name not in ("regions", "calibration"):
             assert getattr(parsed, field.name) == getattr(Options(), field.name), field.name
-    assert (tuple(parsed.regions.split(",")), tuple(parsed.calibration)) == (Options().regions, Options().calibration)
+    assert (parsed.regions, parsed.calibration) == ("", [])
+    assert (Options().regions, Options().calibration) == ((), ())
 
 
 def test_the_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     run("export", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    for name in ("ratio", "method", "multiple", "calibration_tokens", "sequence_length", "evaluation_tokens"):
-        described = text.rpartition(f" --{name.replace('_', '-')} ")[2].partition(" --")[0]
-        assert str(getattr(Options(), name)) in described, name
+    names = ["ratio", "method", "effort", "allocation", "multiple", "calibration_tokens", "sequence_length"]
+    for name in [*names, "evaluation_tokens", "repair_steps", "device"]:
+        described = re.split(rf" --{name.replace('_', '-')} (?=[A-Z])", text)[-1].partition(" --")[0]
+        assert described.endswith(f"({getattr(Options(), name)})"), name
 
 
 def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:

@@ -70,7 +70,7 @@ def test_without_a_row_per_token_everything_counts() -> None:
 
 def test_activation_norms_are_root_mean_squares() -> None:
     x = rows(20, 3)
-    statistics = RegionStatistics(20, x.T @ x / 20, torch.ones(3))
+    statistics = RegionStatistics(20, x.T @ x / 20)
     torch.testing.assert_close(statistics.activation_norm, x.square().mean(0).sqrt())
-    rounded = RegionStatistics(20, torch.tensor([[-1e-30]], dtype=torch.float64), torch.ones(1))
+    rounded = RegionStatistics(20, torch.tensor([[-1e-30]], dtype=torch.float64))
     assert rounded.activation_norm.tolist() == [0.0]

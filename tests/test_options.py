@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.options import Options
-from dotresize_fx.solvers import SOLVERS
+from dotresize_fx.options import ALLOCATIONS, EFFORTS, REGION_NAMES, SELF_TOKENS, Options
+from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
+from dotresize_fx.solvers import METHODS
 
 
 def refusal(**options: Any) -> str:
@@ -23,7 +24,8 @@ def refusal(**options: Any) -> str:
 
 def test_the_defaults_are_allowed() -> None:
     options = Options()
-    assert (options.ratio, options.regions, options.method, options.seed) == (0.2, ("ffn",), "dotresize", 0)
+    assert (options.ratio, options.regions, options.method, options.seed) == (0.2, (), "auto", 0)
+    assert (options.effort, options.allocation, options.plan) == ("fast", "measured", None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.ratio = 0.5  # type: ignore[misc]
 
@@ -38,19 +40,73 @@ def test_a_ratio_is_a_share(ratio: float) -> None:
 
 @pytest.mark.parametrize("regions", [("ffn",), ("residual",), ("ffn", "residual"), ("residual", "ffn")])
 def test_regions(regions: tuple[str, ...]) -> None:
-    assert Options(regions=regions).regions == regions
+    options = Options(regions=regions)
+    assert options.regions == regions
+    assert options.kinds == tuple(RegionKind(name) for name in regions)
 
 
-@pytest.mark.parametrize("regions", [(), ("heads",), ("ffn", "heads"), ("ffn", "ffn"), ("residual", "ffn", "residual")])
+def test_every_kind_of_a_head_can_be_asked_for_alone() -> None:
+    assert Options(regions=("attention",)).kinds == ATTENTION_KINDS
+    for kind in ATTENTION_KINDS:
+        assert Options(regions=(kind.value,)).kinds == (kind,)
+
+
+@pytest.mark.parametrize(
+    "regions", [("heads",), ("plain",), ("ffn", "heads"), ("ffn", "ffn"), ("residual", "ffn", "residual")]
+)
 def test_regions_that_are_none_or_named_twice(regions: tuple[str, ...]) -> None:
     assert refusal(regions=regions).startswith(f"--regions {','.join(regions)}: ")
 
 
-def test_methods() -> None:
-    for method in SOLVERS:
-        assert Options(method=method, regions=("ffn",) if method != "pca" else ("residual",)).method == method
-    assert refusal(method="magic") == f"--method magic: choose one of {', '.join(sorted(SOLVERS))}"
-    assert refusal(method="pca", regions=("ffn", "residual")).endswith("use it with --regions residual")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", REGION_NAMES)
+def test_a_method_and_the_regions_it_cuts(method: str, name: str) -> None:
+    cut = [kind for kind in REGION_NAMES[name] if kind in METHODS[method]]
+    if cut:
+        assert Options(method=method, regions=(name,)).kinds == tuple(cut)
+    else:
+        said = refusal(method=method, regions=(name,))
+        assert said.startswith(f"--method {method} does not cut {name}: choose --regions from ")
+        for offered in said.partition("--regions from ")[2].split(", "):
+            assert Options(method=method, regions=(offered,)).kinds
+
+
+def test_without_regions_a_method_cuts_what_it_can_of_the_default() -> None:
+    assert Options().kinds == Options(method="obs").kinds == (RegionKind.FFN, *ATTENTION_KINDS)
+    assert Options(method="magnitude").kinds == (RegionKind.FFN,)
+    assert refusal(method="pca").endswith("does not cut what is cut by default: choose --regions from residual")
+
+
+def test_one_region_that_a_method_does_not_cut_is_enough_to_refuse() -> None:
+    assert "does not cut ffn:" in refusal(method="pca", regions=("ffn", "residual"))
+    assert "does not cut attention or kv_heads:" in refusal(method="magnitude", regions=("attention", "kv_heads"))
+
+
+def test_methods_that_are_none() -> None:
+    assert refusal(method="magic") == f"--method magic: choose one of {', '.join(sorted(METHODS))}"
+
+
+def test_efforts_and_allocations() -> None:
+    assert [Options(effort=effort).effort for effort in EFFORTS] == ["fast", "best", "heal"]
+    assert [Options(allocation=name).allocation for name in ALLOCATIONS] == ["measured", "uniform"]
+    assert refusal(effort="utmost") == "--effort utmost: choose one of best, fast, heal"
+    assert refusal(allocation="even") == "--allocation even: choose one of measured, uniform"
+
+
+@given(st.floats(allow_nan=True))
+def test_healing_takes_some_time(minutes: float) -> None:
+    if 0 < minutes < float("inf"):
+        assert Options(heal_minutes=minutes).heal_minutes == minutes
+    else:
+        assert refusal(heal_minutes=minutes) == f"--heal-minutes is {minutes}: it must be above 0"
+
+
+def test_text_that_the_model_writes_itself() -> None:
+    healing = Options(effort="heal")
+    assert (healing.own_tokens("decoder", "cuda"), healing.own_tokens("decoder", "cpu")) == (SELF_TOKENS, 0)
+    assert Options(effort="heal", self_tokens=99).own_tokens("decoder", "cpu") == 99
+    assert healing.own_tokens("encoder", "cuda") == 0
+    assert Options(effort="best", self_tokens=99).own_tokens("decoder", "cuda") == 0
 
 
 def test_devices() -> None:
@@ -59,7 +115,7 @@ def test_devices() -> None:
 
 
 SMALLEST = {"multiple": 1, "calibration_tokens": 1, "evaluation_tokens": 1, "latency_length": 1}
-SMALLEST |= {"sequence_length": 2, "seed": 0}
+SMALLEST |= {"sequence_length": 2, "seed": 0, "repair_steps": 1, "self_tokens": 0}
 
 
 @given(st.sampled_from(sorted(SMALLEST)), st.integers(-5, 5))
@@ -74,8 +130,3 @@ def test_counts_have_a_smallest_value(name: str, value: int) -> None:
 def test_a_seed_that_torch_does_not_take() -> None:
     assert Options(seed=2**63 - 1).seed == 2**63 - 1
     assert refusal(seed=2**63).startswith("--seed is 9223372036854775808: it must be below")
-
-
-def test_elimination_is_for_ffns() -> None:
-    with pytest.raises(UsageError, match="--method obs eliminates neurons of FFNs"):
-        Options(method="obs", regions=("residual",))

@@ -1,18 +1,31 @@
-"""The list of solvers."""
+"""The list of solvers, and what each method tries on each kind of region."""
 
 from __future__ import annotations
 
 import pytest
 
-from dotresize_fx.errors import UsageError
-from dotresize_fx.solvers import SOLVERS, solver
+from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
+from dotresize_fx.solvers import CURVES, METHODS, SOLVERS, solvers_for
+
+SWEPT = (RegionKind.FFN, *ATTENTION_KINDS)
 
 
-def test_solvers_are_found_by_name() -> None:
-    assert {"dotresize", "magnitude", "pca"} <= set(SOLVERS)
-    assert all(solver(name) is found for name, found in SOLVERS.items())
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_names_solvers_that_there_are(method: str) -> None:
+    kinds = METHODS[method]
+    assert kinds
+    for kind, names in kinds.items():
+        assert names
+        assert solvers_for(method, kind) == tuple((name, SOLVERS[name]) for name in names)
 
 
-def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match=r"unknown method 'dot': choose one of .*magnitude.*"):
-        solver("dot")
+def test_what_a_method_does_not_cut() -> None:
+    assert solvers_for("pca", RegionKind.FFN) == ()
+    assert solvers_for("obs", RegionKind.RESIDUAL) == ()
+    assert all(solvers_for(method, RegionKind.PLAIN) == () for method in METHODS)
+
+
+def test_auto_cuts_everything_and_can_measure_what_it_sweeps() -> None:
+    assert set(METHODS["auto"]) == {*SWEPT, RegionKind.RESIDUAL}
+    assert set(CURVES) == set(SWEPT)
+    assert len(METHODS["auto"][RegionKind.FFN]) > 1  # of several the better one is taken

@@ -35,8 +35,8 @@ def size(value: float | None) -> str:
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
     step = 0
-    # 999.95 would print as 1000.0: it belongs to the next unit.
-    while abs(value) >= (999.95 if step else 1000) and step < len(units) - 1:
+    # 999.95 would print as 1000.0, and 999.5 without a unit as 1000: it belongs to the next unit.
+    while abs(value) >= (999.95 if step else 999.5) and step < len(units) - 1:
         value, step = value / 1000, step + 1
     return f"{value:.1f} {units[step]}" if step else f"{value:.0f} {units[0]}".rstrip()
 

@@ -13,7 +13,8 @@ def square_root(matrix: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     tiny = torch.finfo(matrix.dtype).tiny
     floored = torch.maximum(values, (values[..., -1:] * FLOOR).clamp_min(tiny))
-    return (vectors * floored.sqrt()[..., None, :]) @ vectors.mT
+    root: torch.Tensor = (vectors * floored.sqrt()[..., None, :]) @ vectors.mT
+    return root
 
 
 def inverse(root: torch.Tensor) -> torch.Tensor:

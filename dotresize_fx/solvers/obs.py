@@ -21,6 +21,8 @@ from dotresize_fx.regions import Region, Symmetry
 # duplicate neurons, and the floor below dead ones, from making the inverse singular.
 DAMPING = 1e-4
 FLOOR = 1e-9
+# What all-silent neurons are damped by: its inverse is still a number, and so are products of that.
+SILENCE = 1e-100
 # Neurons that are eliminated before the whole matrices are updated once, and the cheapest ones they are chosen from.
 BLOCK = 32
 CANDIDATES = 128
@@ -100,7 +102,7 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
 def damping(gram: torch.Tensor) -> torch.Tensor:
     """(n,) what is added to the diagonal of a Gram matrix before it is inverted."""
     moments = gram.diagonal()
-    floor = FLOOR * moments.mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    floor = (FLOOR * moments.mean()).clamp_min(SILENCE)
     return DAMPING * moments + floor
 
 

@@ -54,7 +54,8 @@ def _moments(region: Region, statistics: RegionStatistics) -> tuple[torch.Tensor
 
 
 def _pair_scores(region: Region, statistics: RegionStatistics) -> torch.Tensor:
-    query, key = (side.diagonal(dim1=-2, dim2=-1).unflatten(1, (2, -1)).sum(1) for side in _moments(region, statistics))
+    sides = (side.diagonal(dim1=-2, dim2=-1) for side in _moments(region, statistics))
+    query, key = (side.reshape(len(side), 2, -1).sum(1) for side in sides)
     scores: torch.Tensor = (query * key).sum(0)
     return scores
 

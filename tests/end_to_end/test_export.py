@@ -18,7 +18,7 @@ import transformers
 
 import dotresize_fx
 
-FILES = ["config.json", "model.onnx", "model.onnx.data", "report.html", "report.json"]
+FILES = ["config.json", "model.onnx", "model.onnx.data", "plan.json", "report.html", "report.json"]
 FILES += ["tokenizer.json", "tokenizer_config.json"]
 
 Exported = Callable[[str], tuple[Path, Any]]
@@ -65,9 +65,17 @@ def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callab
     assert report["figures"]["verification"]["max_abs_difference"] <= 1e-3
     assert report["figures"]["verification"]["cases"] >= 3
     assert slim["latency"]["runs"] >= 5
-    ffns = [region for region in report["regions"] if region["kind"] == "ffn"]
-    assert [region["width_before"] for region in ffns] == [64, 64]
-    assert all(region["width_after"] < 64 and region["method"] == "dotresize" for region in ffns)
+    rows = {row["name"]: row for row in report["regions"]}
+    assert [row["width_before"] for row in rows.values() if row["kind"] == "ffn"] == [64, 64]
+    cut = {name: row for name, row in rows.items() if row["width_after"] < row["width_before"]}
+    methods = {"ffn": {"obs", "dotresize"}, "kv_heads": {"kv-heads"}, "query_key": {"query-key"}}
+    assert all(row["method"] in {"value": {"value-rank"}, **methods}[row["kind"]] for row in cut.values())
+    assert all(row["method"] in (None, "refit") for name, row in rows.items() if name not in cut)
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    assert {name: row["width_after"] for name, row in rows.items() if name in plan["widths"]} == plan["widths"]
+    assert set(cut) <= set(plan["widths"])
+    assert plan["predicted_losses"].keys() == plan["widths"].keys()
+    assert all(loss >= 0 for loss in plan["predicted_losses"].values())
     model = transformers.AutoModel.from_pretrained(model_folder(kind))
     weights = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {row["name"].removeprefix("model.") for row in report["linears"]} - {"lm_head"} == weights
@@ -107,6 +115,7 @@ def test_the_terminal_shows_stages_and_one_table(exported: Exported) -> None:
         "load",
         "capture",
         "find regions",
+        "measure sensitivity",
         "sweep",
         "convert slim to ONNX",
         "verify in ONNX Runtime",

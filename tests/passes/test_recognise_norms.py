@@ -147,3 +147,36 @@ def test_a_gain_behind_a_slice_is_not_the_norms(
     assert graph.ops[0].kind is Kind.RMS_NORM
     assert graph.ops[0].weight is None
     assert difference(run(graph, x=X), before) <= ROUNDING
+
+
+def test_a_gain_that_is_computed_stays_behind_the_norm(
+    trace: Callable[..., FxGraph], text: Callable[[FxGraph], str], run: Any, difference: Any
+) -> None:
+    """Gemma's gain is 1 + w: a product with no parameter, which reads what the first rewrite replaces."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)) * (1.0 + m.gain)  # type: ignore[no-any-return]
+
+    graph = trace(forward, (2, 5, 4), gain=gain())
+    before = run(graph, x=X)
+    RecogniseNorms()(graph, check=True)
+    assert (
+        text(graph)
+        == """\
+rms_norm_1: 4 = rms_norm(x, eps=0.001)
+add_1: 4 = add(gain[4], 1)
+mul_1: 4 = mul(rms_norm_1, add_1)
+return mul_1"""
+    )
+    assert difference(run(graph, x=X), before) <= ROUNDING
+
+
+def test_gemma(tiny_graph: Any, tiny_batch: Any, run: Any, difference: Any) -> None:
+    model, graph = tiny_graph("gemma")
+    norms = [op for op in graph.ops if op.kind is Kind.RMS_NORM]
+    assert len(norms) == sum(type(part).__name__ == "GemmaRMSNorm" for part in model.modules()) == 5
+    batch = tiny_batch(3, 11, 4)
+    with torch.no_grad():
+        expected = model(**batch).logits
+    # Two layers of float32 sums in another order.
+    assert difference(run(graph, **batch), [expected]) <= 1e-5

@@ -18,6 +18,8 @@ from dotresize_fx.report.contents import Figures, Latency, SideFigures
         (words.count(134_515_008), "134.5 M"),
         (words.count(999_960), "1.0 M"),
         (words.count(999), "999"),
+        (words.count(999.5), "1.0 k"),
+        (words.size(999.4), "999 B"),
         (words.count(None), "not measured"),
         (words.size(538_060_032), "538.1 MB"),
         (words.size(12), "12 B"),

@@ -25,9 +25,11 @@ def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def statistics(x: torch.Tensor, written: torch.Tensor | None = None, *, samples: bool = False) -> RegionStatistics:
-    writer_gram = None if written is None else written.T @ written / len(written)
-    ones = torch.ones(x.shape[1], dtype=torch.float64)
-    return RegionStatistics(len(x), x.T @ x / len(x), ones, writer_gram, x if samples else None)
+    """``written``: what one writer writes, being as good as what it reads behind a weight of ones."""
+    reader = torch.eye(x.shape[1], dtype=torch.float64)
+    entry = None if written is None else written.T @ written / len(written)
+    weights = {} if entry is None else {"w": torch.eye(len(entry), dtype=torch.float64)}
+    return RegionStatistics(len(x), x.T @ x / len(x), reader, entry, weights, x if samples else None)
 
 
 # -- on a stream -----------------------------------------------------------------------------------
@@ -85,8 +87,8 @@ def test_merged_neurons_are_weighted_means_around_their_anchor(n: int, data: st.
 
 def test_keeps_the_neurons_that_contribute_most() -> None:
     x = rows(100, 4) * torch.tensor([1.0, 5.0, 2.0, 4.0], dtype=torch.float64)
-    reader_norm = torch.tensor([100.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    found = solve_dotresize(ffn(4), RegionStatistics(100, x.T @ x / 100, reader_norm), 2)
+    reader_weight = torch.tensor([[100.0, 0.6, 1.0, 0.0], [0.0, 0.8, 0.0, 1.0]], dtype=torch.float64)
+    found = solve_dotresize(ffn(4), RegionStatistics(100, x.T @ x / 100, reader_weight), 2)
     assert found.down.argmax(0).tolist() == [0, 1]
 
 

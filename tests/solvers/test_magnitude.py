@@ -17,7 +17,7 @@ def ffn(width: int) -> Region:
 
 def statistics(norms: list[float]) -> RegionStatistics:
     squares = torch.tensor(norms, dtype=torch.float64).square()
-    return RegionStatistics(1, squares.diag(), torch.ones(len(norms), dtype=torch.float64))
+    return RegionStatistics(1, squares.diag())
 
 
 def test_keeps_the_largest() -> None:

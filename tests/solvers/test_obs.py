@@ -8,7 +8,7 @@ import torch
 from dotresize_fx.errors import UsageError
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.regions import Region, RegionKind, Symmetry
-from dotresize_fx.solvers.obs import damping, eliminate, solve_obs
+from dotresize_fx.solvers.obs import EIGHTH, damping, eliminate, obs_curve, solve_obs
 
 
 def problem(n: int = 200, out: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,4 +70,37 @@ def test_a_stream_is_refused() -> None:
     gram, weight = problem(16)
     stream = Region("residual stream", RegionKind.RESIDUAL, Symmetry.ORTHOGONAL, 16, ("a",), ("b",))
     with pytest.raises(UsageError, match="residual stream is a residual width"):
-        solve_obs(stream, RegionStatistics(10, gram, weight.norm(dim=0), reader_weight=weight), 8)
+        solve_obs(stream, RegionStatistics(10, gram, weight), 8)
+
+
+def ffn(n: int) -> Region:
+    return Region("ffn", RegionKind.FFN, Symmetry.PERMUTATION, n, ("a",), ("b",))
+
+
+@pytest.mark.parametrize("n", [7, 40, 200])
+def test_the_curve_is_the_error_of_each_elimination(n: int) -> None:
+    gram, weight = problem(n)
+    statistics = RegionStatistics(10, gram, weight)
+    curve = obs_curve(ffn(n), statistics)
+    assert len(curve) == n + 1
+    assert float(curve[n]) == 0
+    reached = max(1, n // EIGHTH) if n >= EIGHTH else 1
+    for width in {reached, n // 2, n - 1}:
+        kept = solve_obs(ffn(n), statistics, width).down.sum(1).bool()
+        found = eliminate(gram, weight, n - width)
+        assert set(found.order.tolist()) == set((~kept).nonzero().flatten().tolist())
+        # The same elimination, cut off elsewhere: whole blocks before it end alike.
+        assert float(curve[width]) == pytest.approx(float(found.error[-1]), rel=1e-8)
+    known = curve[n // EIGHTH :]
+    assert bool((known[1:] <= known[:-1]).all())
+    assert bool(curve[: n // EIGHTH].isinf().all())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_neurons_that_say_nothing_or_all_the_same(value: float) -> None:
+    _, weight = problem(40)
+    found = eliminate(torch.full((40, 40), value, dtype=torch.float64), weight, 35)
+    assert len(found.order.unique()) == 35
+    assert found.error.isfinite().all()
+    # Whatever one of them says, another does; what is lost is damping, of which 40 neurons have 1e-4 each.
+    assert float(found.error[-1]) <= 1e-2 * value * float(weight.sum(1).square().sum()) + 1e-90

@@ -1,0 +1,159 @@
+"""Local repair: held-out loss falls or nothing changes, and only what was named is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from dotresize_fx import repair as module
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.passes.cut_stream import apply_map
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.regions import Region
+from dotresize_fx.repair import Repaired, Sublayer, repair
+from dotresize_fx.solvers import solvers_for
+from dotresize_fx.sweep import Sweep
+
+Batch = Mapping[str, torch.Tensor]
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_graph: Any) -> FxGraph:
+    return tiny_graph("llama")[1]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def batches(tiny_batch: Any) -> list[Batch]:
+    return [tiny_batch(4, 32, padding=5, seed=seed) for seed in range(10)]
+
+
+@pytest.fixture(scope="module")
+def cut(dense: FxGraph, batches: list[Batch]) -> tuple[FxGraph, Region]:
+    """The first FFN cut to 24 of 64, its reader refitted."""
+    slim = dense.copy()
+    region = next(find_regions(dense).of_kind("ffn"))
+    sweep = Sweep(dense, slim, batches, lambda where, found: apply_map(slim, where, found, False))
+    sweep.slim_sublayer([(region, 24)], lambda one: solvers_for("obs", one.kind))
+    return slim, region
+
+
+def sublayer(dense: FxGraph, slim: FxGraph, region: Region, batches: list[Batch]) -> Sublayer:
+    """Its goals are the dense model's stream."""
+    execution, before = Execution(slim), Execution(dense)
+    position = min(execution.index[slim.node(name)] for name in region.writers)
+    target = dense.node(region.target)
+    environments, goals = [execution.start(batch) for batch in batches], []
+    for environment, batch in zip(environments, batches, strict=True):
+        execution.run(environment, 0, position)
+        goals.append(before.run(before.start(batch), 0, before.index[target] + 1, keep=[target])[target])
+    masks = [batch["attention_mask"] for batch in batches]
+    return Sublayer(execution, environments, position, slim.node(region.target), goals, masks)
+
+
+def parameters(slim: FxGraph, region: Region) -> list[torch.fx.Node]:
+    ops = [slim.op(name) for name in (*region.writers, *region.readers)]
+    return [slim.node(op.weight.name) for op in ops if op.weight is not None]
+
+
+def repaired(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch], **options: Any) -> Repaired:
+    slim, region = cut
+    chosen: dict[str, Any] = {"held_out": [7, 8], "steps": STEPS, **options}
+    held_out = chosen.pop("held_out")
+    return repair(sublayer(dense, slim, region, batches), parameters(slim, region), held_out, **chosen)
+
+
+def test_the_held_out_loss_falls(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    found = repaired(dense, cut, batches)
+    assert found.after < 0.97 * found.before
+    # What is said is what these weights give.
+    piece = sublayer(dense, *cut, batches)
+    assert piece.loss(7, found.weights, training=False) + piece.loss(8, found.weights, training=False) == (
+        pytest.approx(2 * found.after, rel=1e-5)
+    )
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(1, 1e4), (3, 1e4), (12, 1e30), (5, 30.0)])
+def test_it_never_makes_things_worse(
+    dense: FxGraph,
+    cut: tuple[FxGraph, Region],
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    rate: float,
+) -> None:
+    monkeypatch.setattr(module, "LEARNING_RATE", rate)
+    monkeypatch.setattr(module, "WARM_UP", 1)
+    found = repaired(dense, cut, batches, steps=steps)
+    assert found.weights == {}
+    assert found.after == found.before
+
+
+def test_without_held_out_batches_the_training_ones_say(
+    dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = repaired(dense, cut, batches[:2], held_out=[])
+    assert found.after < found.before
+    monkeypatch.setattr(module, "LEARNING_RATE", 1e4)
+    assert repaired(dense, cut, batches[:2], held_out=[]).weights == {}
+
+
+def same(one: Repaired, other: Repaired) -> bool:
+    names = [{node.name: weight for node, weight in found.weights.items()} for found in (one, other)]
+    assert names[0].keys() == names[1].keys() != set()
+    return all(torch.equal(names[0][name], names[1][name]) for name in names[0])
+
+
+def test_a_seed_gives_the_same_bytes(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    first = repaired(dense, cut, batches, seed=3)
+    assert same(first, repaired(dense, cut, batches, seed=3))
+    assert not same(first, repaired(dense, cut, batches, seed=4))
+
+
+def test_padding_has_no_influence(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    first = repaired(dense, cut, batches)
+    for padded in (True, False):
+        others = []
+        for batch in batches:
+            ids = batch["input_ids"].clone()
+            row = ids[0, :5] if padded else ids[0, 5:]
+            row.add_(1).remainder_(97)
+            others.append({**batch, "input_ids": ids})
+        assert same(first, repaired(dense, cut, others)) == padded
+
+
+def test_only_what_was_named_is_trained(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    """And the program itself keeps its weights: the result stands beside them."""
+    slim, region = cut
+    before = {name: tensor.clone() for name, tensor in slim.program.state_dict.items()}
+    named = parameters(slim, region)[:1]
+    found = repair(sublayer(dense, slim, region, batches), named, [7], steps=STEPS)
+    assert list(found.weights) == named
+    assert all(torch.equal(tensor, before[name]) for name, tensor in slim.program.state_dict.items())
+    assert not any(weight.requires_grad for weight in found.weights.values())
+
+
+def test_held_out_batches_do_not_train(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    """With one measurement only, at the end, what the held-out batches hold does not matter to the weights."""
+    others = [*batches[:7], *batches[8:], batches[7]]
+    assert same(
+        repaired(dense, cut, [*batches[:7], batches[7]], held_out=[7], steps=3),
+        repaired(dense, cut, others[:8], held_out=[7], steps=3),
+    )
+
+
+def test_the_loss_is_relative_token_by_token(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    piece = sublayer(dense, *cut, batches[:1])
+    (goal,), real = piece.goals, batches[0]["attention_mask"].bool()
+    execution, target = piece.execution, piece.target
+    stop = execution.index[target] + 1
+    value = execution.run(dict(piece.environments[0]), piece.position, stop, keep=[target])[target]
+    errors = (value - goal)[real].square().sum(-1) / goal[real].square().sum(-1)
+    assert float(piece.loss(0, {}, training=False)) == pytest.approx(float(errors.mean()), rel=1e-5)
+    # A token a hundred times as large counts like any other.
+    piece.goals[0][1, 3] *= 100
+    assert float(piece.loss(0, {}, training=False)) < float(errors.mean()) + 1 / int(real.sum())

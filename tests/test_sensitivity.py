@@ -1,0 +1,170 @@
+"""Predicted losses against measured ones: every region of a tiny model really cut, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from dotresize_fx import sensitivity
+from dotresize_fx.errors import SolverError
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.gram import token_rows
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
+from dotresize_fx.passes.cut_stream import apply_map
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.sensitivity import measure_curves
+from dotresize_fx.solvers import solvers_for
+from dotresize_fx.sweep import Sweep
+
+Batch = Mapping[str, torch.Tensor]
+FFN_SHARE = 0.9  # a small cut: to second order is what the prediction is
+
+
+def found(graph: FxGraph) -> list[Region]:
+    return choose_regions(graph, find_regions(graph).regions, SWEPT)[0]
+
+
+def probed(region: Region) -> int:
+    if region.kind is RegionKind.HEADS:
+        return region.width - 1
+    return max(2, round(region.width * sensitivity.PROBED[region.kind] / 2) * 2)
+
+
+@pytest.fixture
+def many(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """4000 tokens, all of which shape and price."""
+    monkeypatch.setattr(sensitivity, "SHAPE_TOKENS", 10**6)
+    monkeypatch.setattr(sensitivity, "PRICE_TOKENS", 10**6)
+    monkeypatch.setitem(sensitivity.PROBED, RegionKind.FFN, FFN_SHARE)
+    return [tiny_batch(8, 32, padding=3, seed=seed) for seed in range(16)]
+
+
+def divergence(dense: FxGraph, slim: FxGraph, batches: list[Batch]) -> float:
+    """Nats a token of the dense model's answers from the slim one's."""
+    total, tokens = 0.0, 0
+    for batch in batches:
+        one, other = (
+            token_rows(Execution(graph).outputs(batch)[0], batch["attention_mask"]).double().log_softmax(-1)
+            for graph in (dense, slim)
+        )
+        total, tokens = total + float((one.exp() * (one - other)).sum()), tokens + len(one)
+    return total / tokens
+
+
+def cut_alone(dense: FxGraph, region: Region, batches: list[Batch]) -> FxGraph:
+    slim = dense.copy()
+    sweep = Sweep(dense, slim, batches, lambda where, what: apply_map(slim, where, what, False))
+    sweep.slim_sublayer([(region, probed(region))], lambda one: solvers_for("obs", one.kind))
+    return slim
+
+
+def ranks(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).argsort().argsort().double()
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "phi"])
+def test_what_a_probe_is_priced_at_is_what_its_cut_costs(tiny_graph: Any, many: list[Batch], kind: str) -> None:
+    """With and without a rotary embedding, and with attention beside the FFN."""
+    _, dense = tiny_graph(kind)
+    regions = found(dense)
+    curves = measure_curves(dense, regions, many)
+    predicted = [float(curves[region.name][probed(region)]) for region in regions]
+    measured = [divergence(dense, cut_alone(dense, region, many), many) for region in regions]
+    # The fourth order is left out, which is most where a head of two goes; the sampled gradients' own spread over
+    # 4000 tokens is a few percent.
+    for region, one, other in zip(regions, predicted, measured, strict=True):
+        assert 1 / 2 < one / other < 2, (region.name, one, other)
+    assert float(torch.corrcoef(torch.stack([ranks(predicted), ranks(measured)]))[0, 1]) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "qwen2", "bert"])
+def test_curves_fall_to_nothing_at_full_width(tiny_graph: Any, tiny_batch: Any, kind: str) -> None:
+    _, graph = tiny_graph(kind)
+    regions = found(graph)
+    task = "encoder" if kind == "bert" else "decoder"
+    curves = measure_curves(graph, regions, [tiny_batch(4, 16, 3, seed=seed) for seed in range(2)], task=task)
+    assert list(curves) == [region.name for region in regions]
+    for region in regions:
+        curve = curves[region.name]
+        assert (curve.shape, curve.dtype) == ((region.width + 1,), torch.float64)
+        assert float(curve[-1]) == 0 < float(curve[probed(region)]) < float("inf")
+        least = 1 if region.kind is RegionKind.HEADS else region.width // 8
+        known = curve[least:]
+        assert known.isfinite().all()
+        assert bool((known[1:] <= known[:-1]).all())
+
+
+def test_an_encoders_loss_is_that_of_its_outputs(tiny_graph: Any, many: list[Batch]) -> None:
+    """Relative squared error of the last hidden state, within what cuts of the second order explain."""
+    _, dense = tiny_graph("bert")
+    regions = found(dense)
+    curves = measure_curves(dense, regions, many, task="encoder")
+    for region in regions:
+        error = square = 0.0
+        slim = cut_alone(dense, region, many)
+        for batch in many:
+            one, other = (token_rows(Execution(g).outputs(batch)[0], batch["attention_mask"]) for g in (dense, slim))
+            error, square = error + float((one - other).square().sum()), square + float(one.square().sum())
+        assert 1 / 2 < float(curves[region.name][probed(region)]) / (error / square) < 2, region.name
+
+
+def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_seed_gives_the_same_prices_and_another_one_others(tiny_graph: Any, tiny_batch: Any) -> None:
+    _, graph = tiny_graph("llama")
+    batches = [tiny_batch(4, 16, 3)]
+    first = measure_curves(graph, found(graph), batches, seed=1)
+    assert equal(first, measure_curves(graph, found(graph), batches, seed=1))
+    assert not equal(first, measure_curves(graph, found(graph), batches, seed=2))
+
+
+def test_padding_has_no_influence(tiny_graph: Any, tiny_batch: Any) -> None:
+    _, graph = tiny_graph("llama")
+    batch = tiny_batch(4, 16, 5)
+    curves = measure_curves(graph, found(graph), [batch])
+    for padded in (True, False):
+        ids = batch["input_ids"].clone()
+        row = ids[0, :5] if padded else ids[0, 5:]
+        row.add_(1).remainder_(97)
+        other = measure_curves(graph, found(graph), [{**batch, "input_ids": ids}])
+        assert equal(curves, other) == padded
+
+
+def test_the_model_and_its_weights_are_left_alone(tiny_graph: Any, tiny_batch: Any, text: Any) -> None:
+    _, graph = tiny_graph("llama")
+    before, weights = text(graph), {name: tensor.clone() for name, tensor in graph.program.state_dict.items()}
+    measure_curves(graph, found(graph), [tiny_batch(4, 16)])
+    assert text(graph) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in graph.program.state_dict.items())
+    assert all(tensor.grad is None for tensor in graph.program.state_dict.values())
+
+
+def test_progress_is_told_of_each_batch_and_region(tiny_graph: Any, tiny_batch: Any) -> None:
+    _, graph = tiny_graph("llama")
+    told: list[int] = []
+    measure_curves(graph, found(graph), [tiny_batch(2, 8, seed=i) for i in range(3)], advanced=lambda: told.append(1))
+    assert len(told) == 3 + len(found(graph)) + 3
+
+
+def test_few_batches_are_taken_evenly_and_a_large_one_in_part(tiny_batch: Any) -> None:
+    batches = [tiny_batch(2, 10, seed=seed) for seed in range(12)]
+    chosen = sensitivity._few(batches, 60)
+    assert [next(i for i, b in enumerate(batches) if b is one) for one in chosen] == [0, 4, 8]
+    assert list(sensitivity._few(batches, 10**6)) == batches
+    (part,) = sensitivity._few([tiny_batch(20, 10)], 40)
+    assert part["input_ids"].shape == part["attention_mask"].shape == (4, 10)
+
+
+def test_activations_that_overflow_are_an_error(tiny_graph: Any, tiny_batch: Any) -> None:
+    _, graph = tiny_graph("llama")
+    writer = graph.op(next(find_regions(graph).of_kind("ffn")).writers[0])
+    graph.set_weight(writer, graph.weight(writer) * float("inf"))
+    with pytest.raises(SolverError, match="infinite or NaN"):
+        measure_curves(graph, found(graph), [tiny_batch(2, 8)])
