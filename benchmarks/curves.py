@@ -20,15 +20,25 @@ METHODS = ("magnitude", "fast", "best", "heal")
 SOURCES = {"same_source": "text of the calibration's sources", "other_source": "text of other sources"}
 FLOOR = 0.01
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 860, 400, 64, 48, 88, 40
-STYLE = """
-  svg { --ink: #1f2328; --faint: #d0d7de; --0: #8250df; --1: #0969da; --2: #bc4c00; --3: #1a7f37; --4: #bf3989; }
-  @media (prefers-color-scheme: dark) {
-    svg { --ink: #e6edf3; --faint: #3d444d; --0: #bc8cff; --1: #58a6ff; --2: #f0883e; --3: #56d364; --4: #ff7bbd; }
-  }
-  text { font: 13px system-ui, sans-serif; fill: var(--ink); }
-  .title { font-weight: 600; }
-  .grid { stroke: var(--faint); stroke-width: 1; }
-  .line { fill: none; stroke-width: 2; }
+LIGHT = ("#1f2328", "#d0d7de", "#8250df", "#0969da", "#bc4c00", "#1a7f37", "#bf3989")
+DARK = ("#e6edf3", "#3d444d", "#bc8cff", "#58a6ff", "#f0883e", "#56d364", "#ff7bbd")
+COLOURS = len(LIGHT) - 2
+
+
+def _colours(ink: str, faint: str, *colours: str) -> str:
+    rules = [f"text {{ fill: {ink}; }} .grid {{ stroke: {faint}; }}"]
+    rules += [f".l{i} {{ stroke: {colour}; }} .p{i} {{ fill: {colour}; }}" for i, colour in enumerate(colours)]
+    return "\n".join(rules)
+
+
+# Plain rules: not every program that shows SVG knows variables.
+STYLE = f"""
+text {{ font: 13px system-ui, sans-serif; }} .title {{ font-weight: 600; }}
+.line {{ fill: none; stroke-width: 2; }}
+{_colours(*LIGHT)}
+@media (prefers-color-scheme: dark) {{
+{_colours(*DARK)}
+}}
 """
 
 
@@ -88,21 +98,21 @@ def draw(curves: Curves) -> str:
         for number, (method, found) in enumerate(curves.items()):
             drawn = [(point, excess) for point in found if (excess := point.excess[source]) is not None]
             places = [(x_of(point.removed), y_of(excess)) for point, excess in drawn]
-            colour = f"var(--{number % 5})"
+            colour = number % COLOURS
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-            parts.append(f'<polyline class="line" style="stroke: {colour}" points="{path}"/>')
+            parts.append(f'<polyline class="line l{colour}" points="{path}"/>')
             for (point, excess), (x, y) in zip(drawn, places, strict=True):
                 title = escape(f"{method}, {point.removed:.1%} removed, {said}: excess {excess:.3f} nats")
-                circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" style="fill: {colour}">'
+                circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" class="p{colour}">'
                 parts.append(f"{circle}<title>{title}</title></circle>")
     y = TOP + tall / 2
     label = "excess, nats (logarithmic)"
     parts.append(f'<text x="18" y="{y:.0f}" text-anchor="middle" transform="rotate(-90 18 {y:.0f})">{label}</text>')
     for number, method in enumerate(curves):
         x, y = LEFT + 130 * number, HEIGHT - 20
-        colour = f"var(--{number % 5})"
-        parts.append(f'<line class="line" style="stroke: {colour}" x1="{x}" x2="{x + 24}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle cx="{x + 12}" cy="{y}" r="4.5" style="fill: {colour}"/>')
+        colour = number % COLOURS
+        parts.append(f'<line class="line l{colour}" x1="{x}" x2="{x + 24}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle cx="{x + 12}" cy="{y}" r="4.5" class="p{colour}"/>')
         parts.append(f'<text x="{x + 32}" y="{y + 4}">{escape(method)}</text>')
     said = "Excess of the slim model over the dense one against the share of block weights removed"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">'

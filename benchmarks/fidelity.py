@@ -63,6 +63,8 @@ from measure import (
     spending,
 )
 from peers import PEERS, block_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
 from texts import Batches, Texts, batched, calibration, evaluation, read_texts, shuffled
 
 from dotresize_fx.compiler import analyse, compute_device
@@ -146,19 +148,8 @@ class Bench:
         ids = [shuffled(self.texts, self.loaded.tokenizer, length=self.length, tokens=tokens, seed=self.seed)]
         seconds = 0.0
         if own:
-            at_once = SEQUENCES_AT_ONCE if self.device == "cpu" else SAMPLED_AT_ONCE
-            with spending(self.device) as spent:
-                ids.append(
-                    sample_tokens(
-                        self.loaded,
-                        sequences=own,
-                        length=self.length,
-                        seed=self.seed,
-                        device=self.device,
-                        batch=at_once,
-                    )
-                )
-            seconds = spent.seconds
+            sampled, seconds = self.own_text(own)
+            ids.append(sampled)
         counts = ", ".join(f"{part.numel()} tokens" for part in ids)
         # Not in the midst of the table.
         print(f"healing text and own text: {counts}; sampled in {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -166,6 +157,28 @@ class Bench:
         held_out = [batch for i, batch in enumerate(batches) if is_held_out(i)]
         training = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
         return training, held_out or training, seconds
+
+    def own_text(self, sequences: int) -> tuple[torch.Tensor, float]:
+        """(ids, seconds that sampling took), read from ``--self-file`` where that has them."""
+        file: Path | None = self.arguments.self_file
+        words = (self.loaded.source, *sorted(self.loaded.sha256.items()), sequences, self.length, self.seed)
+        if file is not None and file.exists():
+            with safe_open(file, "pt") as stored:
+                if stored.metadata()["of"] == repr(words):
+                    return stored.get_tensor("ids"), float(stored.metadata()["seconds"])
+        with spending(self.device) as spent:
+            ids = sample_tokens(
+                self.loaded,
+                sequences=sequences,
+                length=self.length,
+                seed=self.seed,
+                device=self.device,
+                batch=SEQUENCES_AT_ONCE if self.device == "cpu" else SAMPLED_AT_ONCE,
+            )
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"ids": ids}, file, {"of": repr(words), "seconds": str(spent.seconds)})
+        return ids, spent.seconds
 
     @cached_property
     def influences(self) -> tuple[dict[str, float], float]:
@@ -188,7 +201,7 @@ class Bench:
     ) -> tuple[Slimmed, Outcome]:
         """The compiler with these options; ``planned`` seconds went into the plan."""
         progress = Progress(quiet=True)
-        options = Options(ratio=ratio, seed=self.seed, **chosen)
+        options = Options(ratio=ratio, seed=self.seed, repair_steps=self.arguments.repair_steps, **chosen)
         with spending(self.device) as spent:
             slimmed = slim_graph(self.dense, self.matches, self.calibrating, options, progress, plan=plan)
         cost = count_cost(slimmed.graph, self.length)
@@ -378,8 +391,10 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--length", type=int, default=None, help="of sequences; default 1024, on the CPU 512")
     parser.add_argument("--calibration-tokens", type=int, default=196_608)
+    parser.add_argument("--repair-steps", type=int, default=Options.repair_steps)
     parser.add_argument("--heal-tokens", type=int, default=0, help="text for healing; 0 is all there is")
     parser.add_argument("--self-tokens", type=int, default=786_432, help="text that the model writes for healing")
+    parser.add_argument("--self-file", type=Path, default=None, help="where runs of the same settings share that text")
     parser.add_argument("--heal-minutes", type=float, default=2.5)
     parser.add_argument("--tokens-per-text", type=int, default=16_384)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -29,7 +29,7 @@ from dotresize_fx.options import Options
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import Region, RegionKind
-from dotresize_fx.sensitivity import SHAPE_TOKENS, measure_curves, probed_width
+from dotresize_fx.sensitivity import GPU_SCALE, SHAPE_TOKENS, measure_curves, probed_width
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep
 
@@ -63,9 +63,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-dir", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--calibration-tokens", type=int, default=24_576, help="that the estimate picks from")
-    parser.add_argument("--solve-tokens", type=int, default=SHAPE_TOKENS, help="for each single cut")
-    parser.add_argument("--tokens-per-text", type=int, default=2_048, help="that the KL is measured on")
+    parser.add_argument("--calibration-tokens", type=int, default=98_304, help="that the estimate picks from")
+    parser.add_argument("--solve-tokens", type=int, default=None, help="for each single cut; default as the estimate")
+    parser.add_argument("--tokens-per-text", type=int, default=4_096, help="that the KL is measured on")
     parser.add_argument("--layers", type=int, nargs="+", default=None, help="by number within each kind; default all")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seed", type=int, default=0)
@@ -81,12 +81,11 @@ def main() -> None:
     dense.to(device)
     rows = calibration_rows(device)
     length = arguments.length
+    solve_tokens = arguments.solve_tokens or SHAPE_TOKENS * (1 if device == "cpu" else GPU_SCALE)
     calibrating = calibration(
         texts, loaded.tokenizer, length=length, tokens=arguments.calibration_tokens, rows=rows, device=device
     )
-    solving = calibration(
-        texts, loaded.tokenizer, length=length, tokens=arguments.solve_tokens, rows=rows, device=device
-    )
+    solving = calibration(texts, loaded.tokenizer, length=length, tokens=solve_tokens, rows=rows, device=device)
     measured = evaluation(
         texts,
         loaded.tokenizer,

@@ -15,7 +15,6 @@ import pytest
 from dotresize_fx.compiler import analyse
 from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.export.model_source import load_model
-from dotresize_fx.options import Options
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 
@@ -96,9 +95,9 @@ def test_a_run_prints_and_records_its_rows(
     rows = ["modegpt", "obs-uniform", "block-influence", "trial-closed", "heal"]
     given = f"--model {model} --text-dir {text_dir} --json {tmp_path / 'out.jsonl'} --rows {' '.join(rows)}"
     given += " --ratios 0.2 --length 16 --calibration-tokens 320 --tokens-per-text 64 --device cpu"
-    given += " --self-tokens 64 --heal-minutes 0.01"
+    given += " --self-tokens 64 --heal-minutes 0.01 --repair-steps 2"
+    given += f" --self-file {tmp_path / 'build' / 'own.safetensors'}"
     monkeypatch.setattr(sys, "argv", ["fidelity.py", *given.split()])
-    monkeypatch.setattr(fidelity, "Options", lambda **chosen: Options(**{"repair_steps": 2, **chosen}))
     fidelity.main()
     entries = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [entry["kind"] for entry in entries] == ["run", *["row"] * len(rows)], entries
@@ -106,3 +105,7 @@ def test_a_run_prints_and_records_its_rows(
     assert all(entry["weights_off"] == pytest.approx(0.2, abs=0.04) for entry in entries[1:])
     assert {"best", "sample", "heal"} == set(entries[-1]["parts"])
     assert "| 20% | obs-uniform |" in capsys.readouterr().out
+    bench = fidelity.Bench(fidelity.parse(given.split()))
+    ids, seconds = bench.own_text(4)
+    assert ids.shape == (4, 16)
+    assert seconds == entries[-1]["parts"]["sample"]
