@@ -37,6 +37,12 @@ GPU_SCALE = 8
 RIDGE = 1e-3
 
 
+def probed_width(region: Region) -> int:
+    """The width at which a region's curve is priced."""
+    n = region.width
+    return n - 1 if region.kind is RegionKind.HEADS else max(2, round(n * PROBED[region.kind] / 2) * 2)
+
+
 def measure_curves(
     graph: FxGraph,
     regions: Sequence[Region],
@@ -133,8 +139,8 @@ class _Probe:
 
     def __init__(self, inputs: RegionInputs, statistics: RegionStatistics) -> None:
         self.inputs, self.region = inputs, inputs.region
-        region, n = self.region, self.region.width
-        self.width = n - 1 if region.kind is RegionKind.HEADS else max(2, round(n * PROBED[region.kind] / 2) * 2)
+        region = self.region
+        self.width = probed_width(region)
         self.change = torch.zeros(0)
         self.weights: dict[torch.fx.Node, torch.Tensor] = {}
         solve = SOLVERS[METHODS["obs"][region.kind][0]]
