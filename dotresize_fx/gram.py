@@ -81,8 +81,8 @@ class RegionStatistics:
     gram: (n, n), mean of x x.T over tokens, x being what the readers read (for a residual stream: the normalised
     stream, so that every token counts alike; for the heads of an attention: all heads together). Empty where
     nothing reads the region. reader_weight: (out, n), or None for a stream, which many linears read.
-    entry_gram: (d + 1, d + 1), the same for what the writers read, a constant one beside it for their biases; None
-    where they do not read one value. writer_weights: (n, d + 1) by op name, the bias as last column.
+    entry_gram: (d + 1, d + 1), the same for what queries' and keys' writers read, a constant one beside it for their
+    biases; None for other regions. writer_weights: (n, d + 1) by op name, the bias as last column.
     samples: (tokens, n), some rows of x, or None.
     """
 
@@ -106,13 +106,6 @@ class RegionStatistics:
     def written_gram(self, writer: str) -> torch.Tensor:
         """(n, n): mean of y y.T over tokens, y being what the writer of this op name writes."""
         if self.entry_gram is None:
-            raise ValueError(f"{writer} shares its input with no other writer")
+            raise ValueError(f"{writer}: what it reads was not watched")
         weight = self.writer_weights[writer]
         return weight @ self.entry_gram @ weight.T
-
-    @property
-    def writer_gram(self) -> torch.Tensor | None:
-        """(n, n): :meth:`written_gram` summed over the writers; None where they do not read one value."""
-        if self.entry_gram is None or not self.writer_weights:
-            return None
-        return torch.stack([self.written_gram(name) for name in self.writer_weights]).sum(0)
