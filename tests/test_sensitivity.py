@@ -125,15 +125,16 @@ def test_a_seed_gives_the_same_prices_and_another_one_others(tiny_graph: Any, ti
     assert not equal(first, measure_curves(graph, found(graph), batches, seed=2))
 
 
-def test_padding_has_no_influence(tiny_graph: Any, tiny_batch: Any) -> None:
-    _, graph = tiny_graph("llama")
+@pytest.mark.parametrize(("kind", "task"), [("llama", "decoder"), ("bert", "encoder")])
+def test_padding_has_no_influence(tiny_graph: Any, tiny_batch: Any, kind: str, task: str) -> None:
+    _, graph = tiny_graph(kind)
     batch = tiny_batch(4, 16, 5)
-    curves = measure_curves(graph, found(graph), [batch])
+    curves = measure_curves(graph, found(graph), [batch], task=task)
     for padded in (True, False):
         ids = batch["input_ids"].clone()
         row = ids[0, :5] if padded else ids[0, 5:]
         row.add_(1).remainder_(97)
-        other = measure_curves(graph, found(graph), [{**batch, "input_ids": ids}])
+        other = measure_curves(graph, found(graph), [{**batch, "input_ids": ids}], task=task)
         assert equal(curves, other) == padded
 
 
