@@ -25,7 +25,7 @@ from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
 
-# The share of its width that a probe keeps; a KV head is the least that can go.
+# The share of its width that a probe keeps, rounded down to pairs; a KV head is the least that can go.
 PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
 # Tokens whose Gram matrices give the curves, and tokens whose gradients price the probes.
 SHAPE_TOKENS = 4096
@@ -113,7 +113,7 @@ class _Probe:
     def __init__(self, inputs: RegionInputs, statistics: RegionStatistics) -> None:
         self.inputs, self.region = inputs, inputs.region
         region, n = self.region, self.region.width
-        self.width = n - 1 if region.kind is RegionKind.HEADS else max(2, round(n * PROBED[region.kind] / 2) * 2)
+        self.width = n - 1 if region.kind is RegionKind.HEADS else max(2, int(n * PROBED[region.kind] / 2) * 2)
         self.change = torch.zeros(0)
         self.weights: dict[torch.fx.Node, torch.Tensor] = {}
         solve = SOLVERS[METHODS["obs"][region.kind][0]]
