@@ -40,7 +40,7 @@ RIDGE = 1e-3
 def probed_width(region: Region) -> int:
     """The width at which a region's curve is priced."""
     n = region.width
-    return n - 1 if region.kind is RegionKind.HEADS else max(2, round(n * PROBED[region.kind] / 2) * 2)
+    return n - 1 if region.kind is RegionKind.HEADS else max(2, int(n * PROBED[region.kind] / 2) * 2)
 
 
 def measure_curves(

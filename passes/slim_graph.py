@@ -98,7 +98,8 @@ def _plan(
 ) -> WidthPlan:
     """What is left to remove, split over the regions."""
     left = _block_weights(graph)
-    ratio = max(0.0, 1 - (1 - options.ratio) * total / left)
+    # As it was asked for where nothing went: it is named in what a refusal says.
+    ratio = options.ratio if left == total else max(0.0, 1 - (1 - options.ratio) * total / left)
     units = {region.name: weights_per_unit(graph, region) for region in regions}
     if options.allocation == "uniform":
         same = [region for region in regions if region.kind is not RegionKind.HEADS]

@@ -11,10 +11,12 @@ import torch
 import transformers
 
 from dotresize_fx.compiler import analyse, slim
-from dotresize_fx.errors import CaptureError, TextError
+from dotresize_fx.errors import CaptureError, TextError, UsageError
 from dotresize_fx.export.capture import TRACED_LENGTH
 from dotresize_fx.export.model_source import load_model
+from dotresize_fx.plan_file import write_plan
 from dotresize_fx.progress import Progress
+from dotresize_fx.width_plan import WidthPlan
 
 SaveModel = Callable[..., Path]
 
@@ -38,3 +40,36 @@ def test_a_bad_text_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(TextError, match="holds no text"):
         slim(tmp_path / "no model", calibration=tmp_path / "empty.txt")
+
+
+FEW: dict[str, Any] = {"calibration_tokens": 1024, "sequence_length": 32, "evaluation_tokens": 64, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("effort", "options"), [("fast", {}), ("best", {"repair_steps": 10}), ("heal", {"repair_steps": 10})]
+)
+def test_an_effort_does_what_the_lesser_one_does_and_more(
+    tmp_path: Path, save_tiny_model: SaveModel, effort: str, options: dict[str, Any]
+) -> None:
+    model = save_tiny_model(tmp_path)
+    result = slim(model, 0.2, effort=effort, heal_minutes=0.02, **options, **FEW)
+    repaired = [entry for entry in result.swept if "loss after repair" in entry.notes]
+    assert bool(repaired) == (effort != "fast")
+    assert any(note.startswith("healed for ") for note in result.notes) == (effort == "heal")
+    assert all(tensor.isfinite().all() for tensor in result.slim.program.state_dict.values())
+
+
+def test_a_plan_is_followed_instead_of_a_ratio(tmp_path: Path, save_tiny_model: SaveModel) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    file = tmp_path / "plan.json"
+    write_plan(WidthPlan({"model.layers.0.mlp": 41}), file)
+    result = slim(model, 0.0, plan=file, **FEW)
+    assert [(entry.region.name, entry.width) for entry in result.swept] == [("model.layers.0.mlp", 41)]
+    file.write_text("{}")
+    with pytest.raises(UsageError, match=r"--plan .*plan\.json: not a width plan"):
+        slim(model, plan=file, **FEW)
+
+
+def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--method pca does not cut what is cut by default"):
+        slim(tmp_path / "no model", method="pca")

@@ -93,7 +93,8 @@ def test_a_unit_of_width_is_what_a_cut_removes(tiny_graph: Any, tiny_batch: Any,
     _, graph = tiny_graph(kind)
     batches = [tiny_batch(2, 16, seed=seed) for seed in range(2)]
     options = Options(ratio=0.2, method="magnitude", multiple=4)
-    slimmed, swept, _ = slim_graph(graph, find_regions(graph), batches, options, Progress(quiet=True), None)
+    done = slim_graph(graph, find_regions(graph), batches, options, Progress(quiet=True))
+    slimmed, swept = done.graph, done.swept
     units = sum((cut.region.width - cut.width) * weights_per_unit(graph, cut.region) for cut in swept)
     removed = count_cost(graph, 1).block_linear_weights - count_cost(slimmed, 1).block_linear_weights
     assert units == removed > 0

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from dotresize_fx import sensitivity
 from dotresize_fx.errors import SolverError
+from dotresize_fx.export.capture import capture
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import token_rows
+from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.prove_exactness import redraw_parameters
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import solvers_for
@@ -32,7 +36,7 @@ def found(graph: FxGraph) -> list[Region]:
 def probed(region: Region) -> int:
     if region.kind is RegionKind.HEADS:
         return region.width - 1
-    return max(2, round(region.width * sensitivity.PROBED[region.kind] / 2) * 2)
+    return max(2, int(region.width * sensitivity.PROBED[region.kind] / 2) * 2)
 
 
 @pytest.fixture
@@ -125,15 +129,16 @@ def test_a_seed_gives_the_same_prices_and_another_one_others(tiny_graph: Any, ti
     assert not equal(first, measure_curves(graph, found(graph), batches, seed=2))
 
 
-def test_padding_has_no_influence(tiny_graph: Any, tiny_batch: Any) -> None:
-    _, graph = tiny_graph("llama")
+@pytest.mark.parametrize(("kind", "task"), [("llama", "decoder"), ("bert", "encoder")])
+def test_padding_has_no_influence(tiny_graph: Any, tiny_batch: Any, kind: str, task: str) -> None:
+    _, graph = tiny_graph(kind)
     batch = tiny_batch(4, 16, 5)
-    curves = measure_curves(graph, found(graph), [batch])
+    curves = measure_curves(graph, found(graph), [batch], task=task)
     for padded in (True, False):
         ids = batch["input_ids"].clone()
         row = ids[0, :5] if padded else ids[0, 5:]
         row.add_(1).remainder_(97)
-        other = measure_curves(graph, found(graph), [{**batch, "input_ids": ids}])
+        other = measure_curves(graph, found(graph), [{**batch, "input_ids": ids}], task=task)
         assert equal(curves, other) == padded
 
 
@@ -191,3 +196,16 @@ def test_activations_that_overflow_are_an_error(tiny_graph: Any, tiny_batch: Any
     graph.set_weight(writer, graph.weight(writer) * float("inf"))
     with pytest.raises(SolverError, match="infinite or NaN"):
         measure_curves(graph, found(graph), [tiny_batch(2, 8)])
+
+
+def test_heads_of_two_pairs_are_probed_too(tiny_batch: Any) -> None:
+    """A probe that kept them whole would cost nothing, and say nothing."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=8, max_position_embeddings=64, use_cache=False)
+    graph = capture(redraw_parameters(transformers.LlamaForCausalLM(config).eval(), 0)).graph
+    canonicalise(graph)
+    scores = [region for region in found(graph) if region.kind is RegionKind.QUERY_KEY]
+    (curve,) = measure_curves(graph, scores, [tiny_batch(4, 16)]).values()
+    assert len(curve) == 5
+    assert float(curve[2]) > 0
+    assert curve.isfinite().all()

@@ -64,11 +64,10 @@ def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_batch: Callable[..., 
     canonicalise(captured.graph)
     batches = [tiny_batch(2, 32, seed=seed) for seed in range(3)]
     options = Options(ratio=0.25, regions=("ffn", "residual"), multiple=4)
-    slimmed, swept, _ = slim_graph(
-        captured.graph, find_regions(captured.graph), batches, options, Progress(quiet=True), None
-    )
+    done = slim_graph(captured.graph, find_regions(captured.graph), batches, options, Progress(quiet=True))
+    slimmed = done.graph
     widths: dict[str, set[int]] = {}
-    for cut in swept:
+    for cut in done.swept:
         widths.setdefault(cut.region.kind, set()).add(cut.width)
     slim_folder, dense_folder = (tmp_path_factory.mktemp(name) for name in ("slim", "dense"))
     slim_path = emit_onnx(model, captured, slimmed, slim_folder)

@@ -13,7 +13,7 @@ from dotresize_fx.healing import HealOptions, HealResult, heal
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears
 from dotresize_fx.passes.insert_maps import InsertMaps
-from dotresize_fx.solvers import solver
+from dotresize_fx.solvers import SOLVERS
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]
@@ -35,7 +35,7 @@ def _cut(dense: FxGraph, batches: list[Batch], width: int = 8) -> FxGraph:
 
     sweep = Sweep(dense, slim, batches, apply, refit=False)
     for region in find_regions(slim).of_kind("ffn"):
-        sweep.slim_region(region, width, solver("magnitude"))
+        sweep.slim_sublayer([(region, width)], lambda _: [("magnitude", SOLVERS["magnitude"])])
     return slim
 
 

@@ -10,10 +10,11 @@ import torch
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
+from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.passes.prove_exactness import BOUND
-from dotresize_fx.passes.slim_graph import slim_graph, why_not_cut
+from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.progress import Progress
 
 
@@ -60,12 +61,12 @@ def test_cutting_both_ends_near_the_dense_model(tiny_graph: Any, tiny_batch: Any
     errors = {}
     for regions in (("residual",), ("ffn", "residual")):
         options = Options(ratio=0.1, regions=regions, method="dotresize")
-        slim, _, notes = slim_graph(dense, find_regions(dense), data, options, Progress(quiet=True), None)
+        slimmed = slim_graph(dense, find_regions(dense), data, options, Progress(quiet=True))
         batch = tiny_batch(4, 16, seed=99)
         with torch.no_grad():
             expected = model(**batch).logits
-        errors[regions] = float((run(slim, **batch)[0] - expected).norm() / expected.norm())
-        assert any("stays tied" in note for note in notes)
+        errors[regions] = float((run(slimmed.graph, **batch)[0] - expected).norm() / expected.norm())
+        assert any("stays tied" in note for note in slimmed.notes)
     assert errors["ffn", "residual"] < 1.5 * errors["residual",]
 
 

@@ -173,6 +173,14 @@ def test_finished_sublayers_are_put_into_the_work_folder(tiny_graph: Any, tiny_b
     assert all(torch.equal(tensor, slimmed.graph.program.state_dict[name]) for name, tensor in written.items())
 
 
+@pytest.mark.parametrize("allocation", ["measured", "uniform"])
+def test_a_refusal_names_the_ratio_as_it_was_asked_for(tiny_graph: Any, tiny_batch: Any, allocation: str) -> None:
+    graph = tiny_graph("llama")[1]
+    options = Options(ratio=0.9, allocation=allocation)  # 1 - (1 - 0.9) is another number
+    with pytest.raises(NothingToSlimError, match=r"^--ratio 0\.9 would make a region vanish"):
+        slim_graph(graph, find_regions(graph), [tiny_batch(2, 8)], options, QUIET)
+
+
 def test_ratio_zero_changes_nothing(tiny_graph: Any, tiny_batch: Any, run: Any) -> None:
     graph = tiny_graph("llama")[1]
     slimmed = slim_graph(graph, find_regions(graph), [tiny_batch(2, 8)], Options(ratio=0), QUIET)
