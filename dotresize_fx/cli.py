@@ -134,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--repair-steps", type=int, default=300, metavar="N", help="of best and heal, a sublayer (300)")
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
     export.add_argument("--heal-checkpoint", type=Path, metavar="DIR", help="where healing is kept, to go on from")
-    export.add_argument("--self-tokens", type=int, metavar="N", help="that the model writes itself, for heal (786432)")
+    export.add_argument(
+        "--self-tokens", type=int, metavar="N", help="that the model writes itself, for heal on a GPU (393216)"
+    )
     export.add_argument("--multiple", type=int, default=16, help="widths are multiples of this (16)")
     export.add_argument(
         "--calibration",
@@ -178,7 +180,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
 
     options = Options(
         ratio=arguments.ratio,
-        regions=tuple(part for part in arguments.regions.split(",") if part),
+        regions=tuple(arguments.regions.split(",")) if arguments.regions else (),
         method=arguments.method,
         effort=arguments.effort,
         allocation=arguments.allocation,

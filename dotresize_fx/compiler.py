@@ -25,6 +25,7 @@ from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
 from dotresize_fx.sweep import SweptRegion, is_held_out
+from dotresize_fx.width_plan import WidthPlan
 
 if TYPE_CHECKING:
     from dotresize_fx.report.contents import Report
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
 CAPTURE_TOLERANCE = 1e-4
 UNTRACED_LENGTH = 7
+# A step of healing on a CPU, which has neither the memory nor the time for a GPU's.
+CPU_TOKENS = 1024
 
 
 @dataclass
@@ -111,6 +114,7 @@ def slim_with(
     compute_device(chosen)
     torch.manual_seed(chosen.seed)
     text = load_text(chosen.calibration)  # what is wrong with these is said before the model is loaded
+    plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
         loaded = (
             model if isinstance(model, LoadedModel) else load_model(str(model), trust_remote_code=trust_remote_code)
@@ -119,7 +123,7 @@ def slim_with(
     device = compute_device(chosen)
     data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest, device)
     own = _own_text(loaded, data, chosen, device, progress)
-    slimmed = _slim_on_device(dense, matches, data, own, chosen, progress, work, loaded.task)
+    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task)
     return SlimResult(
         loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=slimmed.notes, started=started
     )
@@ -133,11 +137,11 @@ def _own_text(
     count = options.own_tokens(loaded.task, device) // length
     if count == 0:
         return ()
-    from dotresize_fx.export.sample_text import sample_tokens
+    from dotresize_fx.export.sample_text import sample_rows
 
     with progress.stage("sample the model's own text"):
-        ids = sample_tokens(loaded, sequences=count, length=length, seed=options.seed, device=device)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.cpu().split(rows)]
+        ids = sample_rows(loaded, rows=count, length=length, seed=options.seed, device=device)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.split(ids, rows)]
 
 
 def _slim_on_device(
@@ -145,6 +149,7 @@ def _slim_on_device(
     matches: MatchReport,
     data: CalibrationData,
     own: Sequence[Inputs],
+    plan: WidthPlan | None,
     options: Options,
     progress: Progress,
     work: Path | None,
@@ -152,7 +157,6 @@ def _slim_on_device(
 ) -> Slimmed:
     """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
     device = compute_device(options)
-    plan = None if options.plan is None else read_plan(options.plan)
     moved = dense
     if device != "cpu":
         moved = dense.copy()
@@ -175,7 +179,8 @@ def _heal(
 
     held_out = [batch for i, batch in enumerate(batches) if is_held_out(i)]
     training = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
-    chosen = HealOptions(seconds=60 * options.heal_minutes, seed=options.seed)
+    at_once = HealOptions.pass_tokens if batches[0]["input_ids"].is_cuda else CPU_TOKENS
+    chosen = HealOptions(seconds=60 * options.heal_minutes, seed=options.seed, step_tokens=at_once, pass_tokens=at_once)
     with progress.stage("heal", PROGRESS_STEPS) as step:
         found = heal(
             dense,

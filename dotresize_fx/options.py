@@ -23,7 +23,7 @@ DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("fast", "best", "heal")
 ALLOCATIONS = ("measured", "uniform")
 # A few minutes of distillation see so much once or twice; text of few sources alone is learnt by heart.
-SELF_TOKENS = 786_432
+SELF_TOKENS = 393_216
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,27 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.quiet import quiet_libraries
 
-# Sequences at once: a step takes about as long for 64 as for one, and their cache still fits beside the model.
+# Sequences at once: a step takes about as long for 64 as for one, and their cache still fits beside the model. On CUDA
+# that goes on to a thousand, as far as there is memory for their cache.
 SEQUENCES_AT_ONCE = 64
+CUDA_SEQUENCES = 1024
+CUDA_PARAMETERS = 1_000_000_000
+# Tokens of one sampled text: every token is a step of its own, so many short texts cost less than few long ones.
+TEXT_LENGTH = 256
+
+
+def sample_rows(loaded: LoadedModel, *, rows: int, length: int, seed: int, device: str) -> torch.Tensor:
+    """int64 (rows, length) on the CPU: sampled texts of TEXT_LENGTH tokens, one behind the other.
+
+    Raises:
+        UsageError: as :func:`sample_tokens`.
+    """
+    piece = min(length, TEXT_LENGTH)
+    count = -(-rows * length // piece)
+    small = sum(parameter.numel() for parameter in loaded.model.parameters()) < CUDA_PARAMETERS
+    batch = CUDA_SEQUENCES if torch.device(device).type == "cuda" and small else SEQUENCES_AT_ONCE
+    ids = sample_tokens(loaded, sequences=count, length=piece, seed=seed, device=device, batch=batch)
+    return ids.flatten()[: rows * length].view(rows, length)
 
 
 def sample_tokens(
