@@ -21,8 +21,8 @@ the attention weights it removes in place as zeros, where ``block_weights`` of t
 
 from __future__ import annotations
 
-from .common import Calibration, Peer, PeerResult, block_weights
 from .flap import flap_wifv
+from .llama_layers import Calibration, Peer, PeerResult, block_weights
 from .modegpt import modegpt
 from .taylor import torch_pruning_taylor
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import Calibration, PeerResult, block_weights, ffn_channels, narrow_ffn, observe
+from .llama_layers import Calibration, PeerResult, block_weights, ffn_channels, narrow_ffn, observe
 
 
 def flap_wifv(model: Any, calibration: Calibration, ratio: float, *, compensate: bool = True) -> PeerResult:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from dotresize_fx.gram import GramAccumulator
 
-from .common import Calibration, PeerResult, Watch, channel_weights, linear_weights, narrow_ffn, observe, set_linear
+from .llama_layers import (
+    Calibration,
+    PeerResult,
+    Watch,
+    channel_weights,
+    linear_weights,
+    narrow_ffn,
+    observe,
+    set_linear,
+)
 
 # No layer may lose more than this share: at high ratios the softmax alone would take more than a layer has.
 LARGEST_SHARE = 0.8

@@ -6,7 +6,7 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
-from .common import Calibration, PeerResult, block_weights, ffn_channels
+from .llama_layers import Calibration, PeerResult, block_weights, ffn_channels
 
 # Each costs a backward pass.
 TAYLOR_BATCHES = 64

@@ -33,7 +33,7 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_rows_and_the_published_settings_are_the_default(script: Script) -> None:
     fidelity = script("fidelity")
     found = fidelity.parse(["--text-dir", "x"])
-    assert found.rows == list(fidelity.ROWS)
+    assert found.rows == list(script("fidelity_rows").ROWS)
     assert (found.ratios, found.calibration_tokens, found.self_tokens) == ([0.2, 0.3, 0.5], 196_608, 786_432)
     assert found.budget_minutes == math.inf
     with pytest.raises(SystemExit):
@@ -104,8 +104,11 @@ def test_a_run_prints_and_records_its_rows(
     assert [entry["method"] for entry in entries[1:]] == rows
     assert all(entry["weights_off"] == pytest.approx(0.2, abs=0.04) for entry in entries[1:])
     assert {"best", "sample", "heal"} == set(entries[-1]["parts"])
+    assert entries[1]["widths"] is None
+    assert all(sum(entry["widths"].values()) > 0 for entry in entries[2:])
+    assert len(entries[2]["widths"]) == 2
     assert "| 20% | obs-uniform |" in capsys.readouterr().out
-    bench = fidelity.Bench(fidelity.parse(given.split()))
+    bench = script("fidelity_rows").Bench(fidelity.parse(given.split()))
     ids, seconds = bench.own_text(4)
     assert ids.shape == (4, 16)
     assert seconds == entries[-1]["parts"]["sample"]
