@@ -31,7 +31,7 @@ from texts import Batches, Texts, batched, calibration, evaluation, read_texts, 
 from dotresize_fx.compiler import analyse, compute_device
 from dotresize_fx.cost import Cost, count_cost
 from dotresize_fx.export.model_source import LoadedModel, load_model
-from dotresize_fx.export.sample_text import SEQUENCES_AT_ONCE, sample_tokens
+from dotresize_fx.export.sample_text import sample_rows
 from dotresize_fx.fidelity import Run
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.healing import HealOptions, heal
@@ -45,8 +45,6 @@ from dotresize_fx.width_plan import WidthPlan
 # MoDeGPT's stand-in in peers/ takes the same.
 TEMPERATURE = 0.1
 TRIAL_SHARES = {"least": 0.03, "most": 0.75}
-# On CUDA a step of sampling takes about as long for this many sequences as for one.
-SAMPLED_AT_ONCE = 256
 
 
 @dataclass
@@ -133,14 +131,7 @@ class Bench:
                 if stored.metadata()["of"] == repr(words):
                     return stored.get_tensor("ids"), float(stored.metadata()["seconds"])
         with spending(self.device) as spent:
-            ids = sample_tokens(
-                self.loaded,
-                sequences=sequences,
-                length=self.length,
-                seed=self.seed,
-                device=self.device,
-                batch=SEQUENCES_AT_ONCE if self.device == "cpu" else SAMPLED_AT_ONCE,
-            )
+            ids = sample_rows(self.loaded, rows=sequences, length=self.length, seed=self.seed, device=self.device)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"ids": ids}, file, {"of": repr(words), "seconds": str(spent.seconds)})
