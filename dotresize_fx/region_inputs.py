@@ -69,7 +69,7 @@ class RegionInputs:
             tokens=max(read.tokens, entered.tokens),
             gram=gram,
             reader_weight=weight,
-            entry_gram=entered.gram / entered.tokens if entered.tokens else None,
+            entry_gram=None if self.entry is None else entered.gram / max(entered.tokens, 1),
             writer_weights={op.name: self._writer_weight(op.name) for op in self.writers},
         )
 

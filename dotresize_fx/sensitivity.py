@@ -68,9 +68,10 @@ def measure_curves(
         advanced()
     prices = _prices(graph, probes, pricing, task, seed, advanced)
     for probe in probes:
-        curve = curves[probe.region.name]
-        height = curve[probe.width].clamp_min(torch.finfo(curve.dtype).tiny)
-        # At no width: what is left of the curve's own is infinite, or nothing at all.
+        curve, n = curves[probe.region.name], probe.region.width
+        height = float(curve[probe.width])
+        if height <= 0:  # nothing is known of it: in proportion to what goes
+            curve, height = torch.arange(n, -1, -1, dtype=torch.float64), float(n - probe.width)
         curves[probe.region.name] = (curve / height * prices[probe.region.name]).cpu()
     return curves
 
@@ -82,6 +83,7 @@ def _disjoint(batches: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inp
     alone, and of few tokens a cut learns each.
     """
     pieces = [piece for batch in batches for piece in _pieces(batch)]
+    pieces = [piece for piece in pieces if "attention_mask" not in piece or piece["attention_mask"].any()] or pieces
     if len(pieces) == 1:
         return pieces, pieces
     real = sum(piece["input_ids"].numel() for piece in pieces) / len(pieces)

@@ -110,8 +110,8 @@ class FxEdits(FxReading):
     def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         node = self.node(source.name)
         readers = [self.node(op.name) for op in users]
-        device = self.stored(next(iter(self.program.state_dict))).device
-        places = self.add_parameter(f"{name}.indices", indices.to(device, torch.int64))
+        weights = next(iter(self.program.state_dict.values()), indices)  # the device of all of them
+        places = self.add_parameter(f"{name}.indices", indices.to(weights.device, torch.int64))
         first = next(other for other in self.nodes.nodes if other in readers)
         with self.nodes.inserting_before(first):  # beside its use: the source may be a table at the graph's start
             new = self.nodes.create_node("call_function", aten.index_select.default, (node, -1, places), name=name)
