@@ -21,9 +21,10 @@ from dotresize_fx.text import (
 )
 
 # Sequences run through the model at once on a CPU: few, so that one block's activations stay small. A GPU takes about
-# as many tokens as keep it busy.
+# as many tokens as keep it busy, but leaves batches enough that some of them can be held out.
 CALIBRATION_BATCH = 2
 GPU_TOKENS = 8192
+BATCHES_AT_LEAST = 16
 # One at a time: a batch of logits over a large vocabulary is the largest tensor of a run.
 EVALUATION_BATCH = 1
 SENTENCES_PER_BATCH = 16
@@ -98,7 +99,8 @@ def prepare_data(
     # The part is named: a text may do for calibration and have too little left to measure on.
     part = "the first 80 %, which calibrates"
     try:
-        at_once = CALIBRATION_BATCH if device == "cpu" else max(1, GPU_TOKENS // length)
+        many = max(1, min(GPU_TOKENS, options.calibration_tokens // BATCHES_AT_LEAST) // length)
+        at_once = CALIBRATION_BATCH if device == "cpu" else many
         calibrating = batches(text.calibration, options.calibration_tokens, at_once)
         part = "the last 20 %, which measures"
         measured = batches(text.evaluation, options.evaluation_tokens, EVALUATION_BATCH)

@@ -127,12 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
     export.add_argument("--ratio", type=float, default=0.2, help="share of block linear weights to remove (0.2)")
     export.add_argument("--effort", default="fast", help="fast, best (+ local repair) or heal (+ distillation) (fast)")
-    export.add_argument("--regions", default="", metavar="LIST", help="of ffn, attention, residual (ffn,attention)")
+    export.add_argument(
+        "--regions",
+        default="",
+        metavar="LIST",
+        help="of ffn, attention (value, query_key, kv_heads), residual (ffn,attention)",
+    )
     export.add_argument("--method", default="auto", help="auto, obs, dotresize, pca (residual only), magnitude (auto)")
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
     export.add_argument("--allocation", default="measured", help="measured, or uniform over the regions (measured)")
     export.add_argument("--repair-steps", type=int, default=300, metavar="N", help="of best and heal, a sublayer (300)")
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
+    export.add_argument("--heal-steps", type=int, metavar="N", help="a count instead of minutes: the same bytes again")
     export.add_argument("--heal-checkpoint", type=Path, metavar="DIR", help="where healing is kept, to go on from")
     export.add_argument(
         "--self-tokens", type=int, metavar="N", help="that the model writes itself, for heal on a GPU (393216)"
@@ -187,6 +193,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
         plan=arguments.plan,
         repair_steps=arguments.repair_steps,
         heal_minutes=arguments.heal_minutes,
+        heal_steps=arguments.heal_steps,
         heal_checkpoint=arguments.heal_checkpoint,
         self_tokens=arguments.self_tokens,
         multiple=arguments.multiple,

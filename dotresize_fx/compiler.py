@@ -164,7 +164,7 @@ def _slim_on_device(
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
     slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan)
     if options.effort == "heal" and slimmed.swept:
-        healed = _heal(moved, slimmed.graph, [*batches, *own], options, progress, task)
+        healed = _heal(moved, slimmed.graph, (batches, own), options, progress, task)
         slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
     if device != "cpu":
         slimmed.graph.to("cpu")
@@ -172,15 +172,26 @@ def _slim_on_device(
 
 
 def _heal(
-    dense: FxGraph, slim: FxGraph, batches: Sequence[Inputs], options: Options, progress: Progress, task: str
+    dense: FxGraph,
+    slim: FxGraph,
+    sources: Sequence[Sequence[Inputs]],
+    options: Options,
+    progress: Progress,
+    task: str,
 ) -> tuple[str, ...]:
-    """Distil end to end, measured on the same share of the batches that the sweep held out; notes for the report."""
+    """Distil end to end, measured on every eighth batch of each source; notes for the report."""
     from dotresize_fx.healing import PROGRESS_STEPS, HealOptions, heal
 
-    held_out = [batch for i, batch in enumerate(batches) if is_held_out(i)]
-    training = [batch for i, batch in enumerate(batches) if not is_held_out(i)]
-    at_once = HealOptions.pass_tokens if batches[0]["input_ids"].is_cuda else CPU_TOKENS
-    chosen = HealOptions(seconds=60 * options.heal_minutes, seed=options.seed, step_tokens=at_once, pass_tokens=at_once)
+    held_out = [batch for source in sources for i, batch in enumerate(source) if is_held_out(i)]
+    training = [batch for source in sources for i, batch in enumerate(source) if not is_held_out(i)]
+    at_once = HealOptions.pass_tokens if training[0]["input_ids"].is_cuda else CPU_TOKENS
+    chosen = HealOptions(
+        seconds=60 * options.heal_minutes,
+        steps=options.heal_steps,
+        seed=options.seed,
+        step_tokens=at_once,
+        pass_tokens=at_once,
+    )
     with progress.stage("heal", PROGRESS_STEPS) as step:
         found = heal(
             dense,
@@ -195,6 +206,7 @@ def _heal(
     return (
         f"healed for {found.steps} steps in {found.seconds:.0f} s: held-out divergence {found.before:.4f} -> "
         f"{found.after:.4f}; stopped because: {found.stopped}",
+        *found.notes,
     )
 
 

@@ -83,7 +83,7 @@ class RegionStatistics:
     nothing reads the region. reader_weight: (out, n), or None for a stream, which many linears read.
     entry_gram: (d + 1, d + 1), the same for what queries' and keys' writers read, a constant one beside it for their
     biases; None for other regions. writer_weights: (n, d + 1) by op name, the bias as last column.
-    samples: (tokens, n), some rows of x, or None.
+    samples: (tokens, n), some rows of x, or None. eliminated: what elimination kept at a width, once it is known.
     """
 
     tokens: int
@@ -92,6 +92,7 @@ class RegionStatistics:
     entry_gram: torch.Tensor | None = None
     writer_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     samples: torch.Tensor | None = None
+    eliminated: dict[int, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def activation_norm(self) -> torch.Tensor:

@@ -32,9 +32,10 @@ class Options:
 
     ``regions`` are names of REGION_NAMES; none stands for what the method cuts of DEFAULT_REGIONS. ``effort``: fast is
     closed forms alone; best refines each cut sublayer for ``repair_steps`` steps; heal also distils end to end for
-    ``heal_minutes``, on calibration text and ``self_tokens`` tokens that the dense model itself writes (None: as many
-    as pay on this device). ``heal_checkpoint`` is a folder to go on from. ``plan`` is a file of widths to follow
-    instead of ``ratio``. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    ``heal_minutes`` (or for ``heal_steps``, whatever the clock says), on calibration text and ``self_tokens`` tokens
+    that the dense model itself writes (None: as many as pay on this device). ``heal_checkpoint`` is a folder to go on
+    from. ``plan`` is a file of widths to follow instead of ``ratio``. ``device`` is where calibration and solving run;
+    conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -48,6 +49,7 @@ class Options:
     plan: Path | None = None
     repair_steps: int = 300
     heal_minutes: float = 5.0
+    heal_steps: int | None = None
     heal_checkpoint: Path | None = None
     self_tokens: int | None = None
     multiple: int = MULTIPLE
@@ -63,6 +65,11 @@ class Options:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        for name in ("plan", "heal_checkpoint"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))
+        if self.heal_checkpoint is not None and not self.heal_checkpoint.is_dir():
+            raise UsageError(f"--heal-checkpoint {self.heal_checkpoint}: there is no such folder: make it first")
         choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -89,7 +96,7 @@ class Options:
             "evaluation_tokens": 1,
             "repair_steps": 1,
         }
-        for name, smallest in (least | {"latency_length": 1, "seed": 0, "self_tokens": 0}).items():
+        for name, smallest in (least | {"latency_length": 1, "seed": 0, "self_tokens": 0, "heal_steps": 1}).items():
             if (value := getattr(self, name)) is not None and value < smallest:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least {smallest}")
         if self.seed >= 2**63:

@@ -30,7 +30,7 @@ PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.7
 SHAPE_TOKENS = 4096
 PRICE_TOKENS = 2048
 # Tokens that are run, and differentiated, at once.
-PIECE = 1024
+PIECE = 512
 # A GPU takes so many times as many in less time.
 GPU_SCALE = 8
 # Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
@@ -129,7 +129,7 @@ def _dense_statistics(
                 elif (rows := inputs.entry_rows(values, mask)) is not None:
                     entered.add(rows)
         advanced()
-    return {inputs.region.name: inputs.statistics(*sums[inputs.region.name]) for inputs in watched}
+    return {inputs.region.name: inputs.statistics(*sums.pop(inputs.region.name)) for inputs in watched}
 
 
 class _Probe:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from dotresize_fx.cost import block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind
-from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, counted
 
 # What the sweep takes, in its order within a sublayer. Scores first: what the values' reader is refitted to then
 # comes of the cut scores.
@@ -36,7 +37,7 @@ def choose_regions(
     for region in (region for region in asked if not reasons[region.name]):
         sublayers.setdefault(region.target, []).append(region)
     chosen: list[Region] = []
-    left: list[str] = []
+    left = left_alone(reason for reason in reasons.values() if reason)
     reached = -1
     for target in sorted(sublayers, key=lambda name: graph.positions[name]):
         regions = sorted(sublayers[target], key=lambda r: (SWEPT.index(r.kind), graph.positions[r.writers[0]]))
@@ -46,6 +47,11 @@ def choose_regions(
         else:
             left += [f"{r.name}: left alone, it runs beside {chosen[-1].name} and adds to a later sum" for r in regions]
     return chosen, tuple(left)
+
+
+def left_alone(reasons: Iterable[str]) -> list[str]:
+    """One sentence a reason: how many widths it kept from being cut."""
+    return [f"{counted(count, 'width')} left alone: {reason}" for reason, count in Counter(reasons).items()]
 
 
 def sublayers(regions: Sequence[Region]) -> list[list[Region]]:

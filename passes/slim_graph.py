@@ -12,15 +12,16 @@ from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers, why_not_cut
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone, sublayers
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.follow_plan import check_plan, follow_plan
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import MatchReport, Region, RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
-from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly, step_of
+from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def slim_graph(
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if plan is not None:
-        _check_plan(plan, matches)
+        check_plan(plan, matches, options.method)
     total = _block_weights(dense)
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
@@ -75,12 +76,12 @@ def slim_graph(
     if rest or plan:
         found = find_regions(slimmed).regions
         regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
-        notes += beside
+        notes += beside + _what_was_refused(matches, kinds) + _too_few_tokens(regions, batches)
         if plan is None:
             chosen = _plan(slimmed, regions, batches, total, options, progress, task)
             losses = chosen.losses
         else:
-            chosen = _follow_plan(plan, slimmed, found, regions)
+            chosen = follow_plan(plan, slimmed, found, regions)
         widths |= chosen.widths
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis)
     slimmed.refresh_shapes()
@@ -103,6 +104,8 @@ def _plan(
     units = {region.name: weights_per_unit(graph, region) for region in regions}
     if options.allocation == "uniform":
         same = [region for region in regions if region.kind is not RegionKind.HEADS]
+        if regions and not same:
+            raise UsageError("--allocation uniform does not cut whole KV heads: use measured, or other --regions")
         plan = plan_uniformly(same, units, left, ratio, multiple=options.multiple)
         return WidthPlan({region.name: plan.widths.get(region.name, region.width) for region in regions})
     if not regions:
@@ -158,35 +161,21 @@ def _cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) ->
     return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
-def _check_plan(plan: WidthPlan, matches: MatchReport) -> None:
-    regions = {region.name: region for region in matches.regions}
-    for name, width in plan.widths.items():
-        if name not in regions:
-            raise UsageError(
-                f"--plan names {name!r}, which is no width of this model: `dotresize-fx inspect` lists them"
-            )
-        whole = regions[name].width
-        if not 0 < width <= whole:
-            raise UsageError(f"--plan gives {name!r} the width {width}: it must be from 1 to {whole}")
-        if width < whole and width % step_of(regions[name], 1):
-            raise UsageError(f"--plan gives {name!r} the width {width}: rotary pairs need an even one")
+def _what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tuple[str, ...]:
+    """Why heads that were asked for have no region at all."""
+    asked = any(kind in ATTENTION_KINDS for kind in kinds)
+    return tuple(left_alone(why for _, why in matches.refused)) if asked else ()
 
 
-def _follow_plan(plan: WidthPlan, graph: FxGraph, found: Sequence[Region], regions: list[Region]) -> WidthPlan:
-    """The plan's widths for the regions that can be cut; whole widths where it says nothing."""
-    widths = {region.name: plan.widths.get(region.name, region.width) for region in regions}
-    cut = [region for region in found if plan.widths.get(region.name, region.width) < region.width]
-    for region in cut:
-        if region.name not in widths and region.kind is not RegionKind.RESIDUAL:
-            why = why_not_cut(graph, region) or "it runs beside another"
-            raise UsageError(f"--plan cuts {region.name!r}, which cannot be cut: {why}")
-    whole = {region.attention for region in cut if region.kind is RegionKind.HEADS}
-    for region in cut:
-        if region.attention in whole and region.kind is not RegionKind.HEADS:
-            raise UsageError(
-                f"--plan cuts {region.name!r} and whole KV heads of the same attention: take one of the two"
-            )
-    return WidthPlan(widths)
+def _too_few_tokens(regions: Sequence[Region], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
+    widest = max((region.width for region in regions), default=0)
+    tokens = sum(int(batch.get("attention_mask", batch["input_ids"]).count_nonzero()) for batch in batches)
+    if tokens >= widest:
+        return ()
+    return (
+        f"{tokens} calibration tokens say too little of a width of {widest}: its Gram matrix is singular and was "
+        "regularised; give more with --calibration-tokens",
+    )
 
 
 def _block_weights(graph: FxGraph) -> int:

@@ -49,10 +49,12 @@ def solve_obs(region: Region, statistics: RegionStatistics, width: int) -> Regio
     """
     if region.symmetry is not Symmetry.PERMUTATION or statistics.reader_weight is None:
         raise UsageError(f"obs eliminates neurons of an FFN; {region.name} is a {region.kind} width")
-    gone = eliminate(statistics.gram, statistics.reader_weight, region.width - width).order
-    kept = torch.ones(region.width, dtype=torch.bool, device=gone.device)
-    kept[gone] = False
-    down = selection(kept.nonzero().flatten(), region.width)
+    if width not in statistics.eliminated:
+        gone = eliminate(statistics.gram, statistics.reader_weight, region.width - width).order
+        kept = torch.ones(region.width, dtype=torch.bool, device=gone.device)
+        kept[gone] = False
+        statistics.eliminated[width] = kept.nonzero().flatten()
+    down = selection(statistics.eliminated[width], region.width)
     return RegionMap(down, down.T)
 
 

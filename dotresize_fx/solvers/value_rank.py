@@ -3,7 +3,8 @@
 Nothing but linear ops stands between a KV head's values and their readers, so every basis is admissible. With C the
 second moments of the mixed values, summed over the query heads that share the KV head, and W those heads' columns of
 the reader, the best rank-k approximation of W C^(1/2) is the truncated singular value decomposition (Eckart & Young
-1936); for V and O by SVD under the input metric see Lin et al. 2025, "MoDeGPT", section 3.
+1936); for V and O by SVD under the input metric see Lin et al. 2025, "MoDeGPT", section 3. Where several query heads
+share a KV head this takes each head's reader on all heads' values: a surrogate, exact for one query head a KV head.
 """
 
 from __future__ import annotations
