@@ -8,7 +8,7 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.graph import Graph
 from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.regions import MatchReport, Region, RegionKind
-from dotresize_fx.solvers import solvers_for
+from dotresize_fx.solvers import METHODS, solvers_for
 from dotresize_fx.width_plan import WidthPlan, step_of
 
 
@@ -26,7 +26,8 @@ def check_plan(plan: WidthPlan, matches: MatchReport, method: str) -> None:
         if width < whole and width % step_of(regions[name], 1):
             raise UsageError(f"--plan gives {name!r} the width {width}: rotary pairs need an even one")
         kind = regions[name].kind
-        if width < whole and not solvers_for(method, kind):
+        cuttable = any(kind in kinds for kinds in METHODS.values())
+        if width < whole and cuttable and not solvers_for(method, kind):
             raise UsageError(f"--plan cuts {name!r}, a {kind} width, which --method {method} does not cut")
     if sum(regions[name].kind is RegionKind.RESIDUAL for name in plan.widths) > 1:
         raise UsageError("--plan names several residual streams: one is supported")

@@ -169,8 +169,9 @@ def _what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tupl
 
 def _too_few_tokens(regions: Sequence[Region], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
     widest = max((region.width for region in regions), default=0)
-    tokens = sum(int(batch.get("attention_mask", batch["input_ids"]).count_nonzero()) for batch in batches)
-    if tokens >= widest:
+    masks = [batch.get("attention_mask") for batch in batches]
+    tokens = sum(int(mask.count_nonzero()) for mask in masks if mask is not None)
+    if tokens >= widest or any(mask is None for mask in masks):
         return ()
     return (
         f"{tokens} calibration tokens say too little of a width of {widest}: its Gram matrix is singular and was "

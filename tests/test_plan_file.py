@@ -175,3 +175,13 @@ def test_a_plan_of_nothing_cuts_nothing(tiny_graph: Any, tiny_batch: Any, run: A
     assert slimmed.swept == ()
     batch = tiny_batch(2, 9, 2)
     assert torch.equal(run(slimmed.graph, **batch)[0], run(tiny_graph("llama")[1], **batch)[0])
+
+
+@pytest.mark.parametrize(("method", "name"), [("magnitude", "value"), ("pca", "mlp")])
+def test_a_width_that_the_method_does_not_cut(tiny_graph: Any, tiny_batch: Any, method: str, name: str) -> None:
+    graph = tiny_graph("llama")[1]
+    matches = find_regions(graph)
+    region = next(r for r in matches.regions if name in r.name)
+    options = Options(method=method, regions=("residual",))
+    with pytest.raises(UsageError, match=rf"--plan cuts '{region.name}'.* --method {method} does not cut"):
+        slim_graph(graph, matches, [tiny_batch(2, 8)], options, Progress(quiet=True), plan=WidthPlan({region.name: 4}))
