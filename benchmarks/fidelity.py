@@ -43,7 +43,7 @@ from measure import free_memory, means
 from texts import Texts
 
 from dotresize_fx.fidelity import DecoderComparison
-from dotresize_fx.options import Options
+from dotresize_fx.options import SELF_TOKENS, Options
 
 
 def record(bench: Bench, ratio: float, name: str, outcome: Outcome) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=196_608)
     parser.add_argument("--repair-steps", type=int, default=Options.repair_steps)
     parser.add_argument("--heal-tokens", type=int, default=0, help="text for healing; 0 is all there is")
-    parser.add_argument("--self-tokens", type=int, default=393_216, help="text that the model writes for healing")
+    parser.add_argument("--self-tokens", type=int, default=SELF_TOKENS, help="text that the model writes for healing")
     parser.add_argument("--self-file", type=Path, default=None, help="where runs of the same settings share that text")
     parser.add_argument("--heal-minutes", type=float, default=2.5)
     parser.add_argument("--tokens-per-text", type=int, default=16_384)

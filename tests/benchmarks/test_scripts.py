@@ -15,6 +15,7 @@ import pytest
 from dotresize_fx.compiler import analyse
 from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.export.model_source import load_model
+from dotresize_fx.options import SELF_TOKENS
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 
@@ -34,7 +35,7 @@ def test_all_rows_and_the_published_settings_are_the_default(script: Script) -> 
     fidelity = script("fidelity")
     found = fidelity.parse(["--text-dir", "x"])
     assert found.rows == list(script("fidelity_rows").ROWS)
-    assert (found.ratios, found.calibration_tokens, found.self_tokens) == ([0.2, 0.3, 0.5], 196_608, 786_432)
+    assert (found.ratios, found.calibration_tokens, found.self_tokens) == ([0.2, 0.3, 0.5], 196_608, SELF_TOKENS)
     assert found.budget_minutes == math.inf
     with pytest.raises(SystemExit):
         fidelity.parse(["--text-dir", "x", "--rows", "nonesuch"])
