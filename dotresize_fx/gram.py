@@ -83,7 +83,8 @@ class RegionStatistics:
     nothing reads the region. reader_weight: (out, n), or None for a stream, which many linears read.
     entry_gram: (d + 1, d + 1), the same for what queries' and keys' writers read, a constant one beside it for their
     biases; None for other regions. writer_weights: (n, d + 1) by op name, the bias as last column.
-    samples: (tokens, n), some rows of x, or None. eliminated: what elimination kept at a width, once it is known.
+    samples: (tokens, n), some rows of x, or None. eliminations: the orders in which neurons
+    went, as far as elimination was run: a longer run begins as a shorter one does.
     """
 
     tokens: int
@@ -92,7 +93,7 @@ class RegionStatistics:
     entry_gram: torch.Tensor | None = None
     writer_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     samples: torch.Tensor | None = None
-    eliminated: dict[int, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    eliminations: list[torch.Tensor] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def activation_norm(self) -> torch.Tensor:

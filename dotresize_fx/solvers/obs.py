@@ -49,12 +49,14 @@ def solve_obs(region: Region, statistics: RegionStatistics, width: int) -> Regio
     """
     if region.symmetry is not Symmetry.PERMUTATION or statistics.reader_weight is None:
         raise UsageError(f"obs eliminates neurons of an FFN; {region.name} is a {region.kind} width")
-    if width not in statistics.eliminated:
-        gone = eliminate(statistics.gram, statistics.reader_weight, region.width - width).order
-        kept = torch.ones(region.width, dtype=torch.bool, device=gone.device)
-        kept[gone] = False
-        statistics.eliminated[width] = kept.nonzero().flatten()
-    down = selection(statistics.eliminated[width], region.width)
+    count = region.width - width
+    known = next((order for order in statistics.eliminations if len(order) >= count), None)
+    if known is None:
+        known = eliminate(statistics.gram, statistics.reader_weight, count).order
+        statistics.eliminations.append(known)
+    kept = torch.ones(region.width, dtype=torch.bool, device=known.device)
+    kept[known[:count]] = False
+    down = selection(kept.nonzero().flatten(), region.width)
     return RegionMap(down, down.T)
 
 
@@ -62,7 +64,9 @@ def obs_curve(region: Region, statistics: RegionStatistics) -> torch.Tensor:
     """(n + 1,): squared output error a token at each width; float64. One neuron in EIGHTH stays in any case."""
     assert statistics.reader_weight is not None
     n = region.width
-    error = eliminate(statistics.gram, statistics.reader_weight, n - n // EIGHTH).error
+    found = eliminate(statistics.gram, statistics.reader_weight, n - n // EIGHTH)
+    statistics.eliminations.append(found.order)
+    error = found.error
     curve = error.new_full((n + 1,), torch.inf)
     curve[n] = 0
     curve[n - len(error) : n] = error.flip(0)

@@ -8,7 +8,7 @@ import torch
 from dotresize_fx.errors import UsageError
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.regions import Region, RegionKind, Symmetry
-from dotresize_fx.solvers.obs import EIGHTH, damping, eliminate, obs_curve, solve_obs
+from dotresize_fx.solvers.obs import BLOCK, EIGHTH, damping, eliminate, obs_curve, solve_obs
 
 
 def problem(n: int = 200, out: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,3 +104,17 @@ def test_neurons_that_say_nothing_or_all_the_same(value: float) -> None:
     assert found.error.isfinite().all()
     # Whatever one of them says, another does; what is lost is damping, of which 40 neurons have 1e-4 each.
     assert float(found.error[-1]) <= 1e-2 * value * float(weight.sum(1).square().sum()) + 1e-90
+
+
+def test_what_the_curve_eliminated_is_not_eliminated_again() -> None:
+    """The order of a longer run begins with that of a shorter one, over the borders of blocks too."""
+    n = 5 * BLOCK
+    x = torch.randn(4 * n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(9, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    region = Region("ffn", RegionKind.FFN, Symmetry.PERMUTATION, n, ("w",), ("r",))
+    seen = RegionStatistics(len(x), x.T @ x / len(x), weight)
+    obs_curve(region, seen)
+    for width in (n - 1, n - BLOCK - 3, n - 2 * BLOCK, n // 2):
+        fresh = RegionStatistics(len(x), seen.gram, weight)
+        assert torch.equal(solve_obs(region, seen, width).down, solve_obs(region, fresh, width).down)
+    assert len(seen.eliminations) == 1
