@@ -9,6 +9,7 @@ import torch
 
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows, with_ones
+from dotresize_fx.graph import Op
 from dotresize_fx.regions import Region
 
 Values = Mapping[torch.fx.Node, Any]
@@ -52,6 +53,15 @@ class RegionInputs:
         weight = self.graph.weight(self.reader).double()
         bias = self.graph.bias(self.reader)
         return weight if bias is None else torch.cat([weight, bias.double()[:, None]], 1)
+
+    def mapped(self, writer: Op, down: torch.Tensor) -> dict[torch.fx.Node, torch.Tensor]:
+        """The writer's weight and bias with (n, k) ``down`` folded into them, by parameter node."""
+        stored = ((writer.weight, self.graph.weight(writer)), (writer.bias, self.graph.bias(writer)))
+        return {
+            self.graph.node(value.name): (down.T @ tensor.double()).to(tensor.dtype)
+            for value, tensor in stored
+            if value is not None and tensor is not None
+        }
 
     def statistics(self, read: GramAccumulator, entered: GramAccumulator) -> RegionStatistics:
         """Of sums over :meth:`read_rows` and :meth:`entry_rows`; either may be empty.

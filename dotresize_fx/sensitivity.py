@@ -152,13 +152,9 @@ class _Probe:
             self.output = graph.node(region.attention_reader)
             back = found.down if found.key_down is None else found.key_down
             for op in inputs.writers:
-                if op.name in region.key_writers or op.weight is None:
-                    continue
-                weight, bias = graph.weight(op), graph.bias(op)
-                project = over_heads(region, found.down @ back.mT, len(weight))
-                self.weights[graph.node(op.weight.name)] = (project.T @ weight.double()).to(weight.dtype)
-                if bias is not None and op.bias is not None:
-                    self.weights[graph.node(op.bias.name)] = (project.T @ bias.double()).to(bias.dtype)
+                if op.name not in region.key_writers:
+                    project = over_heads(region, found.down @ back.mT, len(graph.weight(op)))
+                    self.weights |= inputs.mapped(op, project)
             return
         assert inputs.output is not None
         assert statistics.reader_weight is not None

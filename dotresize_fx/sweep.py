@@ -225,18 +225,14 @@ class Sweep:
 
     def _merged_activations(self, inputs: RegionInputs, region_map: RegionMap) -> Iterator[torch.Tensor]:
         """Per batch, the sublayer up to the reader with the writers already mapped."""
-        graph, execution, region = self.slim_graph, self.slim.execution, inputs.region
+        execution, region = self.slim.execution, inputs.region
         assert inputs.hidden is not None
         weights: dict[torch.fx.Node, torch.Tensor] = {}
         for op in inputs.writers:
-            assert op.weight is not None
             branch = op.name in region.linear_branch and region_map.branch_down is not None
             down = region_map.branch_down if branch else region_map.down
             assert down is not None
-            weight = graph.weight(op)
-            weights[graph.node(op.weight.name)] = (down.T @ weight.double()).to(weight.dtype)
-            if op.bias is not None and (bias := graph.bias(op)) is not None:
-                weights[graph.node(op.bias.name)] = (down.T @ bias.double()).to(bias.dtype)
+            weights |= inputs.mapped(op, down)
         stop = execution.index[inputs.hidden] + 1
         for environment in self.slim.environments:
             values = execution.run(
