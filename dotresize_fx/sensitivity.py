@@ -20,6 +20,7 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.head_maps import over_heads
+from dotresize_fx.pooled_prices import pooled_prices
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
@@ -54,8 +55,9 @@ def measure_curves(
 ) -> dict[str, torch.Tensor]:
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
 
-    For encoders (``task``) the loss is the squared error of the first output relative to its mean square. Regions
-    come in graph order. ``advanced`` is called once a batch and once a region.
+    For encoders (``task``) the loss is the cosine that pooled embeddings lose, and measured
+    (:func:`dotresize_fx.pooled_prices.pooled_prices`). Regions come in graph order. ``advanced`` is called once a batch
+    and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
     shaping, pricing = _disjoint(batches)
@@ -66,7 +68,10 @@ def measure_curves(
         curves[region.name] = CURVES[region.kind](region, found)
         probes.append(_Probe(inputs, found))
         advanced()
-    prices = _prices(graph, probes, pricing, task, seed, advanced)
+    if task == "encoder":
+        prices = pooled_prices(graph, probes, pricing, advanced)
+    else:
+        prices = _prices(graph, probes, pricing, task, seed, advanced)
     for probe in probes:
         curve, n = curves[probe.region.name], probe.region.width
         height = float(curve[probe.width])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dotresize_fx.graph import Graph, Kind, Op
@@ -85,7 +85,7 @@ def _slices(linear: Op, users: list[Op]) -> list[_Part]:
     if len(users) < 2 or any(op.attributes["axis"] != last for op in users):
         return []
     parts = sorted((_slice(op, width) for op in users), key=lambda part: part.start)
-    apart = all(one.end <= other.start for one, other in zip(parts, parts[1:], strict=False))
+    apart = all(one.end <= other.start for one, other in pairwise(parts))
     return parts if apart and all(part.start < part.end for part in parts) else []
 
 
