@@ -20,7 +20,6 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions, redraw_parameters
-from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import random_admissible_map, random_wrong_map
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
@@ -46,7 +45,6 @@ def prove(name: str) -> bool:
     with torch.no_grad():
         expected = model(**batch)[0]
     good = True
-    SplitPackedLinears()(graph)
     matches = find_regions(graph)
     for kind in (RegionKind.FFN, RegionKind.RESIDUAL, *ATTENTION_KINDS):
         count = len(list(matches.of_kind(kind)))

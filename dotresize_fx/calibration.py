@@ -28,6 +28,7 @@ BATCHES_AT_LEAST = 16
 # One at a time: a batch of logits over a large vocabulary is the largest tensor of a run.
 EVALUATION_BATCH = 1
 SENTENCES_PER_BATCH = 16
+LONGEST_SENTENCE = 128  # tokens
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -87,8 +88,14 @@ def prepare_data(
 
     def batches(part: str, tokens: int, batch: int) -> list[Inputs]:
         if task == "encoder":
-            count = max(2 * SENTENCES_PER_BATCH, tokens // 64)
-            pairs = sentence_batches(part, tokenizer, length=min(length, 128), count=count, batch=SENTENCES_PER_BATCH)
+            pairs = sentence_batches(
+                part,
+                tokenizer,
+                length=min(length, LONGEST_SENTENCE),
+                tokens=tokens,
+                least=2 * SENTENCES_PER_BATCH,
+                batch=SENTENCES_PER_BATCH,
+            )
             return [{"input_ids": ids, "attention_mask": mask} for ids, mask in pairs]
         count = max(2, round(tokens / length))
         return [

@@ -102,15 +102,17 @@ def mean_cosine(dense: Run, slim: Run, batches: Iterable[Inputs]) -> tuple[float
     """(mean cosine, count) of an encoder's first output, (batch, length, width) mean-pooled or (batch, width)."""
     total, count = 0.0, 0
     for batch in batches:
-        first, second = (_pooled(run(batch), batch) for run in (dense, slim))
+        first, second = (pooled(run(batch), batch) for run in (dense, slim))
         total += float(torch.nn.functional.cosine_similarity(first, second).double().sum())
         count += len(first)
     return total / count, count
 
 
-def _pooled(states: torch.Tensor, batch: Inputs) -> torch.Tensor:
+def pooled(states: torch.Tensor, batch: Inputs) -> torch.Tensor:
     """(batch, width): the mean over real positions; an output without positions, a classifier's, as it is."""
     if states.ndim == 2:
         return states
+    if "attention_mask" not in batch:
+        return states.mean(1)
     mask = batch["attention_mask"][..., None].to(states.dtype)
     return (states * mask).sum(1) / mask.sum(1)

@@ -11,6 +11,9 @@ from dotresize_fx.gram import GramAccumulator
 # Relative to the mean diagonal of the Gram matrix. The pull toward the own-output solution keeps the repair of
 # earlier errors from fitting noise; the floor keeps rank-deficient regions solvable.
 PULL = 1e-3
+# An encoder's: what repair fits of earlier errors to single tokens does not carry over to other text. Measured on one
+# (docs/measurements.md); 0.1 and 1 do about as well.
+ENCODER_PULL = 0.3
 FLOOR = 1e-6
 
 

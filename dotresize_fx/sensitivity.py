@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dotresize_fx.fidelity import Inputs
+from dotresize_fx.fidelity import Inputs, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
@@ -31,7 +31,7 @@ PRICE_LENGTH = 256
 # Tokens that are run at once.
 PIECE = 512
 # A GPU takes so many times as many tokens, and so many times as many at once.
-GPU_SCALE = 16
+GPU_SCALE = 8
 GPU_PIECE_SCALE = 4
 # Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
 RIDGE = 1e-3
@@ -55,8 +55,9 @@ def measure_curves(
 ) -> dict[str, torch.Tensor]:
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
 
-    For encoders (``task``) the loss is the squared error of the first output relative to its mean square. Regions
-    come in graph order. ``advanced`` is called once a batch and once a region.
+    For encoders (``task``) the loss is the cosine that pooled embeddings lose: errors of single tokens average out in
+    them and those that a whole sequence shares do not. Regions come in graph order. ``advanced`` is called once a
+    batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
     shaping, pricing = _disjoint(batches)
@@ -199,38 +200,48 @@ def _prices(
     task: str,
     advanced: Callable[[], None],
 ) -> dict[str, float]:
-    """Loss a token by region name. The dense model is run once more a batch; each probe departs from that run."""
+    """Loss an answer by region name. The dense model is run once more a batch; each probe departs from that run."""
     execution = Execution(graph)
     total = {probe.region.name: 0.0 for probe in probes}
-    tokens = 0
+    count = 0
     departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
     departures.sort(key=lambda pair: pair[0])
     for batch in batches:
-        answers = _Answers(execution.outputs(batch)[0], batch.get("attention_mask"), task)
+        answers = _Answers(execution.outputs(batch)[0], batch, task)
         environment, position = execution.start(batch), 0
         for start, probe in departures:
             execution.run(environment, position, start)
             position = start
             total[probe.region.name] += answers.lost(probe.outputs(execution, dict(environment), start))
-        tokens += answers.tokens
+        count += answers.count
         advanced()
-    return {name: value / max(tokens, 1) for name, value in total.items()}
+    return {name: value / max(count, 1) for name, value in total.items()}
 
 
 class _Answers:
     """The dense model's first output on a batch, and what another run of it loses."""
 
-    def __init__(self, output: torch.Tensor, mask: torch.Tensor | None, task: str) -> None:
-        self.mask = mask
-        self.rows = token_rows(output, mask).float()
-        self.chances = None if task == "encoder" else self.rows.softmax(-1)
-        self.tokens = len(self.rows)
+    def __init__(self, output: torch.Tensor, batch: Inputs, task: str) -> None:
+        self.batch, self.embeds = batch, task == "encoder"
+        self.rows = self._rows(output)
+        # An encoder has one answer a sequence.
+        self.count = len(self.rows)
+        self.chances = self.rows if self.embeds else self.rows.softmax(-1)
+
+    def _rows(self, output: torch.Tensor) -> torch.Tensor:
+        # Of nearly equal directions float32 leaves no more than rounding.
+        return pooled(output, self.batch).double() if self.embeds else token_rows(output, self.mask).float()
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return self.batch.get("attention_mask")
 
     def lost(self, output: torch.Tensor) -> float:
-        """Sum over tokens: of KL(dense || cut) for a decoder; of the squared error relative to the mean square."""
-        away = token_rows(output, self.mask).float() - self.rows
-        if self.chances is None:
-            return float(away.double().square().sum() / self.rows.double().square().sum(-1).mean())
-        # ln of the mean of exp under the dense model's chances, less the mean: small where the difference is.
+        """Sum over tokens of KL(dense || cut); for an encoder over sequences of 1 - cosine of the embeddings."""
+        rows = self._rows(output)
+        if self.embeds:
+            return float((1 - torch.nn.functional.cosine_similarity(self.rows, rows)).clamp_min(0).sum())
+        # ln of the mean of exp under the dense model's chances, less the mean: exact where the difference is small.
+        away = rows - self.rows
         away -= torch.linalg.vecdot(self.chances, away)[:, None]
         return float(torch.linalg.vecdot(self.chances, away.clamp_max_(LARGEST).expm1_()).log1p().double().sum())

@@ -15,7 +15,7 @@ from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows, with_ones
 from dotresize_fx.head_maps import over_heads
-from dotresize_fx.least_squares import refit_reader, relative_error
+from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import ATTENTION_KINDS, Region
@@ -80,7 +80,8 @@ class Sweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
     ``basis`` (d, k) takes the dense stream into the slim one's coordinates where the stream itself was cut.
-    ``repair_steps``: how long each cut sublayer's weights are refined; 0 for not at all.
+    ``repair_steps``: how long each cut sublayer's weights are refined; 0 for not at all. ``pull``: how strongly readers
+    are held to what they make of the slim activations themselves, see :func:`dotresize_fx.least_squares.refit_reader`.
     """
 
     def __init__(
@@ -93,11 +94,12 @@ class Sweep:
         refit: bool = True,
         basis: torch.Tensor | None = None,
         repair_steps: int = 0,
+        pull: float = PULL,
         seed: int = 0,
     ) -> None:
         self.slim_graph = slim
         self.apply, self.refit, self.basis = apply, refit, basis
-        self.repair_steps, self.seed = repair_steps, seed
+        self.repair_steps, self.pull, self.seed = repair_steps, pull, seed
         self.masks = [batch.get("attention_mask") for batch in batches]
         self.dense = _Stream(execution := Execution(dense), [execution.start(batch) for batch in batches])
         self.slim = _Stream(execution := Execution(slim), [execution.start(batch) for batch in batches])
@@ -196,7 +198,7 @@ class Sweep:
         else:
             fitting, held_out = self._gather_merged(inputs, region_map, gathered)
             own = fitting.cross["own"]
-        refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased)
+        refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased, pull=self.pull)
         full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
         error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
         refitted = RegionMap(

@@ -138,13 +138,14 @@ def token_batches(
 
 
 def sentence_batches(
-    text: str, tokenizer: Tokenizer, *, length: int, count: int | None = None, batch: int = 8
+    text: str, tokenizer: Tokenizer, *, length: int, tokens: int | None = None, least: int = 2, batch: int = 8
 ) -> list[tuple[Tensor, Tensor]]:
     """Paragraphs with special tokens, for encoders: pairs of (input_ids, attention_mask).
 
     Both are int64 of shape (batch, longest paragraph of the batch, at most ``length``); the mask is 0 on
     padding. Paragraphs of fewer than three words are left out, white space inside one becomes single blanks.
-    With ``count``, that many paragraphs spread evenly over the text (all there are, if fewer).
+    With ``tokens``, as many paragraphs, spread evenly over the text, as hold about that many, padding not counted, and
+    at least ``least`` (all there are, if fewer). Shorter ones come first, so that batches have little padding.
 
     Raises:
         TextError: the text has fewer than two such paragraphs, or the tokenizer has no padding token.
@@ -157,7 +158,10 @@ def sentence_batches(
         )
     if getattr(tokenizer, "pad_token_id", None) is None:
         raise TextError("the model's tokenizer has no padding token: set pad_token in its tokenizer_config.json")
-    chosen = [sentences[index] for index in _spread(len(sentences), count)]
+    encoded = tokenizer(sentences, truncation=True, max_length=length, return_attention_mask=False)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    count = None if tokens is None else max(least, round(tokens * len(sentences) / sum(lengths)))
+    chosen = [sentences[i] for i in sorted(_spread(len(sentences), count), key=lengths.__getitem__)]
     batches = []
     for start in range(0, len(chosen), batch):
         encoded = tokenizer(

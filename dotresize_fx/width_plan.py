@@ -22,7 +22,7 @@ NO_REGION = "no region matched, so nothing can be slimmed: `dotresize-fx inspect
 @dataclass(frozen=True)
 class WidthPlan:
     """``widths`` by region name. ``losses``: what the measured curves predict for each region's cut, where there
-    are any, in nats a token (encoders: in squared output error relative to the output's).
+    are any, in nats a token (encoders: in lost cosine of the pooled output).
     """
 
     widths: Mapping[str, int]

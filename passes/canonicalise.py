@@ -7,9 +7,10 @@ from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
+from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
 
 def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
-    """No-ops gone, linears and norms each one op."""
-    passes = (DropNoOps(), RecogniseLinears(), RecogniseNorms())
+    """No-ops gone, linears and norms each one op, packed linears one a part."""
+    passes = (DropNoOps(), RecogniseLinears(), SplitPackedLinears(), RecogniseNorms())
     return PassResult(tuple(record for step in passes for record in step(graph, check=check).records))

@@ -11,6 +11,7 @@ import torch
 from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone, sublayers
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
@@ -83,7 +84,8 @@ def slim_graph(
         else:
             chosen = follow_plan(plan, slimmed, found, regions)
         widths |= chosen.widths
-        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis)
+        pull = ENCODER_PULL if task == "encoder" else PULL
+        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, pull)
     slimmed.refresh_shapes()
     return Slimmed(slimmed, tuple(swept), WidthPlan(widths, losses), notes)
 
@@ -125,6 +127,7 @@ def _sweep(
     progress: Progress,
     work: Path | None,
     basis: torch.Tensor | None,
+    pull: float,
 ) -> list[SweptRegion]:
     sweep = Sweep(
         dense,
@@ -134,6 +137,7 @@ def _sweep(
         refit=options.method != "magnitude",
         basis=basis,
         repair_steps=0 if options.effort == "fast" else options.repair_steps,
+        pull=pull,
         seed=options.seed,
     )
     swept: list[SweptRegion] = []

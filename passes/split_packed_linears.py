@@ -1,18 +1,28 @@
-"""See a linear whose result is split into parts, such as GPT-2's query, key and value, as one linear a part."""
+"""See a linear whose result is split into parts, such as query, key and value or gate and up, as one linear a part."""
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from dotresize_fx.graph import Graph, Kind, Op
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
 
 
-class SplitPackedLinears(Pass):
-    """``split(linear(x, W, b), -1)`` becomes ``linear(x, W[rows], b[rows])`` for each of its parts.
+class _Part(NamedTuple):
+    """The op that takes the outputs from ``start`` to ``end`` (exclusive) of a packed linear."""
 
-    For whoever cuts attention: query, key and value then have widths of their own. One product of a larger matrix is
-    faster than several of its parts, so nothing else should split them. A weight that is used elsewhere stays whole.
+    op: Op
+    start: int
+    end: int
+
+
+class SplitPackedLinears(Pass):
+    """``split(linear(x, W, b), -1)`` becomes ``linear(x, W[rows], b[rows])`` for each of its parts; slices likewise.
+
+    Query, key and value, or gate and up, then have widths of their own. What is left are several smaller products,
+    which are emitted as they are. A weight that is used elsewhere stays whole, and so does one whose slices overlap
+    or that something reads as a whole.
     """
 
     def call(self, graph: Graph) -> PassResult:
@@ -22,23 +32,19 @@ class SplitPackedLinears(Pass):
         return PassResult(records)
 
     def _split(self, graph: Graph, linear: Op) -> str:
-        (split,) = graph.users(linear.output)
-        parts = _parts(graph, linear)
+        parts = sorted(_parts(graph, linear), key=lambda part: part.start)
         assert linear.weight is not None
         name = graph.parameter_name(linear.weight)
         weight, bias = graph.weight(linear), graph.bias(linear)
-        ends = tuple(accumulate(split.attributes["sizes"]))
-        for part in reversed(parts):  # each goes right behind what they read, so that they stand in order
-            index = part.attributes["index"]
-            start, end = ends[index] - split.attributes["sizes"][index], ends[index]
+        for index, part in reversed(list(enumerate(parts))):  # each goes right behind what they read: so in order
             rows = graph.insert_linear(
                 linear.inputs[0],
-                weight[start:end].clone(),
-                None if bias is None else bias[start:end].clone(),
+                weight[part.start : part.end].clone(),
+                None if bias is None else bias[part.start : part.end].clone(),
                 users=(),
                 name=f"{name.removesuffix('.weight')}.{index}",
             )
-            graph.redirect(graph.op(part.name), rows.output)
+            graph.redirect(graph.op(part.op.name), rows.output)
         return f"{name}: seen as {len(parts)} linears"
 
     def ensures(self, graph: Graph) -> None:
@@ -46,15 +52,43 @@ class SplitPackedLinears(Pass):
         promise(not left, f"packed linears are left: {left}")
 
 
-def _parts(graph: Graph, linear: Op) -> list[Op]:
-    """The ops that take the parts of this linear's result; empty when it is not split, or not only."""
-    users = graph.users(linear.output) if linear.kind is Kind.LINEAR else []
-    if len(users) != 1 or users[0].attributes.get("form") != "split" or linear.output in graph.outputs:
+def _parts(graph: Graph, linear: Op) -> list[_Part]:
+    """What takes the parts of this linear's result; empty when it is not split, or not only."""
+    if linear.kind is not Kind.LINEAR or linear.output in graph.outputs or linear.output.width is None:
+        return []
+    assert linear.weight is not None
+    users = graph.users(linear.output)
+    sliced = all(op.attributes.get("form") == "slice" for op in users)
+    parts = _slices(linear, users) if sliced else _split_parts(graph, linear, users)
+    return parts if parts and len(graph.users(linear.weight)) == 1 else []
+
+
+def _split_parts(graph: Graph, linear: Op, users: list[Op]) -> list[_Part]:
+    if len(users) != 1 or users[0].attributes.get("form") != "split":
         return []
     split = users[0]
     if split.attributes["axis"] != len(linear.output.shape) - 1:
         return []
-    assert linear.weight is not None
     parts = graph.users(split.output)
-    taken = all(op.attributes.get("form") == "part" for op in parts)
-    return parts if taken and len(graph.users(linear.weight)) == 1 else []
+    if not all(op.attributes.get("form") == "part" for op in parts):
+        return []
+    sizes = split.attributes["sizes"]
+    ends = tuple(accumulate(sizes))
+    indices = [op.attributes["index"] for op in parts]
+    return [_Part(op, ends[i] - sizes[i], ends[i]) for op, i in zip(parts, indices, strict=True)]
+
+
+def _slices(linear: Op, users: list[Op]) -> list[_Part]:
+    """Several slices of the last axis that share nothing; one alone takes nothing apart."""
+    last, width = len(linear.output.shape) - 1, linear.output.width
+    assert width is not None
+    if len(users) < 2 or any(op.attributes["axis"] != last for op in users):
+        return []
+    parts = sorted((_slice(op, width) for op in users), key=lambda part: part.start)
+    apart = all(one.end <= other.start for one, other in pairwise(parts))
+    return parts if apart and all(part.start < part.end for part in parts) else []
+
+
+def _slice(op: Op, width: int) -> _Part:
+    start, end, _ = slice(op.attributes["start"], op.attributes["stop"]).indices(width)
+    return _Part(op, start, end)

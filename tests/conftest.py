@@ -188,6 +188,9 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
         model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**grouped, head_dim=8))
     elif kind == "phi":
         model = transformers.PhiForCausalLM(transformers.PhiConfig(**grouped))
+    elif kind == "phi3":
+        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # its own are beyond so few tokens
+        model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**grouped, **special))
     elif kind == "neox":
         model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
     elif kind == "gpt2":

@@ -144,8 +144,18 @@ def test_sentence_batches_pad_and_mask(tmp_path: Path, tiny_tokenizer: Callable[
     assert (ids[mask == 0] == tokenizer.pad_token_id).all()
     assert ids[:, 0].tolist() == [tokenizer.cls_token_id] * 2
     assert last_ids.shape == last_mask.shape == (1, 12)
-    ((few, _),) = sentence_batches(text, tokenizer, length=12, count=2)
+    ((few, _),) = sentence_batches(text, tokenizer, length=12, tokens=20)  # of 7 + 12 + 12
     assert len(few) == 2
+    ((both, _),) = sentence_batches(text, tokenizer, length=12, tokens=1)
+    assert len(both) == 2
+
+
+def test_sentence_batches_have_little_padding(tmp_path: Path, tiny_tokenizer: Callable[[Path], Any]) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    text = "\n\n".join("a b c" if i % 2 else "a b c d e f" for i in range(8))
+    batches = sentence_batches(text, tokenizer, length=32, batch=4)
+    assert [ids.shape for ids, _ in batches] == [(4, 7), (4, 13)]
+    assert all(mask.all() for _, mask in batches)
 
 
 def test_sentence_batches_need_paragraphs_and_padding(tmp_path: Path, tiny_tokenizer: Callable[[Path], Any]) -> None:

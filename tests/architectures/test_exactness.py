@@ -21,7 +21,6 @@ from dotresize_fx.passes.fold_linears import FoldLinears
 from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions
-from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 from dotresize_fx.region_map import (
     RegionMap,
     random_admissible_map,
@@ -32,7 +31,8 @@ from dotresize_fx.region_map import (
 from dotresize_fx.regions import Region, Symmetry
 
 HEADS = ("value", "query_key", "kv_heads")
-PRE_NORM = ["llama", "gpt2", "qwen2", "opt"]
+PRE_NORM = ["llama", "gpt2", "qwen2", "opt", "phi3"]
+GATED = ["llama", "qwen2", "phi3"]
 TIED = ["llama", "gpt2", "opt"]
 
 
@@ -123,28 +123,16 @@ def test_what_the_regions_admit(tiny_graph: Any, kind: str) -> None:
     for ffn in report.of_kind("ffn"):
         assert ffn.symmetry is Symmetry.PERMUTATION
         assert ffn.width == (128 if kind == "gpt2" else 64)
-        assert bool(ffn.linear_branch) == (kind in ("llama", "qwen2"))
+        assert bool(ffn.linear_branch) == (kind in GATED)
         assert ffn.positive_scale == (kind == "opt")
     assert all(linear.matched for linear in report.linears)
 
 
-@pytest.fixture(scope="session")
-def heads_graph(tiny_graph: Any) -> Callable[[str], tuple[Any, FxGraph]]:
-    """``heads_graph(kind)``: as ``tiny_graph``, with query, key and value in weights of their own."""
-
-    def get(kind: str) -> tuple[Any, FxGraph]:
-        model, graph = tiny_graph(kind)
-        SplitPackedLinears()(graph)
-        return model, graph
-
-    return get
-
-
 @pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
-def test_what_the_heads_admit(heads_graph: Any, kind: str) -> None:
-    report = find_regions(heads_graph(kind)[1])
-    grouped = 2 if kind in ("llama", "qwen2") else 4
-    rotary = kind in ("llama", "qwen2")
+def test_what_the_heads_admit(tiny_graph: Any, kind: str) -> None:
+    report = find_regions(tiny_graph(kind)[1])
+    grouped = 2 if kind in GATED else 4
+    rotary = kind in GATED
     assert report.refused == ()
     for region in report.of_kind(*HEADS):
         assert region.heads == grouped
@@ -158,8 +146,8 @@ def test_what_the_heads_admit(heads_graph: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
-def test_admissible_maps_of_heads_change_nothing(heads_graph: Any, error: Any, kind: str) -> None:
-    model, graph = heads_graph(kind)
+def test_admissible_maps_of_heads_change_nothing(tiny_graph: Any, error: Any, kind: str) -> None:
+    model, graph = tiny_graph(kind)
     assert error(model, graph) <= BOUND
     for region_kind in HEADS:
         assert map_regions(graph, (region_kind,), random_admissible_map) == 2
@@ -171,9 +159,9 @@ def test_admissible_maps_of_heads_change_nothing(heads_graph: Any, error: Any, k
 
 @pytest.mark.parametrize("region_kind", HEADS)
 @pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
-def test_wrong_maps_of_heads_break_it(heads_graph: Any, error: Any, kind: str, region_kind: str) -> None:
+def test_wrong_maps_of_heads_break_it(tiny_graph: Any, error: Any, kind: str, region_kind: str) -> None:
     """A rotation across heads; rotary pairs torn apart; KV heads in an order that the keys do not have."""
-    model, graph = heads_graph(kind)
+    model, graph = tiny_graph(kind)
     assert map_regions(graph, (region_kind,), random_wrong_map) == 2
     assert error(model, graph) >= BROKEN
 
@@ -194,18 +182,17 @@ def test_a_head_that_cannot_be_narrowed_can_be_moved(tiny_graph: Any, error: Any
     assert error(model, graph) >= BROKEN
 
 
-def test_packed_weights_are_left_alone(tiny_graph: Any) -> None:
-    for kind, reason in (("gpt2", ""), ("neox", ", head by head")):
-        report = find_regions(tiny_graph(kind)[1])
-        assert list(report.of_kind(*HEADS)) == []
-        packed = [row for row in report.linears if row.shape == (96, 32)]
-        assert len(packed) == 2
-        assert {row.writes_reason for row in packed} == {f"query, key and value are packed in one weight{reason}"}
+def test_weights_packed_head_by_head_are_left_alone(tiny_graph: Any) -> None:
+    report = find_regions(tiny_graph("neox")[1])
+    assert list(report.of_kind(*HEADS)) == []
+    packed = [row for row in report.linears if row.shape == (96, 32)]
+    assert len(packed) == 2
+    assert {row.writes_reason for row in packed} == {"query, key and value are packed in one weight, head by head"}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_rotary_pairs_without_their_tables_break_it(heads_graph: Any, error: Any, kind: str) -> None:
-    model, graph = heads_graph(kind)
+@pytest.mark.parametrize("kind", GATED)
+def test_rotary_pairs_without_their_tables_break_it(tiny_graph: Any, error: Any, kind: str) -> None:
+    model, graph = tiny_graph(kind)
     generator = torch.Generator().manual_seed(0)
     for region in find_regions(graph).of_kind("query_key"):
         assert region.layout is not None
@@ -216,10 +203,10 @@ def test_rotary_pairs_without_their_tables_break_it(heads_graph: Any, error: Any
     assert error(model, graph) >= BROKEN
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_basis_for_each_query_head_breaks_values(heads_graph: Any, error: Any, kind: str) -> None:
+@pytest.mark.parametrize("kind", GATED)
+def test_a_basis_for_each_query_head_breaks_values(tiny_graph: Any, error: Any, kind: str) -> None:
     """Query heads that share a KV head share its basis: what reads them cannot undo one of its own."""
-    model, graph = heads_graph(kind)
+    model, graph = tiny_graph(kind)
     generator = torch.Generator().manual_seed(0)
     for region in find_regions(graph).of_kind("value"):
         turns = torch.stack([random_rotation(8, generator) for _ in range(4)])
@@ -232,13 +219,13 @@ def test_a_basis_for_each_query_head_breaks_values(heads_graph: Any, error: Any,
 
 
 @pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
-def test_nothing_inserted_is_left_between_heads(heads_graph: Any, kind: str) -> None:
+def test_nothing_inserted_is_left_between_heads(tiny_graph: Any, kind: str) -> None:
     """But for the tables of a rotary embedding, which are taken in another order."""
-    _, graph = heads_graph(kind)
+    _, graph = tiny_graph(kind)
     before = [op.name for op in graph.ops]
     map_regions(graph, HEADS, random_admissible_map)
     added = [op.spelling for op in graph.ops if op.name not in before]
-    assert added == (["index_select.default"] * 4 if kind in ("llama", "qwen2") else [])
+    assert added == (["index_select.default"] * 4 if kind in GATED else [])
 
 
 def test_the_stream_of_a_post_norm_model_is_refused(tiny_graph: Any) -> None:

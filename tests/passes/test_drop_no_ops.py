@@ -87,3 +87,24 @@ def test_an_output_that_is_only_handed_on_keeps_its_place(
     first, second = run(graph, x=X)
     assert torch.equal(first, torch.relu(X))
     assert torch.equal(second, X + 1)
+
+
+def test_slices_of_all_and_joins_with_nothing_go(trace: Any, text: Any, run: Any) -> None:
+    """As Phi-3 spells a rotary embedding of which no part is left out."""
+
+    def partial(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([m.up(x[..., :4]), x[..., 4:]], -1)
+
+    graph = trace(partial, (2, 3, 4), up=nn.Linear(4, 4))
+    before = run(graph, x=X)
+    assert DropNoOps()(graph).modified
+    assert text(graph) == "linear_1: 4 = linear(x, up.weight[4,4], up.bias[4])\nreturn linear_1"
+    assert torch.equal(run(graph, x=X)[0], before[0])
+    assert not DropNoOps()(graph).modified
+
+
+def test_slices_and_joins_of_something_stay(trace: Any) -> None:
+    def partial(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([m.up(x[..., :3]), x[..., 3:]], -1)
+
+    assert not DropNoOps()(trace(partial, (2, 3, 4), up=nn.Linear(3, 3))).modified

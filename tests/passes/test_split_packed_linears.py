@@ -69,6 +69,8 @@ SPELLINGS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "uneven": lambda m, x: (t := m.qkv(x).split([1, 2, 3], -1))[0] * t[1].sum(-1, keepdim=True) + t[2],
     "a part that nothing reads": lambda m, x: (t := m.qkv(x).split(2, -1))[0] * t[2],
     "parts that are outputs": lambda m, x: m.qkv(x).split(2, -1),
+    "sliced": lambda m, x: (t := m.qkv(x))[..., :3] * t[..., 3:],
+    "sliced with a gap": lambda m, x: (t := m.qkv(x))[..., :2] * t[..., -2:],
 }
 
 
@@ -87,7 +89,9 @@ NOT_PACKED: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "read as a whole too": lambda m, x: sum((t := m.qkv(x)).split(2, -1)).sum() + t,
     "its weight used twice": lambda m, x: sum(m.qkv(x).split(2, -1)).sum() + m.qkv(2 * x),
     "split behind a function": lambda m, x: sum(torch.relu(m.qkv(x)).split(2, -1)),
-    "sliced": lambda m, x: (t := m.qkv(x))[:, :3] * t[:, 3:],
+    "slices that overlap": lambda m, x: (t := m.qkv(x))[..., :4] * t[..., 2:],
+    "one slice": lambda m, x: m.qkv(x)[..., :3],
+    "sliced along the batch": lambda m, x: (t := m.qkv(x))[:1] * t[1:2],
 }
 
 

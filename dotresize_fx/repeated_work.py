@@ -1,0 +1,135 @@
+"""Work on fixed tensors that is done again and again: a few times as it is, then as a CUDA graph that is replayed.
+
+A small model's training step is thousands of short kernels, and Python launches them slower than the device computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+# Times before the recording, which let libraries choose their kernels and allocate.
+WARM_UP = 3
+# Replays that are queued at most: more would run ahead of the clock that a budget is measured with.
+QUEUED = 2
+Work = Callable[[], None]
+
+
+class Recorder(Protocol):
+    """What makes work on fixed tensors repeatable."""
+
+    def warm_up(self, work: Work) -> None:
+        """Do the work as it will be done while it is recorded."""
+
+    def record(self, work: Work) -> Work:
+        """What does the recorded work again and again; recording alone does nothing to the tensors."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side: torch.cuda.Stream | None = None
+
+    def warm_up(self, work: Work) -> None:
+        """On a stream of its own: memory that it takes is not mixed up with the recording's."""
+        with torch.cuda.device(self._device):
+            main = torch.cuda.current_stream()
+            side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                work()
+            main.wait_stream(side)
+
+    def record(self, work: Work) -> Work:
+        """
+        Raises:
+            RuntimeError: the work has something in it that a graph cannot hold, or memory ran out.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            before = generator.clone_state()
+            try:
+                # A capture that fails while it ends leaves its stream the current one.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                    work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.synchronize()  # takes an error that is still pending with it
+                generator.graphsafe_set_state(before)  # else it goes on waiting for the recording's end
+                raise
+        queued: deque[torch.cuda.Event] = deque()
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):
+                if len(queued) == QUEUED:
+                    queued.popleft().synchronize()
+                graph.replay()
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+                queued.append(event)
+
+        return replay
+
+
+class RepeatedWork:
+    """Does ``work`` each time it is called, from the fourth time on by replaying a recording of it.
+
+    Once a recording failed the work is done as it is. ``around`` is entered while it is recorded.
+
+    Attributes:
+        note: why a recording failed, in one line; "" if none did.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        recorder: Recorder,
+        around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._work, self._recorder, self._around = work, recorder, around
+        self.note = ""
+        self._replay: Work | None = None
+        self._warm = 0
+
+    def __call__(self) -> None:
+        if self.note:
+            self._work()
+        elif self._warm < WARM_UP:
+            self._warm += 1
+            self._recorder.warm_up(self._work)
+        else:
+            self._replay = self._replay or self._recorded()
+            (self._replay or self._work)()
+
+    def _recorded(self) -> Work | None:
+        try:
+            with self._around():
+                return self._recorder.record(self._work)
+        except Exception as error:  # of CUDA's, its libraries' or the program's own ops
+            cause: BaseException = error
+            while cause.__context__ is not None:  # ending a broken recording fails once more, and says less
+                cause = cause.__context__
+            said = (str(cause).strip().splitlines() or [""])[0]
+            self.note = f"steps were not recorded as a CUDA graph ({type(cause).__name__}: {said})"
+            return None
+
+
+@contextlib.contextmanager
+def tf32(wanted: bool) -> Iterator[None]:
+    """Let CUDA round the inputs of float32 products to TF32 inside, if wanted."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if wanted:
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        if wanted:
+            matmul.fp32_precision = before
