@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.regions import Region, RegionKind, Symmetry
-from dotresize_fx.width_plan import WidthPlan, check_ratio, grid, plan_by_curves, plan_uniformly
+from dotresize_fx.width_plan import WidthPlan, check_ratio, grid, plan_by_curves, plan_uniformly, step_of
 
 
 def regions(widths: list[int]) -> list[Region]:
@@ -40,12 +40,12 @@ def test_meets_the_ratio_within_a_step_on_the_grid(
     held = sum(width * unit for width, unit in sizes)
     wanted = ratio * held
     total = held + rest
-    try:
-        plan = plan_uniformly(chosen, units, total, wanted / total, multiple=multiple)
-    except NothingToSlimError:
-        assert any(r.width * (1 - ratio) < grid(r.width, multiple) + 1e-6 for r in chosen)
-        return
     steps = {region.name: grid(region.width, multiple) for region in chosen}
+    try:
+        plan = plan_uniformly(chosen, units, total, wanted / total, steps=steps)
+    except NothingToSlimError:
+        assert any(r.width * (1 - ratio) < steps[r.name] + 1e-6 for r in chosen)
+        return
     for region in chosen:
         width = plan.widths[region.name]
         assert 0 < width <= region.width
@@ -96,6 +96,25 @@ def test_ratio_zero_keeps_every_width() -> None:
 @pytest.mark.parametrize(("width", "step"), [(1536, 16), (128, 16), (127, 8), (64, 8), (16, 2), (8, 1), (3, 1)])
 def test_small_regions_take_a_finer_grid(width: int, step: int) -> None:
     assert grid(width) == step
+
+
+@pytest.mark.parametrize(("multiple", "steps"), [(None, [2, 1, 2, 16]), (8, [8, 1, 8, 8]), (5, [10, 1, 5, 5])])
+def test_a_multiple_that_is_asked_for_holds_everywhere_but_for_heads(multiple: int | None, steps: list[int]) -> None:
+    """By default heads of 16 go by twos and FFNs of 512 by sixteens; rotary pairs stay whole, KV heads are counted."""
+    assert [step_of(region, multiple) for region in (*attention(), *regions([512]))] == steps
+
+
+def test_a_region_without_a_smaller_width_on_its_grid_stays_whole() -> None:
+    chosen = regions([16, 64])
+    units, steps = {"ffn 0": 1, "ffn 1": 1}, {"ffn 0": 16, "ffn 1": 16}
+    curves = {region.name: torch.linspace(1, 0, region.width + 1).double() for region in chosen}
+    for plan in (
+        plan_uniformly(chosen, units, 80, 0.4, steps=steps),
+        plan_by_curves(chosen, curves, units, 80, 0.4, steps=steps),
+    ):
+        assert plan.widths == {"ffn 0": 16, "ffn 1": 32}
+    with pytest.raises(NothingToSlimError, match=r"give up at most 0\.0;"):
+        plan_uniformly(chosen[:1], units, 80, 0.1, steps=steps)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1, 1.2, float("nan")])
