@@ -80,7 +80,9 @@ def pair_heads(regions: Sequence[Region]) -> tuple[list[Group], tuple[str, ...]]
         if region.kind in (RegionKind.QUERY_KEY, RegionKind.VALUE):
             sizes.setdefault(region.attention, []).append(region)
     reasons = {attention: _why_not_paired(heads) for attention, heads in sizes.items()}
-    groups = [(region,) for region in regions if region.attention not in sizes or region not in sizes[region.attention]]
+    groups: list[Group] = [
+        (region,) for region in regions if region.attention not in sizes or region not in sizes[region.attention]
+    ]
     groups += [tuple(heads) for attention, heads in sizes.items() if not reasons[attention]]
     left = left_alone(reasons[attention] for attention, heads in sizes.items() for _ in heads if reasons[attention])
     return groups, tuple(left)
