@@ -127,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("model", metavar="MODEL", help=model)
     export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
     # What a plan settles has no default here: beside --plan it must not be given.
-    export.add_argument("--ratio", type=float, help="share of the cost to remove (0.2)")
-    export.add_argument("--cost", help="block linear weights, or macs: the blocks' MACs per token (weights)")
+    export.add_argument("--ratio", type=float, help="share of the blocks' cost to remove (0.2)")
+    export.add_argument("--cost", help="what the ratio is a share of: weights, or macs per token (weights)")
     export.add_argument("--effort", default="fast", help="fast, best (+ local repair) or heal (+ distillation) (fast)")
     export.add_argument(
         "--regions",

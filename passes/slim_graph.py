@@ -81,6 +81,8 @@ def slim_graph(
     else:
         regions = _refitted_alone(slimmed, found, options.method)
     if plan is not None:
+        # What it does not name was not planned, and is not refitted either: a run's plan gives that run again.
+        regions = [region for region in regions if region.name in plan.widths]
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
         chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task)
