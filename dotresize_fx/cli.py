@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -125,17 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     export.add_argument("model", metavar="MODEL", help=model)
     export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
-    export.add_argument("--ratio", type=float, default=0.2, help="share of block linear weights to remove (0.2)")
+    # What a plan settles has no default here: beside --plan it must not be given.
+    export.add_argument("--ratio", type=float, help="share of the blocks' cost to remove (0.2)")
+    export.add_argument("--cost", help="what the ratio is a share of: weights, or macs per token (weights)")
     export.add_argument("--effort", default="fast", help="fast, best (+ local repair) or heal (+ distillation) (fast)")
     export.add_argument(
         "--regions",
-        default="",
         metavar="LIST",
         help="of ffn, attention (value, query_key, kv_heads), residual (ffn,attention)",
     )
     export.add_argument("--method", default="auto", help="auto, obs, dotresize, pca (residual only), magnitude (auto)")
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
-    export.add_argument("--allocation", default="measured", help="measured, or uniform over the regions (measured)")
+    export.add_argument("--allocation", help="measured, or uniform over the regions (measured)")
+    export.add_argument("--head-sizes", help="free, or equal: query, key and value heads of one size (free)")
     export.add_argument("--repair-steps", type=int, default=300, metavar="N", help="of best and heal, a sublayer (300)")
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
     export.add_argument("--heal-steps", type=int, metavar="N", help="a count instead of minutes: the same bytes again")
@@ -143,7 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--self-tokens", type=int, metavar="N", help="that the model writes itself, for heal on a GPU (393216)"
     )
-    export.add_argument("--multiple", type=int, default=16, help="widths are multiples of this (16)")
+    export.add_argument(
+        "--multiple",
+        type=int,
+        help="cut widths are multiples of this, KV heads are counted (16, finer below 128: 8 for heads of 64)",
+    )
     export.add_argument(
         "--calibration",
         metavar="FILE",
@@ -184,27 +191,10 @@ def _common(parser: argparse.ArgumentParser) -> None:
 def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.options import Options
 
-    options = Options(
-        ratio=arguments.ratio,
-        regions=tuple(arguments.regions.split(",")) if arguments.regions else (),
-        method=arguments.method,
-        effort=arguments.effort,
-        allocation=arguments.allocation,
-        plan=arguments.plan,
-        repair_steps=arguments.repair_steps,
-        heal_minutes=arguments.heal_minutes,
-        heal_steps=arguments.heal_steps,
-        heal_checkpoint=arguments.heal_checkpoint,
-        self_tokens=arguments.self_tokens,
-        multiple=arguments.multiple,
-        calibration=tuple(arguments.calibration),
-        calibration_tokens=arguments.calibration_tokens,
-        sequence_length=arguments.sequence_length,
-        evaluation_tokens=arguments.evaluation_tokens,
-        device=arguments.device,
-        seed=arguments.seed,
-        check=arguments.check,
-    )
+    given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
+    given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
+    given["calibration"] = tuple(arguments.calibration)
+    options = Options(**given)
     from dotresize_fx.compiler import export
     from dotresize_fx.memory import give_large_blocks_back
     from dotresize_fx.progress import Progress

@@ -77,18 +77,18 @@ class SlimResult:
 
 def slim(
     model: str | Path | LoadedModel,
-    ratio: float = 0.2,
+    ratio: float | None = None,
     *,
     calibration: Path | str | Sequence[Path | str] = (),
     work: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> SlimResult:
-    """Slim a model by ``ratio`` of its block linear weights.
+    """Slim a model by ``ratio`` of its block linear weights, or of what the option ``cost`` names.
 
     Args:
         model: a local Hugging Face folder, a GGUF file, a hub id, a built-in name, or what ``load_model`` returned.
-        ratio: share to remove, 0 <= ratio < 1.
+        ratio: share to remove, 0 <= ratio < 1; None is 0.2, or what the option ``plan`` says.
         calibration: text files (.txt, .jsonl); without any, the text that every Python carries.
         work: folder for finished blocks, if they are to be written.
         options: further fields of :class:`dotresize_fx.options.Options`.

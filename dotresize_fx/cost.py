@@ -1,12 +1,13 @@
-"""What a graph costs: parameters, block linear weights, multiply-accumulates per token."""
+"""What a graph costs: parameters, block linear weights, multiply-accumulates per token; and what a width costs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from dotresize_fx.graph import Graph, Kind, Op
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import Region, RegionKind
 
+COSTS = ("weights", "macs")
 _THROUGH = (Kind.KEEP, Kind.SCALE, Kind.POINTWISE, Kind.RMS_NORM, Kind.LAYER_NORM)
 
 
@@ -14,13 +15,14 @@ _THROUGH = (Kind.KEEP, Kind.SCALE, Kind.POINTWISE, Kind.RMS_NORM, Kind.LAYER_NOR
 class Cost:
     """``parameters`` counts every stored weight once, tied ones too. MACs count a multiply and its add as one.
 
-    ``block_macs_per_token`` are the block linears alone; ``macs_per_token`` adds head and attention, the latter
-    over ``length`` keys.
+    ``block_macs_per_token`` are the block linears alone, ``attention_macs_per_token`` scores and mixing over ``length``
+    keys; ``macs_per_token`` has both and the head.
     """
 
     parameters: int
     block_linear_weights: int
     block_macs_per_token: int
+    attention_macs_per_token: int
     macs_per_token: int
     length: int
 
@@ -41,15 +43,19 @@ def count_cost(graph: Graph, length: int) -> Cost:
     block_macs = sum(weights[op.weight] for op in blocks if op.weight is not None)
     linear_macs = sum(weights[op.weight] for op in linears if op.weight is not None)
     attention = sum(_attention_macs(op, length) for op in graph.ops if op.kind is Kind.ATTENTION)
-    return Cost(parameters, sum(block_weights.values()), block_macs, linear_macs + attention, length)
+    return Cost(parameters, sum(block_weights.values()), block_macs, attention, linear_macs + attention, length)
 
 
 def _attention_macs(op: Op, length: int) -> int:
     """Scores and mixing of one query position against ``length`` keys, all heads; no causal half is saved."""
     query, _, value = op.inputs[:3]
-    heads = query.shape[-3]
+    return _query_heads(op) * length * ((query.width or 0) + (value.width or 0))
+
+
+def _query_heads(op: Op) -> int:
+    heads = op.inputs[0].shape[-3]
     assert isinstance(heads, int)
-    return heads * length * ((query.width or 0) + (value.width or 0))
+    return heads
 
 
 def block_linears(graph: Graph) -> list[Op]:
@@ -79,3 +85,45 @@ def weights_per_unit(graph: Graph, region: Region) -> int:
     blocks = {op.name for op in block_linears(graph)}
     names = [name for name in (*region.writers, *region.readers) if name in blocks]
     return sum(graph.weight(graph.op(name)).numel() // region.width for name in names)
+
+
+def macs_per_unit(graph: Graph, region: Region, length: int) -> int:
+    """MACs per token that one unit of the region's width accounts for: in block linears, and in the scores or the
+    mixing of ``length`` keys.
+    """
+    linears = weights_per_unit(graph, region)
+    if not region.attention or (op := graph.op(region.attention)).kind is not Kind.ATTENTION:
+        return linears
+    if region.kind is RegionKind.HEADS:
+        return linears + _attention_macs(op, length) // region.width
+    return linears + _query_heads(op) * length
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What a ratio is a share of. ``kind`` is of COSTS: the block linear weights, or the blocks' MACs per token, which
+    are those of their linears and of attention over ``length`` keys.
+    """
+
+    kind: str = "weights"
+    length: int = 1
+
+    @property
+    def name(self) -> str:
+        """In words, to be read behind "of the"."""
+        if self.kind == "weights":
+            return "block weights"
+        return f"blocks' MACs per token (attention over {self.length} tokens)"
+
+    def total(self, graph: Graph) -> int:
+        """Of the whole graph."""
+        cost = count_cost(graph, self.length)
+        if self.kind == "weights":
+            return cost.block_linear_weights
+        return cost.block_macs_per_token + cost.attention_macs_per_token
+
+    def per_unit(self, graph: Graph, region: Region) -> int:
+        """Of one unit of a region's width, over all heads where it has some."""
+        if self.kind == "weights":
+            return weights_per_unit(graph, region)
+        return macs_per_unit(graph, region, self.length)

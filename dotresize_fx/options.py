@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
-from dotresize_fx.width_plan import MULTIPLE, check_ratio
+from dotresize_fx.width_plan import check_ratio
 
 REGION_NAMES = {
     "ffn": (RegionKind.FFN,),
@@ -22,37 +23,52 @@ DEFAULT_REGIONS = ("ffn", "attention")
 DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("fast", "best", "heal")
 ALLOCATIONS = ("measured", "uniform")
+HEAD_SIZES = ("free", "equal")
+# What decides the widths, with its defaults. Beside a plan of widths none of it can be given.
+PLANNED: dict[str, object] = {
+    "ratio": 0.2,
+    "regions": (),
+    "allocation": "measured",
+    "cost": "weights",
+    "head_sizes": "free",
+    "multiple": None,
+}
 # A few minutes of distillation see so much once or twice; text of few sources alone is learnt by heart.
 SELF_TOKENS = 393_216
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """``ratio`` is the share of block linear weights to remove. Lengths and counts are in tokens.
+    """``ratio`` is the share of ``cost`` (COSTS) to remove. Lengths and counts are in tokens.
 
-    ``regions`` are names of REGION_NAMES; none stands for what the method cuts of DEFAULT_REGIONS. ``effort``: fast is
+    ``regions`` are names of REGION_NAMES; none stands for what the method cuts of DEFAULT_REGIONS. ``head_sizes``:
+    "equal" cuts query, key and value heads of an attention to one size, a multiple of 8. ``multiple``: every width that
+    is cut becomes a multiple of it, heads are counted one by one; None is 16, with a finer grid for small widths. These
+    and ``allocation`` are None (or no regions) to take their defaults, of PLANNED; with a ``plan``, a file of widths to
+    follow instead, they stay so, and none may be given. ``effort``: fast is
     closed forms alone; best refines each cut sublayer for ``repair_steps`` steps; heal also distils end to end for
     ``heal_minutes`` (or for ``heal_steps``, whatever the clock says), on calibration text and ``self_tokens`` tokens
     that the dense model itself writes (None: as many as pay on this device). ``heal_checkpoint`` is a folder to go on
-    from. ``plan`` is a file of widths to follow instead of ``ratio``. ``device`` is where calibration and solving run;
-    conversion and ONNX Runtime stay on the CPU.
+    from. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
     """
 
-    ratio: float = 0.2
+    ratio: float | None = None
     regions: tuple[str, ...] = ()
     method: str = "auto"
     effort: str = "fast"
-    allocation: str = "measured"
+    allocation: str | None = None
+    cost: str | None = None
+    head_sizes: str | None = None
     plan: Path | None = None
     repair_steps: int = 300
     heal_minutes: float = 5.0
     heal_steps: int | None = None
     heal_checkpoint: Path | None = None
     self_tokens: int | None = None
-    multiple: int = MULTIPLE
+    multiple: int | None = None
     calibration: tuple[Path, ...] = ()
     calibration_tokens: int = 24_576
     sequence_length: int = 512
@@ -64,16 +80,16 @@ class Options:
     check: bool = field(default=False)
 
     def __post_init__(self) -> None:
-        check_ratio(self.ratio)
+        self._settle_what_is_planned()
         for name in ("plan", "heal_checkpoint"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, Path(path))
         if self.heal_checkpoint is not None and not self.heal_checkpoint.is_dir():
             raise UsageError(f"--heal-checkpoint {self.heal_checkpoint}: there is no such folder: make it first")
         choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UsageError(f"--{name} {getattr(self, name)}: choose one of {', '.join(sorted(known))}")
+        for name, known in (choices | {"cost": COSTS, "head_sizes": HEAD_SIZES}).items():
+            if (chosen := getattr(self, name)) not in known and chosen is not None:
+                raise UsageError(f"--{name.replace('_', '-')} {chosen}: choose one of {', '.join(sorted(known))}")
         said = f"--regions {','.join(self.regions)}"
         if any(name not in REGION_NAMES for name in self.regions):
             raise UsageError(f"{said}: choose from {', '.join(REGION_NAMES)}")
@@ -86,6 +102,8 @@ class Options:
                 f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
                 f"choose --regions from {', '.join(takes)}"
             )
+        if self.head_sizes == "equal" and len({RegionKind.QUERY_KEY, RegionKind.VALUE} & set(self.kinds)) == 1:
+            raise UsageError(f"{said}: --head-sizes equal cuts query_key and value together: name both")
         if not math.isfinite(self.heal_minutes) or self.heal_minutes <= 0:
             raise UsageError(f"--heal-minutes is {self.heal_minutes}: it must be above 0")
         # A sequence of one token has no next token to predict.
@@ -102,9 +120,25 @@ class Options:
         if self.seed >= 2**63:
             raise UsageError(f"--seed is {self.seed}: it must be below 2**63")
 
+    def _settle_what_is_planned(self) -> None:
+        given = [name for name in PLANNED if getattr(self, name) not in (None, ())]
+        if self.plan is not None:
+            if given:
+                said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise UsageError(
+                    f"--plan says all widths, so {said} cannot be given beside it: leave out one of the two"
+                )
+            return
+        for name in PLANNED.keys() - given:
+            object.__setattr__(self, name, PLANNED[name])
+        assert self.ratio is not None
+        check_ratio(self.ratio)
+
     @property
     def kinds(self) -> tuple[RegionKind, ...]:
-        """The kinds of region that are cut."""
+        """The kinds of region that are cut; with a plan all that the method can."""
+        if self.plan is not None:
+            return tuple(METHODS[self.method])
         names = self.regions or DEFAULT_REGIONS
         return tuple(kind for name in names for kind in REGION_NAMES[name] if kind in METHODS[self.method])
 

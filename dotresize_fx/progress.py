@@ -41,9 +41,13 @@ class Progress:
         self.check()
         taken = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        self.show(f"{name:<42} {taken:8.1f} s")
+
+    def show(self, text: str) -> None:
+        """Print lines between the stages, where the stages' own are printed."""
         if not self.quiet:
             try:
-                print(f"{name:<42} {taken:8.1f} s", file=sys.stderr, flush=True)
+                print(text, file=sys.stderr, flush=True)
             except OSError:  # its reader went away (`2>&1 | head`): the work goes on
                 self.quiet = True
 

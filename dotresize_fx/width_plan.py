@@ -1,18 +1,18 @@
-"""The width plan: how the share of weights to remove is split over the regions."""
+"""The width plan: how the share of the cost to remove is split over the regions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import floor
+from math import floor, lcm
 
 import torch
 
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry
 
-# Kernels like widths on a grid (a width off it ran 3.8 times slower than the dense one on a GPU); small regions
-# take a finer grid, so that a ratio can still be met.
+# Kernels like widths on a grid (a width off it ran 3.8 times slower than the dense one on a GPU). Where no multiple is
+# asked for, small regions take a finer one, so that a ratio can still be met: heads of 64 go by 8.
 MULTIPLE = 16
 STEPS_AT_LEAST = 8
 
@@ -32,7 +32,7 @@ class WidthPlan:
 def check_ratio(ratio: float) -> None:
     """Raises UsageError unless 0 <= ratio < 1."""
     if not 0 <= ratio < 1:
-        raise UsageError(f"--ratio is {ratio}: it is a share of the block weights, at least 0 and below 1")
+        raise UsageError(f"--ratio is {ratio}: it is a share, at least 0 and below 1")
 
 
 def grid(width: int, multiple: int = MULTIPLE) -> int:
@@ -42,101 +42,119 @@ def grid(width: int, multiple: int = MULTIPLE) -> int:
     return multiple
 
 
-def step_of(region: Region, multiple: int = MULTIPLE) -> int:
-    """The region's grid: whole rotary pairs where they go in pairs."""
-    step = grid(region.width, multiple)
-    return max(step, 2) if region.symmetry is Symmetry.ROTARY_PAIRS else step
+def step_of(region: Region, multiple: int | None = None) -> int:
+    """The region's grid: the multiple that was asked for, or MULTIPLE and a finer one for small widths.
+
+    Whole rotary pairs go where they go in pairs; KV heads are counted, and go one by one.
+    """
+    if region.kind is RegionKind.HEADS:
+        return 1
+    step = grid(region.width) if multiple is None else multiple
+    return lcm(step, 2) if region.symmetry is Symmetry.ROTARY_PAIRS else step
 
 
-def _too_much(ratio: float, held: float, most: float) -> str:
+def _too_much(ratio: float, held: float, most: float, cost: str) -> str:
     return (
-        f"--ratio {ratio} would make a region vanish: the chosen regions hold {held:.0%} of the block "
-        f"weights and give up at most {floor(most * 100) / 100}; choose a lower ratio or more --regions"
+        f"--ratio {ratio} would make a region vanish: the chosen regions hold {held:.0%} of the {cost} "
+        f"and give up at most {floor(most * 100) / 100}; choose a lower ratio or more --regions"
     )
 
 
 def plan_uniformly(
     regions: Sequence[Region],
-    weights_per_unit: Mapping[str, int],
+    cost_per_unit: Mapping[str, int],
     total: int,
     ratio: float,
     *,
-    multiple: int = MULTIPLE,
+    steps: Mapping[str, int] | None = None,
+    cost: str = "block weights",
 ) -> WidthPlan:
     """Cut every region by the same share, so that ``ratio`` of ``total`` goes.
 
-    weights_per_unit: weights that one unit of each region's width accounts for. total: all block linear weights.
-    Widths are on the region's grid; the regions with most to lose by rounding are rounded so that the sum comes
-    within one step of the ratio.
+    cost_per_unit: what one unit of each region's width costs. total: what all blocks cost, in the same unit; ``cost``
+    names it in words. steps: the grid of each region, by default that of :func:`step_of`; a region without a smaller
+    width on its grid stays whole. The regions with most to lose by rounding are rounded so that the sum comes within
+    one step of the ratio.
 
     Raises:
         NothingToSlimError: there is no region, or they hold too little for the ratio.
     """
     if not regions:
         raise NothingToSlimError(NO_REGION)
-    held = sum(region.width * weights_per_unit[region.name] for region in regions)
-    wanted = ratio * total
+    steps = steps or {region.name: step_of(region) for region in regions}
+    whole = {region.name: region.width for region in regions}
     if ratio == 0:
-        return WidthPlan({region.name: region.width for region in regions})
+        return WidthPlan(whole)
+    regions = [region for region in regions if steps[region.name] < region.width]
+    if not regions:
+        raise NothingToSlimError(_too_much(ratio, 0, 0, cost))
+    held = sum(region.width * cost_per_unit[region.name] for region in regions)
+    wanted = ratio * total
     share = wanted / held
-    steps = {region.name: step_of(region, multiple) for region in regions}
     most = min(1 - steps[region.name] / region.width for region in regions)
     if share > most + 1e-9:
-        raise NothingToSlimError(_too_much(ratio, held / total, most * held / total))
+        raise NothingToSlimError(_too_much(ratio, held / total, most * held / total, cost))
     ideal = {region.name: max(region.width * (1 - share), steps[region.name]) for region in regions}
     widths = {name: int(width // steps[name] * steps[name]) for name, width in ideal.items()}
-    removed = sum((region.width - widths[region.name]) * weights_per_unit[region.name] for region in regions)
+    removed = sum((region.width - widths[region.name]) * cost_per_unit[region.name] for region in regions)
     for region in sorted(regions, key=lambda r: (widths[r.name] - ideal[r.name], r.name)):
         # A width that was never on the grid has no whole step above it: there the next one is the dense width.
         above = min(widths[region.name] + steps[region.name], region.width)
-        gain = (above - widths[region.name]) * weights_per_unit[region.name]
+        gain = (above - widths[region.name]) * cost_per_unit[region.name]
         if removed - gain / 2 >= wanted:
             widths[region.name] = above
             removed -= gain
-    return WidthPlan(widths)
+    return WidthPlan(whole | widths)
 
 
 def plan_by_curves(
     regions: Sequence[Region],
     curves: Mapping[str, torch.Tensor],
-    weights_per_unit: Mapping[str, int],
+    cost_per_unit: Mapping[str, int],
     total: int,
     ratio: float,
     *,
-    multiple: int = MULTIPLE,
+    steps: Mapping[str, int] | None = None,
+    cost: str = "block weights",
 ) -> WidthPlan:
     """The widths that remove ``ratio`` of ``total`` at the least sum of losses.
 
-    curves: (n + 1,) by region name, the loss at each width. Every curve is replaced by its lower convex hull over
-    the grid; taking its segments in the order of loss per weight is then the exact optimum of the separable problem
-    (Fox 1966, "Discrete optimization via marginal analysis"), up to the step that meets the ratio. Whole KV heads
-    and the widths of the same attention's heads share weights: whichever comes first rules the other out.
+    curves: (n + 1,) by region name, the loss at each width; the rest is as for :func:`plan_uniformly`. Every curve is
+    replaced by its lower convex hull over the grid; taking its segments in the order of loss per cost is then the
+    exact optimum of the separable problem (Fox 1966, "Discrete optimization via marginal analysis"), up to the step
+    that meets the ratio. Whole KV heads and the widths of the same attention's heads share weights: whichever comes
+    first rules the other out.
 
     Raises:
         NothingToSlimError: there is no region, or they hold too little for the ratio.
     """
     if not regions:
         raise NothingToSlimError(NO_REGION)
+    steps = steps or {region.name: step_of(region) for region in regions}
     widths = {region.name: region.width for region in regions}
     wanted, removed = ratio * total, 0.0
     segments = sorted(
-        (segment for region in regions for segment in _hull(region, curves[region.name], weights_per_unit, multiple)),
+        (
+            segment
+            for region in regions
+            for segment in _hull(region, curves[region.name], cost_per_unit[region.name], steps[region.name])
+        ),
         key=lambda segment: (segment.price, segment.region.name, -segment.below),
     )
     taken: dict[str, RegionKind] = {}
     for segment in segments:
-        region, step = segment.region, step_of(segment.region, multiple)
+        region, step = segment.region, steps[segment.region.name]
         whole = region.kind is RegionKind.HEADS
         if region.kind in ATTENTION_KINDS and (taken.get(region.attention, region.kind) is RegionKind.HEADS) != whole:
             continue
         while removed < wanted and widths[region.name] > segment.below:
             taken[region.attention] = region.kind
             width = max(segment.below, (-(-widths[region.name] // step) - 1) * step)
-            removed += (widths[region.name] - width) * weights_per_unit[region.name]
+            removed += (widths[region.name] - width) * cost_per_unit[region.name]
             widths[region.name] = width
     if removed < wanted - 1e-9 * total:
-        held = sum(region.width * weights_per_unit[region.name] for region in regions if not _whole(region))
-        raise NothingToSlimError(_too_much(ratio, held / total, removed / total))
+        held = sum(region.width * cost_per_unit[region.name] for region in regions if not _whole(region))
+        raise NothingToSlimError(_too_much(ratio, held / total, removed / total, cost))
     return WidthPlan(widths, {r.name: float(curves[r.name][widths[r.name]]) for r in regions})
 
 
@@ -148,14 +166,11 @@ def _whole(region: Region) -> bool:
 class _Segment:
     region: Region
     below: int  # the width at its end
-    price: float  # loss per weight removed on the way
+    price: float  # loss per cost removed on the way
 
 
-def _hull(
-    region: Region, curve: torch.Tensor, weights_per_unit: Mapping[str, int], multiple: int
-) -> Sequence[_Segment]:
+def _hull(region: Region, curve: torch.Tensor, cost_per_unit: int, step: int) -> Sequence[_Segment]:
     """The lower convex hull of a region's losses over the widths on its grid, from the whole width down."""
-    step = step_of(region, multiple)
     below = [width for width in range(step, region.width, step) if curve[width].isfinite()]
     widths = [region.width, *reversed(below)]
     losses = curve[widths].cummax(0).values.tolist()
@@ -163,7 +178,7 @@ def _hull(
     while at < len(widths) - 1:
         slopes = [(losses[i] - losses[at]) / (widths[at] - widths[i]) for i in range(at + 1, len(widths))]
         best = min(range(len(slopes)), key=lambda i: (slopes[i], -i))
-        price = slopes[best] / weights_per_unit[region.name]
+        price = slopes[best] / cost_per_unit
         at += 1 + best
         segments.append(_Segment(region, widths[at], price))
     return segments

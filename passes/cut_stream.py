@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dotresize_fx.cost import weights_per_unit
+from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
@@ -23,7 +23,7 @@ from dotresize_fx.regions import MatchReport, Region, RegionKind
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.stream import stream_statistics
 from dotresize_fx.sweep import SweptRegion
-from dotresize_fx.width_plan import plan_uniformly
+from dotresize_fx.width_plan import plan_uniformly, step_of
 
 
 def apply_map(graph: FxGraph, region: Region, found: RegionMap, check: bool) -> None:
@@ -53,21 +53,22 @@ def cut_stream(
     graph: FxGraph,
     matches: MatchReport,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    total: int,
+    cost: CostModel,
     ratio: float,
     options: Options,
     progress: Progress,
     width: int | None = None,
 ) -> tuple[SweptRegion, torch.Tensor, tuple[str, ...]]:
-    """Cut it by ``ratio`` of ``total`` weights, or to ``width``.
+    """Cut it by ``ratio`` of what the graph costs, or to ``width``.
 
     Returns the cut, the (d, k) matrix that takes the dense model's stream, mean and all, into the slim one's
     coordinates, and notes for the report.
     """
     stream = widest_stream(graph, matches)
-    units = {stream.name: weights_per_unit(graph, stream)}
     if width is None:
-        width = plan_uniformly([stream], units, total, ratio, multiple=options.multiple).widths[stream.name]
+        units, steps = {stream.name: cost.per_unit(graph, stream)}, {stream.name: step_of(stream, options.multiple)}
+        plan = plan_uniformly([stream], units, cost.total(graph), ratio, steps=steps, cost=cost.name)
+        width = plan.widths[stream.name]
     centred = any(graph.op(name).kind is Kind.LAYER_NORM for name in stream.norms)
     known = {op.name for op in graph.ops}
     stream, _ = open_stream(graph, stream)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dotresize_fx.cost import count_cost, weights_per_unit
-from dotresize_fx.errors import UsageError
+from dotresize_fx.cost import CostModel
+from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
@@ -17,12 +17,13 @@ from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone
 from dotresize_fx.passes.cut_stream import apply_map, cut_stream
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan, follow_plan
+from dotresize_fx.passes.plan_widths import plan_widths
+from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
-from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
-from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly
+from dotresize_fx.width_plan import WidthPlan
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def slim_graph(
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if plan is not None:
         check_plan(plan, matches, options.method)
-    total = _block_weights(dense)
+    cost = CostModel(options.cost or "weights", _length(batches))
+    total = cost.total(dense)
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
     basis = None
@@ -68,53 +70,35 @@ def slim_graph(
     streams = [region.name for region in matches.of_kind(RegionKind.RESIDUAL)]
     asked = next((plan.widths[name] for name in streams if name in plan.widths), None) if plan else None
     if asked is not None if plan else RegionKind.RESIDUAL in kinds:
-        share = options.ratio if len(kinds) == 1 else options.ratio / 2
-        cut, basis, notes = cut_stream(slimmed, matches, batches, total, share, options, progress, asked)
+        share = (options.ratio or 0) / (1 if len(kinds) == 1 else 2)
+        cut, basis, notes = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked)
         swept.append(cut)
         widths[cut.region.name] = cut.width
-    losses: Mapping[str, float] = {}
     rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
+    found = find_regions(slimmed).regions
     if rest or plan:
-        found = find_regions(slimmed).regions
         regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
-        notes += beside + _what_was_refused(matches, kinds) + _too_few_tokens(regions, batches)
-        if plan is None:
-            chosen = _plan(slimmed, regions, batches, total, options, progress, task)
-            losses = chosen.losses
-        else:
-            chosen = follow_plan(plan, slimmed, found, regions)
-        widths |= chosen.widths
+        notes += beside + _too_few_tokens(regions, batches)
+    else:
+        regions = _refitted_alone(slimmed, found, options.method)
+    if plan is not None:
+        # What it does not name was not planned, and is not refitted either: a run's plan gives that run again.
+        regions = [region for region in regions if region.name in plan.widths]
+        chosen = follow_plan(plan, slimmed, found, regions)
+    elif rest:
+        chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task)
+        notes += _what_was_refused(matches, kinds) + kept
+    else:
+        chosen = WidthPlan({region.name: region.width for region in regions})
+    widths |= chosen.widths
+    progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *regions], widths))
+    if regions:
         pull = ENCODER_PULL if task == "encoder" else PULL
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, pull)
     slimmed.refresh_shapes()
-    return Slimmed(slimmed, tuple(swept), WidthPlan(widths, losses), notes)
-
-
-def _plan(
-    graph: FxGraph,
-    regions: list[Region],
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    total: int,
-    options: Options,
-    progress: Progress,
-    task: str,
-) -> WidthPlan:
-    """What is left to remove, split over the regions."""
-    left = _block_weights(graph)
-    # As it was asked for where nothing went: it is named in what a refusal says.
-    ratio = options.ratio if left == total else max(0.0, 1 - (1 - options.ratio) * total / left)
-    units = {region.name: weights_per_unit(graph, region) for region in regions}
-    if options.allocation == "uniform":
-        same = [region for region in regions if region.kind is not RegionKind.HEADS]
-        if regions and not same:
-            raise UsageError("--allocation uniform does not cut whole KV heads: use measured, or other --regions")
-        plan = plan_uniformly(same, units, left, ratio, multiple=options.multiple)
-        return WidthPlan({region.name: plan.widths.get(region.name, region.width) for region in regions})
-    if not regions:
-        return plan_by_curves(regions, {}, units, left, ratio)
-    with progress.stage("measure sensitivity") as step:
-        curves = measure_curves(graph, regions, batches, task=task, advanced=step)
-    return plan_by_curves(regions, curves, units, left, ratio, multiple=options.multiple)
+    if plan is None and cost.kind != "weights":
+        notes += (f"the ratio is of the {cost.name}: {1 - cost.total(slimmed) / total:.1%} of them went",)
+    return Slimmed(slimmed, tuple(swept), WidthPlan(widths, chosen.losses), notes)
 
 
 def _sweep(
@@ -165,6 +149,16 @@ def _cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) ->
     return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
+def _refitted_alone(graph: FxGraph, found: Sequence[Region], method: str) -> list[Region]:
+    """Where the stream alone is cut: regions that keep their widths and have readers to refit."""
+    if method == "magnitude":
+        return []
+    try:
+        return choose_regions(graph, found, (RegionKind.VALUE, RegionKind.FFN))[0]
+    except NothingToSlimError:
+        return []
+
+
 def _what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tuple[str, ...]:
     """Why heads that were asked for have no region at all."""
     asked = any(kind in ATTENTION_KINDS for kind in kinds)
@@ -183,8 +177,9 @@ def _too_few_tokens(regions: Sequence[Region], batches: Sequence[Mapping[str, to
     )
 
 
-def _block_weights(graph: FxGraph) -> int:
-    return count_cost(graph, 1).block_linear_weights
+def _length(batches: Sequence[Mapping[str, torch.Tensor]]) -> int:
+    """Of the calibration's sequences, in tokens."""
+    return next(iter(batches[0].values())).shape[1]
 
 
 def _write_block(graph: FxGraph, region: Region, work: Path | None) -> None:

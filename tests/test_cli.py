@@ -17,7 +17,8 @@ import pytest
 import dotresize_fx.errors
 from dotresize_fx.cli import INTERRUPTED, TERMINATED, _parser, main
 from dotresize_fx.errors import DotresizeError
-from dotresize_fx.options import Options
+from dotresize_fx.options import PLANNED, Options
+from dotresize_fx.width_plan import MULTIPLE, STEPS_AT_LEAST, grid
 
 
 def run(*arguments: str) -> int:
@@ -56,16 +57,18 @@ def test_a_mistake_is_one_line_and_names_the_help(capsys: pytest.CaptureFixture[
 def test_the_defaults_are_those_of_python() -> None:
     parsed = _parser().parse_args(["export", "model", "out"])
     for field in dataclasses.fields(Options):
-        if hasattr(parsed, field.name) and field.name not in ("regions", "calibration"):
+        if hasattr(parsed, field.name) and field.name not in (*PLANNED, "calibration"):
             assert getattr(parsed, field.name) == getattr(Options(), field.name), field.name
-    assert (parsed.regions, parsed.calibration) == ("", [])
-    assert (Options().regions, Options().calibration) == ((), ())
+    # Beside a plan it matters whether they were given at all.
+    assert [getattr(parsed, name) for name in PLANNED] == [None] * len(PLANNED)
+    assert (parsed.calibration, Options().calibration) == ([], ())
 
 
 def test_the_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     run("export", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    names = ["ratio", "method", "effort", "allocation", "multiple", "calibration_tokens", "sequence_length"]
+    assert f"({MULTIPLE}, finer below {MULTIPLE * STEPS_AT_LEAST}: {grid(64)} for heads of 64)" in text
+    names = ["ratio", "cost", "method", "effort", "allocation", "head_sizes", "calibration_tokens", "sequence_length"]
     for name in [*names, "evaluation_tokens", "repair_steps", "device"]:
         described = re.split(rf" --{name.replace('_', '-')} (?=[A-Z])", text)[-1].partition(" --")[0]
         assert described.endswith(f"({getattr(Options(), name)})"), name

@@ -63,7 +63,8 @@ def test_a_plan_is_followed_instead_of_a_ratio(tmp_path: Path, save_tiny_model: 
     model = save_tiny_model(tmp_path / "model")
     file = tmp_path / "plan.json"
     write_plan(WidthPlan({"model.layers.0.mlp": 41}), file)
-    result = slim(model, 0.0, plan=file, **FEW)
+    result = slim(model, plan=file, **FEW)
+    assert result.options.ratio is None
     assert [(entry.region.name, entry.width) for entry in result.swept] == [("model.layers.0.mlp", 41)]
     file.write_text("{}")
     with pytest.raises(UsageError, match=r"--plan .*plan\.json: not a width plan"):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dotresize_fx.cost import block_linears, count_cost, weights_per_unit
+from dotresize_fx.cost import CostModel, block_linears, count_cost, macs_per_unit, weights_per_unit
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.progress import Progress
+from dotresize_fx.width_plan import WidthPlan
 
 KINDS = ["llama", "gpt2", "qwen2", "opt", "bert"]
 
@@ -50,6 +51,7 @@ def test_macs_by_formula(tiny_graph: Any) -> None:
     block = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 64)  # Q, K and V of 2 of 4 heads, O, FFN; two layers
     attention = 2 * 4 * 100 * (8 + 8)  # layers, heads, keys, head sizes of K and V
     assert cost.block_macs_per_token == cost.block_linear_weights == block
+    assert cost.attention_macs_per_token == attention
     assert cost.macs_per_token == block + 97 * 32 + attention
     assert cost.length == 100
 
@@ -92,7 +94,7 @@ def test_a_gain_in_front_of_a_tied_head_belongs_to_the_head(tiny_graph: Any) -> 
 def test_a_unit_of_width_is_what_a_cut_removes(tiny_graph: Any, tiny_batch: Any, kind: str) -> None:
     _, graph = tiny_graph(kind)
     batches = [tiny_batch(2, 16, seed=seed) for seed in range(2)]
-    options = Options(ratio=0.2, method="magnitude", multiple=4)
+    options = Options(ratio=0.2, method="magnitude")
     done = slim_graph(graph, find_regions(graph), batches, options, Progress(quiet=True))
     slimmed, swept = done.graph, done.swept
     units = sum((cut.region.width - cut.width) * weights_per_unit(graph, cut.region) for cut in swept)
@@ -106,3 +108,47 @@ def test_weights_per_unit_by_formula(tiny_graph: Any) -> None:
     (stream,) = report.of_kind("residual")
     # Rows of Q, K, V, gate and up that read it, columns of O and down that write it; embedding and head are outside.
     assert weights_per_unit(graph, stream) == 2 * (32 + 16 + 16 + 64 + 64 + 32 + 64)
+
+
+def test_macs_per_unit_by_formula(tiny_graph: Any) -> None:
+    """Of heads of 8, two KV heads and four query heads on 32 channels; attention over 100 tokens."""
+    report = find_regions(graph := tiny_graph("llama")[1])
+    found = {str(region.kind): macs_per_unit(graph, region, 100) for region in report.regions}
+    queries, head = 4 * 100, 8 * 100
+    assert found == {
+        "ffn": 3 * 32,
+        "residual": weights_per_unit(graph, next(report.of_kind("residual"))),
+        "value": (2 + 4) * 32 + queries,  # columns of V and rows of O, and the mixing
+        "query_key": (4 + 2) * 32 + queries,  # columns of Q and K, and the scores
+        "kv_heads": 8 * (2 + 1 + 1 + 2) * 32 + 2 * (head + head),  # two query heads a KV head: Q, K, V and O
+    }
+
+
+CUTS = {
+    "ffn": {"model.layers.0.mlp": 40},
+    "sizes of heads": {"model.layers.0.self_attn query_key": 6, "model.layers.1.self_attn value": 5},
+    "whole heads": {"model.layers.1.self_attn kv_heads": 1},
+    "both of a head": {"model.layers.1.self_attn query_key": 2, "model.layers.1.self_attn value": 3},
+}
+
+
+@pytest.mark.parametrize("widths", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("kind", ["weights", "macs"])
+def test_a_unit_of_width_costs_what_its_cut_saves(
+    tiny_graph: Any, tiny_batch: Any, kind: str, widths: dict[str, int]
+) -> None:
+    _, graph = tiny_graph("llama")
+    matches, cost = find_regions(graph), CostModel(kind, 24)
+    slimmed = slim_graph(
+        graph, matches, [tiny_batch(2, 24)], Options(), Progress(quiet=True), plan=WidthPlan(widths)
+    ).graph
+    regions = {region.name: region for region in matches.regions}
+    units = sum((regions[n].width - width) * cost.per_unit(graph, regions[n]) for n, width in widths.items())
+    assert cost.total(graph) - cost.total(slimmed) == units > 0
+
+
+def test_total_costs(tiny_graph: Any) -> None:
+    _, graph = tiny_graph("llama")
+    counted = count_cost(graph, 100)
+    assert CostModel().total(graph) == counted.block_linear_weights
+    assert CostModel("macs", 100).total(graph) == counted.macs_per_token - 97 * 32  # all but the head

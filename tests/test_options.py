@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
-from dotresize_fx.options import ALLOCATIONS, EFFORTS, REGION_NAMES, SELF_TOKENS, Options
+from dotresize_fx.options import ALLOCATIONS, EFFORTS, HEAD_SIZES, PLANNED, REGION_NAMES, SELF_TOKENS, Options
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
 
@@ -26,6 +28,7 @@ def test_the_defaults_are_allowed() -> None:
     options = Options()
     assert (options.ratio, options.regions, options.method, options.seed) == (0.2, (), "auto", 0)
     assert (options.effort, options.allocation, options.plan) == ("fast", "measured", None)
+    assert (options.cost, options.head_sizes, options.multiple) == ("weights", "free", None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.ratio = 0.5  # type: ignore[misc]
 
@@ -35,7 +38,7 @@ def test_a_ratio_is_a_share(ratio: float) -> None:
     if 0 <= ratio < 1:
         assert Options(ratio=ratio).ratio == ratio
     else:
-        assert refusal(ratio=ratio) == f"--ratio is {ratio}: it is a share of the block weights, at least 0 and below 1"
+        assert refusal(ratio=ratio) == f"--ratio is {ratio}: it is a share, at least 0 and below 1"
 
 
 @pytest.mark.parametrize("regions", [("ffn",), ("residual",), ("ffn", "residual"), ("residual", "ffn")])
@@ -91,6 +94,46 @@ def test_efforts_and_allocations() -> None:
     assert [Options(allocation=name).allocation for name in ALLOCATIONS] == ["measured", "uniform"]
     assert refusal(effort="utmost") == "--effort utmost: choose one of best, fast, heal"
     assert refusal(allocation="even") == "--allocation even: choose one of measured, uniform"
+
+
+def test_costs_and_head_sizes() -> None:
+    assert [Options(cost=cost).cost for cost in COSTS] == ["weights", "macs"]
+    assert [Options(head_sizes=sizes).head_sizes for sizes in HEAD_SIZES] == ["free", "equal"]
+    assert refusal(cost="watts") == "--cost watts: choose one of macs, weights"
+    assert refusal(head_sizes="odd") == "--head-sizes odd: choose one of equal, free"
+
+
+def test_equal_head_sizes_need_both_widths_of_a_head() -> None:
+    for regions in ((), ("attention",), ("value", "query_key"), ("kv_heads",), ("ffn", "residual")):
+        assert Options(head_sizes="equal", regions=regions).regions == regions
+    assert refusal(head_sizes="equal", regions=("value", "kv_heads")) == (
+        "--regions value,kv_heads: --head-sizes equal cuts query_key and value together: name both"
+    )
+    assert "name both" in refusal(head_sizes="equal", regions=("query_key",))
+
+
+# What a plan settles, each as a user may say it: also where that is the default.
+SAID = {"ratio": 0.2, "regions": ("ffn",), "allocation": "measured", "cost": "weights", "head_sizes": "free"}
+SAID |= {"multiple": 16}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_plan_settles_cannot_be_given_beside_it(name: str) -> None:
+    assert PLANNED.keys() == SAID.keys()
+    option = f"--{name.replace('_', '-')}"
+    said = f"--plan says all widths, so {option} cannot be given beside it: leave out one of the two"
+    assert refusal(plan=Path("plan.json"), **{name: SAID[name]}) == said
+
+
+def test_a_ratio_of_zero_is_one_that_was_given() -> None:
+    assert "so --ratio, --multiple cannot" in refusal(plan=Path("plan.json"), ratio=0.0, multiple=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_a_plan_nothing_else_decides_the_widths(method: str) -> None:
+    options = Options(plan=Path("plan.json"), method=method)
+    assert {name: getattr(options, name) for name in PLANNED} == {**dict.fromkeys(PLANNED), "regions": ()}
+    assert options.kinds == tuple(METHODS[method])
 
 
 @given(st.floats(allow_nan=True))

@@ -114,10 +114,13 @@ def test_a_plan_is_followed_exactly(tiny_graph: Any, tiny_batch: Any, run: Any, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_plan_that_a_run_wrote_gives_that_run_again(tiny_graph: Any, tiny_batch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("regions", [(), ("residual",), ("residual", "ffn"), ("query_key",), ("ffn", "value")])
+def test_the_plan_that_a_run_wrote_gives_that_run_again(
+    tiny_graph: Any, tiny_batch: Any, tmp_path: Path, regions: tuple[str, ...]
+) -> None:
     _, dense = tiny_graph("opt")
     batches = [tiny_batch(4, 24, 3, seed=seed) for seed in range(3)]
-    planned = slim_graph(dense, find_regions(dense), batches, Options(ratio=0.3), QUIET)
+    planned = slim_graph(dense, find_regions(dense), batches, Options(ratio=0.1, regions=regions), QUIET)
     write_plan(planned.plan, tmp_path / "plan.json")
     plan = read_plan(tmp_path / "plan.json")
     followed = slim_graph(dense, find_regions(dense), batches, Options(), QUIET, plan=plan)

@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dotresize_fx.errors import UsageError
 from dotresize_fx.fidelity import Inputs
 
 
 class HealCheckpoint:
     """``heal.safetensors`` in ``folder``; without a folder nothing is written and nothing is found.
 
-    Only a file with the same ``fingerprint`` is found: another one is from other weights, options or data.
+    Only a file with the same ``fingerprint`` is gone on from: another one is from other weights, options or data.
     """
 
     def __init__(self, folder: Path | None, fingerprint: str) -> None:
@@ -36,14 +37,21 @@ class HealCheckpoint:
         partial.replace(self.file)
 
     def read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(tensors on the CPU, facts) as they were written, or None."""
+        """(tensors on the CPU, facts) as they were written, or None where there is no file, or a damaged one.
+
+        Raises:
+            UsageError: the file has another fingerprint; writing would replace what another run has healed.
+        """
         if self.file is None or not self.file.is_file():
             return None
         try:
             with safe_open(self.file, framework="pt") as opened:
                 header = opened.metadata() or {}
                 if header.get("fingerprint") != self.fingerprint:
-                    return None
+                    raise UsageError(
+                        f"--heal-checkpoint {self.file.parent}: heal.safetensors in it is of another run (other model, "
+                        "options or data): choose another folder, or delete the file to start afresh"
+                    )
                 return {name: opened.get_tensor(name) for name in opened.keys()}, json.loads(header["facts"])  # noqa: SIM118
         except (OSError, SafetensorError, ValueError, KeyError):
             return None

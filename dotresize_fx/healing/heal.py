@@ -53,7 +53,8 @@ def heal(
         advanced: called for each hundredth of the budget. May raise: nothing is changed then.
 
     Raises:
-        UsageError: no batches, an unknown task, or a stream that is not in both graphs with one width.
+        UsageError: no batches, an unknown task, a stream that is not in both graphs with one width, or a checkpoint
+            of a call with other arguments.
     """
     if task not in TASKS:
         raise UsageError(f"cannot heal a {task!r}: the task is one of {', '.join(TASKS)}")

@@ -63,7 +63,7 @@ def copied(model_folder: Folder, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ratio", "-0.1"], "--ratio is -0.1: it is a share of the block weights, at least 0 and below 1"),
+        (["--ratio", "-0.1"], "--ratio is -0.1: it is a share, at least 0 and below 1"),
         (["--ratio", "1"], "--ratio is 1.0: it is a share"),
         (["--ratio", "nan"], "--ratio is nan: it is a share"),
         (["--ratio", "much"], "argument --ratio: invalid float value: 'much' (see `dotresize-fx export --help`)"),
@@ -77,6 +77,10 @@ def copied(model_folder: Folder, tmp_path: Path) -> Path:
         (["--method", "pca"], "--method pca does not cut what is cut by default: choose --regions from residual"),
         (["--sequence-length", "1"], "--sequence-length is 1: it must be at least 2"),
         (["--multiple", "0"], "--multiple is 0: it must be at least 1"),
+        (["--cost", "watts"], "--cost watts: choose one of macs, weights"),
+        (["--head-sizes", "equal", "--regions", "value"], "--regions value: --head-sizes equal cuts query_key and"),
+        (["--plan", "plan.json", "--ratio", "0.2"], "--plan says all widths, so --ratio cannot be given beside it: "),
+        (["--plan", "plan.json", "--regions", "ffn", "--multiple", "8"], "so --regions, --multiple cannot be given"),
         (["--seed", "-1"], "--seed is -1: it must be at least 0"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],

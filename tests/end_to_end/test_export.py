@@ -109,7 +109,10 @@ def test_the_page_opens_offline(exported: Exported) -> None:
 
 def test_the_terminal_shows_stages_and_one_table(exported: Exported) -> None:
     out, ended = exported("llama")
-    stages = [re.match(r"(.+?) {2,}\d+\.\d s$", line) for line in ended.stderr.splitlines()]
+    told, plan = [], []
+    for line in ended.stderr.splitlines():
+        (plan if line.startswith(("width plan", "  ")) else told).append(line)
+    stages = [re.match(r"(.+?) {2,}\d+\.\d s$", line) for line in told]
     assert all(stages), ended.stderr  # nothing of the libraries underneath gets through
     assert [stage[1] for stage in stages if stage] == [
         "load",
@@ -123,6 +126,12 @@ def test_the_terminal_shows_stages_and_one_table(exported: Exported) -> None:
         "convert dense to ONNX",
         "measure latency",
     ]
+    widths = json.loads((out / "plan.json").read_text(encoding="utf-8"))["widths"]
+    assert [line.split()[0] for line in plan] == ["width", "layer", "model.layers.0", "model.layers.1"]
+    for line in plan[2:]:
+        layer, *cells = line.split()
+        width = widths[f"{layer}.mlp"]
+        assert cells[:3] == ["64", "->", str(width)] if width < 64 else cells[:1] == ["64"]
     for figure in ("parameters", "block linear weights", "MACs per token", "file size", "perplexity", "top-1"):
         assert figure in ended.stdout
     for figure in ("KL to dense", "latency", "largest difference to slim program"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.graph import FxGraph
 
 
@@ -39,12 +40,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     resumed, second = healed(checkpoint=tmp_path, advanced=lambda: taken.append(None))
     assert same_weights(resumed, whole)
     assert [(s, kl) for s, _, kl in second.history] == [(s, kl) for s, _, kl in result.history]
-    # What is finished is not done again; what was asked for otherwise is not taken for it.
+    # What is finished is not done again.
     again, third = healed(checkpoint=tmp_path, advanced=kill_after(0))
     assert same_weights(again, whole)
     assert third.after == result.after
-    with pytest.raises(Killed):
-        healed(checkpoint=tmp_path, seed=1, advanced=kill_after(0))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path: Path, healed: Callable[..., Any]) -> None:
+    healed(steps=2, checkpoint=tmp_path)
+    file = tmp_path / "heal.safetensors"
+    before = file.read_bytes()
+    with pytest.raises(UsageError) as caught:
+        healed(steps=2, checkpoint=tmp_path, seed=1)
+    assert str(caught.value) == (
+        f"--heal-checkpoint {tmp_path}: heal.safetensors in it is of another run (other model, options or data): "
+        "choose another folder, or delete the file to start afresh"
+    )
+    assert file.read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_no_checkpoint(

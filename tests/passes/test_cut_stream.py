@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dotresize_fx.cost import count_cost
+from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
@@ -20,9 +20,8 @@ QUIET = Progress(quiet=True)
 
 
 def cut(graph: FxGraph, data: list[Any], ratio: float = 0.25, width: int | None = None, **options: Any) -> Any:
-    total = count_cost(graph, 1).block_linear_weights
     chosen = Options(regions=("residual",), check=True, **options)
-    return cut_stream(graph, find_regions(graph), data, total, ratio, chosen, QUIET, width)
+    return cut_stream(graph, find_regions(graph), data, CostModel(), ratio, chosen, QUIET, width)
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""Split what a ratio asks for over the regions of a graph: which widths go together, on which grid, at which cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import lcm
+
+import torch
+
+from dotresize_fx.cost import CostModel
+from dotresize_fx.errors import NothingToSlimError, UsageError
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.options import Options
+from dotresize_fx.passes.choose_regions import left_alone
+from dotresize_fx.progress import Progress
+from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.sensitivity import measure_curves
+from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly, step_of
+
+# Fused attentions that share KV heads take keys and values of one size, a multiple of this.
+HEAD_MULTIPLE = 8
+Group = tuple[Region, ...]
+
+
+def plan_widths(
+    graph: FxGraph,
+    regions: Sequence[Region],
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    total: int,
+    cost: CostModel,
+    options: Options,
+    progress: Progress,
+    task: str,
+) -> tuple[WidthPlan, tuple[str, ...]]:
+    """A width for each of the regions, and why some of them keep theirs.
+
+    ``total`` is the cost of the dense model, of which the options' ratio is a share; where the graph's is less by now,
+    that much less is left to remove.
+
+    Raises:
+        NothingToSlimError: there is no region, or they hold too little for the ratio.
+        UsageError: whole KV heads alone are to be cut uniformly.
+    """
+    assert options.ratio is not None
+    left = cost.total(graph)
+    # As it was asked for where nothing went: it is named in what a refusal says.
+    ratio = options.ratio if left == total else max(0.0, 1 - (1 - options.ratio) * total / left)
+    groups, notes = pair_heads(regions) if options.head_sizes == "equal" else ([(region,) for region in regions], ())
+    if options.allocation == "uniform":
+        groups = [group for group in groups if group[0].kind is not RegionKind.HEADS]
+        if regions and not groups and not notes:
+            raise UsageError("--allocation uniform does not cut whole KV heads: use measured, or other --regions")
+    if regions and not groups:
+        raise NothingToSlimError("; ".join(notes))
+    # One of each group stands for all: they take its width.
+    leads = [group[-1] for group in groups]
+    units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
+    steps = {group[-1].name: _step(group, options.multiple) for group in groups}
+    curves: dict[str, torch.Tensor] = {}
+    if options.allocation == "uniform":
+        plan = plan_uniformly(leads, units, left, ratio, steps=steps, cost=cost.name)
+    else:
+        if grouped := {region.name for group in groups for region in group}:
+            with progress.stage("measure sensitivity") as step:
+                chosen = [region for region in regions if region.name in grouped]
+                curves = measure_curves(graph, chosen, batches, task=task, advanced=step)
+        summed = {group[-1].name: torch.stack([curves[region.name] for region in group]).sum(0) for group in groups}
+        plan = plan_by_curves(leads, summed, units, left, ratio, steps=steps, cost=cost.name)
+    widths = {region.name: region.width for region in regions}
+    widths |= {region.name: plan.widths[group[-1].name] for group in groups for region in group}
+    return WidthPlan(widths, {name: float(curve[widths[name]]) for name, curve in curves.items()}), notes
+
+
+def pair_heads(regions: Sequence[Region]) -> tuple[list[Group], tuple[str, ...]]:
+    """Regions that take one width together: query_key and value of an attention, every other alone; and in notes how
+    many were left out for what reason, so that keys and values keep one size.
+    """
+    sizes: dict[str, list[Region]] = {}
+    for region in regions:
+        if region.kind in (RegionKind.QUERY_KEY, RegionKind.VALUE):
+            sizes.setdefault(region.attention, []).append(region)
+    reasons = {attention: _why_not_paired(heads) for attention, heads in sizes.items()}
+    groups: list[Group] = [
+        (region,) for region in regions if region.attention not in sizes or region not in sizes[region.attention]
+    ]
+    groups += [tuple(heads) for attention, heads in sizes.items() if not reasons[attention]]
+    left = left_alone(reasons[attention] for attention, heads in sizes.items() for _ in heads if reasons[attention])
+    return groups, tuple(left)
+
+
+def _why_not_paired(heads: Sequence[Region]) -> str:
+    """Why the widths of an attention's heads cannot be cut to one size; empty when they can."""
+    if len(heads) < 2:
+        other = RegionKind.VALUE if heads[0].kind is RegionKind.QUERY_KEY else RegionKind.QUERY_KEY
+        return f"--head-sizes equal, and the {other} width of the same heads cannot be cut"
+    if len({region.width for region in heads}) > 1:
+        return "--head-sizes equal, and keys and values of the same heads are of two sizes"
+    if heads[0].width <= HEAD_MULTIPLE:
+        return f"--head-sizes equal, and heads of {heads[0].width} have no smaller multiple of {HEAD_MULTIPLE}"
+    return ""
+
+
+def _step(group: Group, multiple: int | None) -> int:
+    if len(group) == 1:
+        return step_of(group[0], multiple)
+    return lcm(HEAD_MULTIPLE, multiple or 1)
