@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from ot_heads import mix_pairs, mix_values
+from ot_plans import chosen_mass
 
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.region_map import RegionMap, selection
@@ -23,11 +24,8 @@ from dotresize_fx.solvers.magnitude import top
 from dotresize_fx.solvers.obs import solve_obs
 from dotresize_fx.transport.sinkhorn import sinkhorn
 
-# Entropic weights in units of the cost, which lies between 0 and 1.
-EPSILON_SUPPORT = 0.05
-EPSILON_CENTRE = 0.02
-# Rounds in which the plan's own target marginal becomes the next round's reference.
-ROUNDS = 30
+# In units of the cost, which lies between 0 and 1.
+EPSILON = 0.02
 # Tried, of what the plan brings to a writer's row.
 SHARES = (0.5, 1.0)
 
@@ -66,25 +64,14 @@ def solve_norm(region: Region, statistics: RegionStatistics, width: int) -> Regi
 def solve_semi_relaxed(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
     """Keep the neurons that most mass arrives at when a plan between all neurons is free to choose its targets.
 
-    Minimise <C, P> + eps KL(P | a b.T) over plans P with rows summing to a, and over b: the rate-distortion problem,
-    whose best b is P's own column sums (Blahut 1972, "Computation of channel capacity and rate-distortion
-    functions", alternating updates) and sparse. a is the mean square of what each neuron contributes, C the share of
-    it that the best multiple of another does not give.
+    The mass is the mean square of what each neuron contributes, the cost the share of it that the best multiple of
+    another does not give.
     """
     mass = statistics.gram.diagonal().clamp_min(0) * statistics.reader_norm.square()
     if width == region.width or float(mass.sum()) <= 0:
         return solve_obs(region, statistics, width)
     down = selection(top(chosen_mass(output_error(statistics.gram), mass / mass.sum()), width), region.width)
     return RegionMap(down, down.T)
-
-
-def chosen_mass(cost: torch.Tensor, mass: torch.Tensor, epsilon: float = EPSILON_SUPPORT) -> torch.Tensor:
-    """(k,) what arrives at each target of an (n, k) cost when the target marginal is the plan's own."""
-    arriving = torch.full_like(cost[0], 1 / cost.shape[1])
-    for _ in range(ROUNDS):
-        plan = sinkhorn(cost, mass, arriving, epsilon=epsilon, target_relaxation=0.0, tolerance=1e-6, max_iterations=5)
-        arriving = plan.plan.sum(0)
-    return arriving
 
 
 def solve_recentred(region: Region, statistics: RegionStatistics, width: int, share: float) -> RegionMap:
@@ -115,7 +102,7 @@ def solve_recentred(region: Region, statistics: RegionStatistics, width: int, sh
     plan = sinkhorn(
         1 - (cosine * alike).square(),
         mass,
-        epsilon=EPSILON_CENTRE,
+        epsilon=EPSILON,
         target_relaxation=0.0,
         tolerance=1e-6,
         max_iterations=5,
@@ -130,6 +117,10 @@ def _core(kind: RegionKind, name: str) -> Member:
     return Member(kind, ((name, SOLVERS[name]),))
 
 
+def _pairs(**chosen: bool) -> Member:
+    return Member(RegionKind.QUERY_KEY, (("query-key", SOLVERS["query-key"]),), partial(mix_pairs, **chosen))
+
+
 _RECENTRED = tuple((f"recentred {share}", partial(solve_recentred, share=share)) for share in SHARES)
 
 MEMBERS: dict[str, Member] = {
@@ -141,7 +132,9 @@ MEMBERS: dict[str, Member] = {
     "heads dropped": _core(RegionKind.HEADS, "kv-heads"),
     "heads transported": Member(RegionKind.HEADS, (("kv-heads", SOLVERS["kv-heads"]),), mix_values),
     "pairs dropped": _core(RegionKind.QUERY_KEY, "query-key"),
-    "pairs transported": Member(RegionKind.QUERY_KEY, (("query-key", SOLVERS["query-key"]),), mix_pairs),
+    "pairs transported": _pairs(),
+    "pairs transported, chosen": _pairs(choose=True),
+    "pairs merged with nearest": _pairs(transport=False),
     "stream pca": _core(RegionKind.RESIDUAL, "pca"),
     "stream transported": _core(RegionKind.RESIDUAL, "dotresize"),
 }
@@ -153,5 +146,7 @@ FORMULATIONS: dict[str, Formulation] = {
     "recentre": Formulation("recentred", "obs", "rows of the linear branch at the plan's barycentre"),
     "heads": Formulation("heads transported", "heads dropped", "values of removed KV heads moved onto kept ones"),
     "pairs": Formulation("pairs transported", "pairs dropped", "rotary pairs merged with pairs of near frequency"),
+    "pairs-chosen": Formulation("pairs transported, chosen", "pairs dropped", "and a plan chooses which pairs stay"),
+    "pairs-nearest": Formulation("pairs transported", "pairs merged with nearest", "merged by a plan or by least cost"),
     "stream": Formulation("stream transported", "stream pca", "the stream's basis from a plan, against PCA"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from ot_plans import chosen_mass
 
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.regions import Region
@@ -82,6 +83,9 @@ def mix_pairs(
     width: int,
     values: Sequence[str],
     tables: Sequence[torch.Tensor],
+    *,
+    choose: bool = False,
+    transport: bool = True,
 ) -> Mapping[str, torch.Tensor]:
     """Queries and keys in which kept rotary pairs also carry removed ones; the removed ones become zero.
 
@@ -91,26 +95,30 @@ def mix_pairs(
     Cq^(1/2) diag(1, c) Ck^(1/2), Cq and Ck being the pairs' second moments in one KV head, and loses the rest: that
     over the energy of p is the cost. Removed pairs carry equal mass, kept ones are held to equal shares by CAPACITY;
     a pair goes where most of it arrives, unless dropping it costs less.
+
+    ``choose``: the kept pairs are those that most energy arrives at when a plan between all pairs chooses its
+    targets, not those of most energy. Without ``transport`` each removed pair goes where its own cost is least.
     """
     n, half = region.width, region.width // 2
+    if width == n or len(tables) != 2:
+        return {}
     query, key = (side.cpu() for side in _complex_moments(region, statistics))  # a few small matrices
     energy = (query.diagonal(dim1=1, dim2=2).real * key.diagonal(dim1=1, dim2=2).real).sum(0)
-    kept = top(energy, width // 2)
-    gone = torch.ones(half, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
-    leaving = gone.nonzero().flatten()
-    if not len(leaving) or len(tables) != 2:
-        return {}
-    near = _coherence(tables, half).cpu()
-    cost = _merging_cost(query, key, near, energy, leaving, kept)
-    plan = sinkhorn(cost, epsilon=EPSILON, target_relaxation=CAPACITY, tolerance=1e-6, max_iterations=2000).plan
-    best = plan.argmax(1)
+    cost = _merging_cost(query, key, near := _coherence(tables, half).cpu(), energy)
+    whole = float(energy.sum())
+    kept = top(chosen_mass(cost.clamp(0, 1), energy / whole) if choose and whole > 0 else energy, width // 2)
+    leaving = torch.tensor([p for p in range(half) if p not in kept.tolist()])
+    cost = cost[leaving][:, kept]
+    best = cost.argmin(1)
+    if transport:
+        options = {"epsilon": EPSILON, "tolerance": 1e-6, "max_iterations": 2000}
+        best = sinkhorn(cost, target_relaxation=CAPACITY, **options).plan.argmax(1)
     mixed = {name: weight.clone() for name, weight in statistics.writer_weights.items() if name in region.writers}
     for b, place in enumerate(kept.tolist()):
         joined = [p for a, p in enumerate(leaving.tolist()) if int(best[a]) == b and float(cost[a, b]) < 1]
         if not joined:
             continue
-        cluster = torch.tensor([place, *joined], device=kept.device)
+        cluster = torch.tensor([place, *joined])
         left, right = (one.to(statistics.gram.device) for one in _leading(query, key, near[place, cluster], cluster))
         for name, weight in mixed.items():
             shaped = statistics.writer_weights[name].reshape(region.heads, -1, n, weight.shape[1])
@@ -150,20 +158,13 @@ def _coherence(tables: Sequence[torch.Tensor], half: int) -> torch.Tensor:
     return near.clamp(0, 1)
 
 
-def _merging_cost(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    near: torch.Tensor,
-    energy: torch.Tensor,
-    leaving: torch.Tensor,
-    kept: torch.Tensor,
-) -> torch.Tensor:
-    """(removed, kept): the energy lost by merging, as a share of the removed pair's."""
-    pairs = torch.stack(torch.broadcast_tensors(kept[None, :], leaving[:, None]), -1)
+def _merging_cost(query: torch.Tensor, key: torch.Tensor, near: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """(p, q): the energy lost by merging pair p into pair q, as a share of p's; (n/2, n/2), 0 on the diagonal."""
+    every = torch.arange(len(energy))
+    pairs = torch.stack(torch.broadcast_tensors(every[None, :], every[:, None]), -1)
     values = torch.linalg.svdvals(_decomposed(query, key, near[pairs[..., :1], pairs], pairs)[0])
-    whole = energy[leaving, None]
-    lost = values[..., 1].square().sum(0) + (1 - near[leaving][:, kept].square()) * whole
-    return lost / whole.clamp_min(torch.finfo(lost.dtype).tiny)
+    lost = values[..., 1].square().sum(0) + (1 - near.square()) * energy[:, None]
+    return (lost / energy[:, None].clamp_min(torch.finfo(lost.dtype).tiny)).fill_diagonal_(0)
 
 
 def _decomposed(

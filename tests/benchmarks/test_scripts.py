@@ -22,15 +22,6 @@ from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 Script = Callable[[str], ModuleType]
 
 
-@pytest.fixture(scope="module")
-def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for name in ("calibration-a", "calibration-b", "heldout-c"):
-        text = "\n\n".join(f"{name} has paragraph {i} of a few words" for i in range(60))
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
 def test_all_rows_and_the_published_settings_are_the_default(script: Script) -> None:
     fidelity = script("fidelity")
     found = fidelity.parse(["--text-dir", "x"])
