@@ -19,13 +19,12 @@ batches, by which constants were chosen.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import statistics
 import time
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from bench import Setup, append, line, said
 from measure import free_memory, means, runs, spending
 from ot_formulations import FORMULATIONS, MEMBERS, Member
 from ot_sweep import TransportSweep
+from ot_table import EFFORTS, print_table, read_rows
 
 from dotresize_fx.cost import count_cost, weights_per_unit
 from dotresize_fx.fx_form.graph import FxGraph
@@ -46,8 +46,6 @@ from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly
-
-EFFORTS = ("fast", "best")
 
 
 class Ablation(Setup):
@@ -138,65 +136,6 @@ class Ablation(Setup):
         }
 
 
-# -- the table -------------------------------------------------------------------------------------
-
-Row = Mapping[str, Any]
-
-
-def read_rows(files: Sequence[Path]) -> list[Row]:
-    """The rows of several runs."""
-    entries = [json.loads(text) for file in files for text in file.read_text(encoding="utf-8").splitlines()]
-    return [entry for entry in entries if entry["kind"] == "row"]
-
-
-def table(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a formulation, cut and effort, over the seeds that both members were measured with."""
-    found: dict[tuple[str, float, str], dict[int, Row]] = defaultdict(dict)
-    for row in rows:
-        found[row["member"], row["ratio"], row["effort"]][row["seed"]] = row
-    lines = []
-    for name, pair in FORMULATIONS.items():
-        for ratio in sorted({row["ratio"] for row in rows}):
-            for effort in EFFORTS:
-                ours, theirs = (found[member, ratio, effort] for member in (pair.transport, pair.without))
-                if seeds := sorted(ours.keys() & theirs.keys()):
-                    lines.append([name, f"{ratio:.0%}", effort, str(len(seeds)), *_cells(ours, theirs, seeds)])
-    return lines
-
-
-def _cells(ours: Mapping[int, Row], theirs: Mapping[int, Row], seeds: Sequence[int]) -> list[str]:
-    off = statistics.fmean(ours[seed]["weights_off"] for seed in seeds)
-    cells = [f"{off:.1%}"]
-    for figure in ("excess", "kl", "other"):
-        pairs = [(ours[seed][figure], theirs[seed][figure]) for seed in seeds]
-        cells += [spread([first for first, _ in pairs]), spread([second for _, second in pairs])]
-        cells.append(spread([first - second for first, second in pairs], signed=True))
-    return cells
-
-
-def spread(values: Sequence[float], *, signed: bool = False) -> str:
-    """Mean and standard deviation; a signed one in bold where the mean is further from zero than that."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.4f}" if signed else f"{mean:.4f}"
-    deviation = statistics.stdev(values)
-    words = f"{mean:{'+' if signed else ''}.4f} +- {deviation:.4f}"
-    return f"**{words}**" if signed and abs(mean) > deviation else words
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    columns = ["formulation", "cut", "effort", "seeds", "weights off"]
-    for figure in ("excess", "KL", "other"):
-        columns += [f"{figure} with", f"{figure} without", f"{figure} difference"]
-    line(columns)
-    line(["---"] * len(columns))
-    for cells in table(rows):
-        line(cells)
-
-
-# -- the run ---------------------------------------------------------------------------------------
-
-
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=Path, nargs="+", default=None, metavar="FILE", help="print it, measure nothing")
@@ -221,12 +160,12 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every member of the formulations asked for, once a seed, cut and effort."""
     started = time.perf_counter()
     pairs = [FORMULATIONS[name] for name in arguments.formulations]
     members = list(dict.fromkeys(name for pair in pairs for name in (pair.transport, pair.without)))
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     left_out = []
     for seed in arguments.seeds:
         bench = Ablation(arguments, seed, list(dict.fromkeys(MEMBERS[name].kind for name in members)))

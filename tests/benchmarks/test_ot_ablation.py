@@ -163,11 +163,9 @@ def test_a_run_measures_both_members_of_every_pair(
     sizes = {"num_hidden_layers": 2, "intermediate_size": 128, "num_key_value_heads": 2, "attention_bias": True}
     model = save_tiny_model(tmp_path / "model", **sizes)
     file = tmp_path / "out.jsonl"
-    given = (
-        f"--model {model} --text-dir {text_dir} --json {file} --seeds 3 --ratios 0.3 --efforts best --repair-steps 2"
-    )
+    given = f"--model {model} --text-dir {text_dir} --json {file} --seeds 3 --ratios 0.3 --repair-steps 2"
     asked = ["recentre", "heads", "pairs-chosen", "stream"]
-    given += f" --formulations {' '.join(asked)}"
+    given += f" --efforts best --formulations {' '.join(asked)}"
     given += " --length 16 --calibration-tokens 320 --tokens-per-text 64 --device cpu"
     monkeypatch.setattr(sys, "argv", ["ot_ablation.py", *given.split()])
     ablation.main()
@@ -190,14 +188,14 @@ def test_a_run_measures_both_members_of_every_pair(
 
 
 def test_the_table_pairs_seeds_and_marks_what_is_beyond_the_spread(script: Script) -> None:
-    ablation = script("ot_ablation")
+    table = script("ot_table").table
 
     def row(member: str, seed: int, excess: float, kl: float) -> dict[str, Any]:
         figures = {"excess": excess, "kl": kl, "other": kl, "weights_off": 0.2}
         return {"member": member, "ratio": 0.2, "effort": "fast", "seed": seed, **figures}
 
     rows = [row("merged", 0, 0.1, 0.4), row("obs", 0, 0.2, 0.2), row("merged", 1, 0.3, 0.1), row("obs", 1, 0.41, 0.2)]
-    [cells] = ablation.table([*rows, row("obs", 2, 9.0, 9.0)])
+    [cells] = table([*rows, row("obs", 2, 9.0, 9.0)])
     assert cells[:5] == ["merge", "20%", "fast", "2", "20.0%"]
     assert cells[5:8] == ["0.2000 +- 0.1414", "0.3050 +- 0.1485", "**-0.1050 +- 0.0071**"]
     assert cells[10] == "+0.0500 +- 0.2121"
