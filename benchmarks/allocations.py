@@ -107,9 +107,9 @@ def influence_wishes(
     return {region.name: by_target[region.target] for region in regions}
 
 
-def probe_prices(graph: FxGraph, regions: Sequence[Region], batches: Batches, seed: int) -> dict[str, float]:
+def probe_prices(graph: FxGraph, regions: Sequence[Region], batches: Batches) -> dict[str, float]:
     """What each region's probe is priced at: the KL, in nats, of a cut of that region alone with a one-shot refit."""
-    curves = measure_curves(graph, regions, batches, seed=seed)
+    curves = measure_curves(graph, regions, batches)
     return {region.name: float(curves[region.name][probed_width(region)]) for region in regions}
 
 

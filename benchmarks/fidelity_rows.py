@@ -119,7 +119,7 @@ class Bench(Setup):
         """Of the FFNs, and seconds."""
         regions = cuttable(self.dense, self.matches, (RegionKind.FFN,))
         with spending(self.device) as spent:
-            found = probe_prices(self.dense, regions, self.calibrating, self.seed)
+            found = probe_prices(self.dense, regions, self.calibrating)
         return found, spent.seconds
 
     def slim(

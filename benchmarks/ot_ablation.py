@@ -4,10 +4,10 @@
     python benchmarks/ot_ablation.py --table seed0.jsonl seed1.jsonl seed2.jsonl
 
 Text: see texts.py. The formulations are pairs of members in ot_formulations.py. A seed gives the random sample of
-calibration text, the tokens that price the curves and the order of repair; the text that is measured on stays the
-same. Both members of a pair follow one width plan, made from curves that are measured once a seed (a stream has one
-width). The cut is a share of the blocks' linear weights for FFNs and streams; for attentions, which hold too little, of
-the weights of the linears that a member can cut. Effort best repairs every cut sublayer for ``--repair-steps`` steps.
+calibration text and the order of repair; the text that is measured on stays the same. Both members of a pair follow
+one width plan, made from curves that are measured once a seed (a stream has one width). The cut is a share of the
+blocks' linear weights for FFNs and streams; for attentions, which hold too little, of the weights of the linears that a
+member can cut. Effort best repairs every cut sublayer for ``--repair-steps`` steps.
 
 "With" and "without" are mean excess, ln(perplexity slim / perplexity dense) in nats, and mean KL to the dense model
 on the ends of the calibrating sources, "other" the excess on other sources; +- is the standard deviation over seeds.
@@ -60,7 +60,7 @@ class Ablation(Setup):
         self.values = {r.attention: r for r in self.matches.of_kind(RegionKind.VALUE)}
         self.curves: dict[str, torch.Tensor] = {}
         if self.regions:
-            self.curves = measure_curves(self.dense, self.regions, self.calibrating, seed=seed)
+            self.curves = measure_curves(self.dense, self.regions, self.calibrating)
 
     def plan(self, kind: RegionKind, ratio: float) -> WidthPlan:
         """One for all members that cut this kind."""

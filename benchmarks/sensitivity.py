@@ -83,7 +83,7 @@ def main() -> None:
     # In graph order, as the estimate wants them.
     regions = sorted((region for _, region in numbered), key=lambda r: dense.positions[r.writers[0]])
     with spending(device) as spent:
-        curves = measure_curves(dense, regions, setup.calibrating, seed=arguments.seed)
+        curves = measure_curves(dense, regions, setup.calibrating)
     tokens = sum(batch["input_ids"].numel() for batches in fidelity.measured.values() for batch in batches)
     print(f"{setup.loaded.source}, on {device}, torch {torch.__version__}; KL measured on {tokens} tokens")
     print(f"estimated for {len(regions)} regions in {spent.seconds:.1f} s\n", flush=True)

@@ -17,6 +17,7 @@ Run = Callable[[Inputs], torch.Tensor]
 
 # Positions whose distributions over the vocabulary are held in memory at once.
 POSITIONS_AT_ONCE = 64
+GPU_POSITIONS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def compare_decoders(dense: Run, slim: Run, batches: Iterable[Inputs]) -> Decode
 
 
 def _parts(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(rows, POSITIONS_AT_ONCE)
+    return torch.split(rows, GPU_POSITIONS_AT_ONCE if rows.is_cuda else POSITIONS_AT_ONCE)
 
 
 def _predictions(logits: torch.Tensor, batch: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

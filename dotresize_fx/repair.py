@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import token_rows
+from dotresize_fx.repeated_work import CudaRecorder, RepeatedWork, tf32
 
 # Adam's steps, relative to each weight's mean size: 0.01 to 0.05 made no difference that mattered.
 LEARNING_RATE = 0.02
@@ -27,12 +29,13 @@ MEASUREMENTS = 4
 class Repaired:
     """``weights`` stand in for the sublayer's own; empty where none measured better on the held-out batches.
 
-    ``before`` and ``after`` are the mean loss on those, per token.
+    ``before`` and ``after`` are the mean loss on those, per token. ``note`` says why steps were slow, if they were.
     """
 
     weights: Mapping[torch.fx.Node, torch.Tensor]
     before: float
     after: float
+    note: str = ""
 
 
 class Sublayer:
@@ -51,25 +54,95 @@ class Sublayer:
         masks: Sequence[torch.Tensor | None],
     ) -> None:
         self.execution, self.environments, self.position = execution, environments, position
-        self.target, self.goals, self.masks = target, goals, masks
+        self.target, self.goals = target, goals
+        self.masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
         nodes = execution.nodes[position : execution.index[target] + 1]
         # Scores are sensitive to rounding; products of an FFN are not.
         self.attends = any("attention" in str(node.target) for node in nodes)
 
+    @property
+    def alike(self) -> bool:
+        """Whether one recording serves all batches: tensors of the same shapes, and no padding to leave out."""
+        shapes = [
+            ({n: v.shape if isinstance(v, torch.Tensor) else v for n, v in environment.items()}, goal.shape)
+            for environment, goal in zip(self.environments, self.goals, strict=True)
+        ]
+        return all(mask is None for mask in self.masks) and all(shape == shapes[0] for shape in shapes)
+
     def loss(self, i: int, weights: Mapping[torch.fx.Node, torch.Tensor], *, training: bool) -> torch.Tensor:
         """Mean over batch i's real tokens of |stream - goal|² / |goal|²; float32."""
-        device = self.goals[i].device
-        half = training and device.type == "cuda" and not self.attends
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        return self.loss_of(self.environments[i], self.goals[i], self.masks[i], weights, training=training)
+
+    def loss_of(
+        self,
+        environment: Environment,
+        goal: torch.Tensor,
+        mask: torch.Tensor | None,
+        weights: Mapping[torch.fx.Node, torch.Tensor],
+        *,
+        training: bool,
+    ) -> torch.Tensor:
+        """The same of a batch that is given."""
+        half = training and goal.is_cuda and not self.attends
+        # Without a cache: what a recording casts it has to cast again each time.
+        with torch.autocast(goal.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             stop = self.execution.index[self.target] + 1
             values = self.execution.run(
-                dict(self.environments[i]), self.position, stop, [self.target], weights, gradients=training
+                dict(environment), self.position, stop, [self.target], weights, gradients=training
             )
-        goal = token_rows(self.goals[i], self.masks[i]).float()
-        error = token_rows(values[self.target], self.masks[i]).float() - goal
+        goal = token_rows(goal, mask).float()
+        error = token_rows(values[self.target], mask).float() - goal
         size = goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         # A batch of nothing but padding has no error.
         return (error.square().sum(-1) / size).sum() / max(1, len(goal))
+
+
+class _Training:
+    """Adam on the weights, a batch a step; on CUDA the step is recorded where all batches are alike."""
+
+    def __init__(self, sublayer: Sublayer, weights: Mapping[torch.fx.Node, torch.Tensor]) -> None:
+        self.sublayer, self.weights = sublayer, weights
+        self.rates = [LEARNING_RATE * float(w.detach().abs().mean()) for w in weights.values()]
+        device = sublayer.goals[0].device
+        cuda = device.type == "cuda"
+        groups = [
+            {"params": [w], "lr": torch.tensor(rate, device=device) if cuda else rate}
+            for w, rate in zip(weights.values(), self.rates, strict=True)
+        ]
+        self.optimizer = torch.optim.Adam(groups, betas=BETAS, fused=cuda, capturable=cuda)
+        self.recorded: RepeatedWork | None = None
+        if cuda and sublayer.alike:
+            self.environment = {n: _own(value) for n, value in sublayer.environments[0].items()}
+            self.goal = sublayer.goals[0].clone()
+            self.recorded = RepeatedWork(lambda: self._step(self.environment, self.goal, None), CudaRecorder(device))
+
+    def step(self, i: int, share: float) -> None:
+        """A step on batch i at this share of the full rates."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * share)
+            else:
+                group["lr"] = rate * share
+        sublayer = self.sublayer
+        if self.recorded is None:
+            self._step(sublayer.environments[i], sublayer.goals[i], sublayer.masks[i])
+            return
+        for node, value in sublayer.environments[i].items():
+            if isinstance(value, torch.Tensor):
+                self.environment[node].copy_(value)
+        self.goal.copy_(sublayer.goals[i])
+        self.recorded()
+
+    def _step(self, environment: Environment, goal: torch.Tensor, mask: torch.Tensor | None) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with tf32(goal.is_cuda):
+            loss = self.sublayer.loss_of(environment, goal, mask, self.weights, training=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def repair(
@@ -87,12 +160,9 @@ def repair(
     """
     execution = sublayer.execution
     weights = {node: execution.parameter(node).detach().clone().requires_grad_() for node in parameters}
-    training = [i for i in range(len(sublayer.goals)) if i not in set(held_out)]
-    measured = list(held_out) or training
-    groups = [{"params": [w], "lr": LEARNING_RATE * float(w.detach().abs().mean())} for w in weights.values()]
-    fused = next(iter(weights.values())).is_cuda
-    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=fused)
-    full = [group["lr"] for group in optimizer.param_groups]
+    batches = [i for i in range(len(sublayer.goals)) if i not in set(held_out)]
+    measured = list(held_out) or batches
+    training = _Training(sublayer, weights)
     generator = torch.Generator().manual_seed(seed)
 
     def measure() -> float:
@@ -102,17 +172,13 @@ def repair(
     kept: dict[torch.fx.Node, torch.Tensor] = {}
     order: list[int] = []
     for step in range(steps):
-        order = order or torch.randperm(len(training), generator=generator).tolist()
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
         rate = min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-        for group, lr in zip(optimizer.param_groups, full, strict=True):
-            group["lr"] = lr * rate
-        optimizer.zero_grad(set_to_none=True)
-        sublayer.loss(training[order.pop()], weights, training=True).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        training.step(batches[order.pop()], rate)
         if (step + 1) * (MEASUREMENTS - 1) // steps > step * (MEASUREMENTS - 1) // steps:
             now = measure()
             if not math.isfinite(now):
                 break
             if now < best:
                 best, kept = now, {node: w.detach().clone() for node, w in weights.items()}
-    return Repaired(kept, before, best)
+    return Repaired(kept, before, best, training.recorded.note if training.recorded else "")

@@ -1,22 +1,19 @@
 """How much the model's answers suffer from a cut to each width of each region, from a few runs of the dense model.
 
-The shape of a region's curve comes from its solver and the dense model's Gram matrices; its height from one probe.
-For a probe the error d_t that a cut makes in the sublayer's output at token t is priced by the gradient g_t of the
-log-likelihood of tokens drawn from the model itself: to second order the divergence of the cut model's answers from
-the dense model's is half the Fisher information times the error squared, (g_t . d_t)² / 2 in nats, averaged over
-tokens as if their errors were independent (the empirical Fisher of Theis et al. 2018, "Faster gaze prediction",
-equation 7, on whole directions instead of single activations). One forward and one backward pass price every region.
+The shape of a region's curve comes from its solver and the dense model's Gram matrices; its height from one probe:
+the model is run on with that region alone cut, from where the cut is on, and the answers are compared with the dense
+model's. A few hundred tokens do: every token says how far its whole distribution moved, not how one token's loss did.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from dotresize_fx.fidelity import Inputs
-from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.head_maps import over_heads
@@ -26,15 +23,20 @@ from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
 
 # The share of its width that a probe keeps; a KV head is the least that can go.
 PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
-# Tokens whose Gram matrices give the curves, and tokens whose gradients price the probes.
+# Tokens whose Gram matrices give the curves, and tokens that price the probes.
 SHAPE_TOKENS = 4096
-PRICE_TOKENS = 2048
-# Tokens that are run, and differentiated, at once.
+PRICE_TOKENS = 768
+# Of a sequence that prices no more is run, so that few tokens are of several texts.
+PRICE_LENGTH = 256
+# Tokens that are run at once.
 PIECE = 512
-# A GPU takes so many times as many in less time.
-GPU_SCALE = 8
+# A GPU takes so many times as many tokens, and so many times as many at once.
+GPU_SCALE = 16
+GPU_PIECE_SCALE = 4
 # Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
 RIDGE = 1e-3
+# No token's chances grow by more than exp of it: beyond float32, and as bad as it gets.
+LARGEST = 80.0
 
 
 def probed_width(region: Region) -> int:
@@ -49,7 +51,6 @@ def measure_curves(
     batches: Sequence[Inputs],
     *,
     task: str = "decoder",
-    seed: int = 0,
     advanced: Callable[[], None] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
@@ -66,7 +67,7 @@ def measure_curves(
         curves[region.name] = CURVES[region.kind](region, found)
         probes.append(_Probe(inputs, found))
         advanced()
-    prices = _prices(graph, probes, pricing, task, seed, advanced)
+    prices = _prices(graph, probes, pricing, task, advanced)
     for probe in probes:
         curve, n = curves[probe.region.name], probe.region.width
         height = float(curve[probe.width])
@@ -82,25 +83,37 @@ def _disjoint(batches: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inp
     A probe has to be priced on text that it was not fitted to: what the first layers put out follows from the token
     alone, and of few tokens a cut learns each.
     """
-    pieces = [piece for batch in batches for piece in _pieces(batch)]
+    on_gpu = batches[0]["input_ids"].is_cuda
+    pieces = [piece for batch in batches for piece in _pieces(batch, PIECE * (GPU_PIECE_SCALE if on_gpu else 1))]
     pieces = [piece for piece in pieces if "attention_mask" not in piece or piece["attention_mask"].any()] or pieces
     if len(pieces) == 1:
         return pieces, pieces
-    real = sum(piece["input_ids"].numel() for piece in pieces) / len(pieces)
-    wanted = GPU_SCALE if pieces[0]["input_ids"].is_cuda else 1
+    scale = GPU_SCALE if on_gpu else 1
+    short = [_cropped(piece, PRICE_LENGTH * scale) for piece in pieces]
     # One piece in three at most prices; all the others may shape.
-    priced = max(1, min(len(pieces) // 3, round(wanted * PRICE_TOKENS / real)))
+    priced = max(1, min(len(pieces) // 3, round(scale * PRICE_TOKENS / _mean_tokens(short))))
     chosen = {(2 * i + 1) * len(pieces) // (2 * priced) for i in range(priced)}
     others = [piece for i, piece in enumerate(pieces) if i not in chosen]
-    count = min(len(others), max(1, round(wanted * SHAPE_TOKENS / real)))
-    return [others[i * len(others) // count] for i in range(count)], [pieces[i] for i in sorted(chosen)]
+    count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean_tokens(pieces))))
+    return [others[i * len(others) // count] for i in range(count)], [short[i] for i in sorted(chosen)]
 
 
-def _pieces(batch: Inputs) -> Sequence[Inputs]:
-    """The batch in pieces of at most PIECE tokens, or of one sequence."""
+def _pieces(batch: Inputs, tokens: int) -> Sequence[Inputs]:
+    """The batch in pieces of at most so many tokens, or of one sequence."""
     count, length = batch["input_ids"].shape
-    rows = max(1, PIECE // length)
+    rows = max(1, tokens // length)
     return [{name: value[i : i + rows] for name, value in batch.items()} for i in range(0, count, rows)]
+
+
+def _cropped(piece: Inputs, length: int) -> Inputs:
+    """The beginnings of the sequences, where these have no padding."""
+    if "attention_mask" in piece and not piece["attention_mask"].all():
+        return piece
+    return {name: value[:, :length] for name, value in piece.items()}
+
+
+def _mean_tokens(pieces: Sequence[Inputs]) -> float:
+    return sum(piece["input_ids"].numel() for piece in pieces) / len(pieces)
 
 
 def _dense_statistics(
@@ -133,43 +146,50 @@ def _dense_statistics(
 
 
 class _Probe:
-    """One region cut to its probed width, as what it changes in the reader's output.
+    """One region cut to its probed width, as what it changes in a run of the dense model.
 
-    ``change`` (n, out) takes what the reader reads to the error; for queries and keys ``weights`` stand in for the
-    query writers' own and the attention is run again.
+    ``change`` (n, out) takes what the reader reads to the error in what it puts out; for queries and keys ``weights``
+    stand in for the query writers' own.
     """
 
     def __init__(self, inputs: RegionInputs, statistics: RegionStatistics) -> None:
         self.inputs, self.region = inputs, inputs.region
-        region = self.region
+        region, graph = self.region, inputs.graph
         self.width = probed_width(region)
         self.change = torch.zeros(0)
         self.weights: dict[torch.fx.Node, torch.Tensor] = {}
         solve = SOLVERS[METHODS["obs"][region.kind][0]]
         found = solve(region, statistics, self.width)
-        graph = inputs.graph
         if region.kind is RegionKind.QUERY_KEY:
-            self.output = graph.node(region.attention_reader)
             back = found.down if found.key_down is None else found.key_down
             for op in inputs.writers:
                 if op.name not in region.key_writers:
                     project = over_heads(region, found.down @ back.mT, len(graph.weight(op)))
                     self.weights |= inputs.mapped(op, project)
+            self.departs = [graph.node(name) for name in region.writers]
             return
         assert inputs.output is not None
         assert statistics.reader_weight is not None
-        self.output = inputs.output
+        self.departs = [inputs.output]
         weight = statistics.reader_weight
         down = over_heads(region, found.down, weight.shape[1])
         kept = down.T @ statistics.gram @ down
         ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
         self.change = down @ torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T) - weight.T
 
-    def error(self, values: Mapping[torch.fx.Node, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        """(tokens, out): what the cut changes in the reader's output."""
-        assert self.inputs.hidden is not None
-        rows = token_rows(values[self.inputs.hidden].detach(), mask)
-        return rows @ self.change.to(rows.dtype)
+    def outputs(self, execution: Execution, environment: Environment, start: int) -> torch.Tensor:
+        """The program's first output with the region cut; ``environment`` was run up to ``start`` and is used up."""
+        node, hidden = self.inputs.output, self.inputs.hidden
+        if node is not None and hidden is not None:
+            rows = environment[hidden]
+            values = execution.run(environment, start, stop := execution.index[node] + 1, keep=[node])
+            environment[node] = values[node] + rows @ self.change.to(rows.dtype)
+            start = stop
+        result = execution.results[0]
+        found: torch.Tensor = execution.run(
+            environment, start, len(execution.nodes), keep=[result], parameters=self.weights
+        )[result]
+        return found
 
 
 def _prices(
@@ -177,68 +197,40 @@ def _prices(
     probes: Sequence[_Probe],
     batches: Sequence[Inputs],
     task: str,
-    seed: int,
     advanced: Callable[[], None],
 ) -> dict[str, float]:
+    """Loss a token by region name. The dense model is run once more a batch; each probe departs from that run."""
     execution = Execution(graph)
-    generator = torch.Generator().manual_seed(seed)
     total = {probe.region.name: 0.0 for probe in probes}
     tokens = 0
-    # The run halts before an attention whose scores a probe changes; autograd follows from the first region on.
-    halts = {min(execution.index[graph.node(n)] for n in p.region.writers): p for p in probes if p.weights}
-    first = min(execution.index[graph.node(name)] for probe in probes for name in probe.region.writers)
-    kept = {node for probe in probes for node in (probe.inputs.hidden, probe.output) if node is not None}
+    departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
+    departures.sort(key=lambda pair: pair[0])
     for batch in batches:
-        mask = batch.get("attention_mask")
-        environment = execution.start(batch)
-        execution.run(environment, 0, first)
-        values: dict[torch.fx.Node, torch.Tensor] = {}
-        for node, value in environment.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                environment[node] = value.detach().requires_grad_()
-        errors: dict[str, torch.Tensor] = {}
-        position = first
-        ends = [*sorted(halt for halt in halts if halt >= first), len(execution.nodes)]
-        for end in ends:
-            wanted = [*kept, execution.results[0]] if end == ends[-1] else [*kept]
-            values |= execution.run(environment, position, end, keep=wanted, gradients=True)
-            position = end
-            if end in halts:
-                probe = halts[end]
-                stop = execution.index[probe.output] + 1
-                changed = execution.run(dict(environment), end, stop, keep=[probe.output], parameters=probe.weights)
-                errors[probe.region.name] = changed[probe.output]
-        outputs = list(dict.fromkeys(probe.output for probe in probes))
-        loss = _sampled_loss(values[execution.results[0]], mask, task, generator)
-        slopes = dict(zip(outputs, torch.autograd.grad(loss, [values[node] for node in outputs]), strict=True))
-        for probe in probes:
-            slope = token_rows(slopes[probe.output], mask)
-            if probe.weights:
-                error = token_rows(errors[probe.region.name] - values[probe.output].detach(), mask)
-            else:
-                error = probe.error(values, mask)
-            total[probe.region.name] += float((slope.double() * error.double()).sum(-1).square().sum()) / 2
-        tokens += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        answers = _Answers(execution.outputs(batch)[0], batch.get("attention_mask"), task)
+        environment, position = execution.start(batch), 0
+        for start, probe in departures:
+            execution.run(environment, position, start)
+            position = start
+            total[probe.region.name] += answers.lost(probe.outputs(execution, dict(environment), start))
+        tokens += answers.tokens
         advanced()
     return {name: value / max(tokens, 1) for name, value in total.items()}
 
 
-def _sampled_loss(
-    output: torch.Tensor, mask: torch.Tensor | None, task: str, generator: torch.Generator
-) -> torch.Tensor:
-    """The scalar whose gradients' outer products are, in the mean, the Fisher information of the first output.
+class _Answers:
+    """The dense model's first output on a batch, and what another run of it loses."""
 
-    A decoder's: minus the log-likelihood of one token a position, drawn from the model. An encoder's: the output
-    along a random direction, in units of its root mean square, since a Gaussian's information is the identity.
-    """
-    rows = token_rows(output, mask)
-    if task == "encoder":
-        noise = torch.randn(rows.shape, generator=generator).to(rows)
-        # Twice the squared error is what a Gaussian's divergence halves.
-        return (rows * noise).sum() * (2.0 / rows.detach().square().sum(-1).mean()).sqrt()
-    logs = rows.float().log_softmax(-1)
-    # By the inverse of the distribution function, from numbers drawn on the CPU: the same on every device.
-    with torch.no_grad():
-        uniform = torch.rand(len(rows), 1, generator=generator).to(logs.device)
-        drawn = (logs.exp().cumsum(-1) < uniform).sum(-1, keepdim=True).clamp_max(logs.shape[-1] - 1)
-    return -logs.gather(1, drawn).sum()
+    def __init__(self, output: torch.Tensor, mask: torch.Tensor | None, task: str) -> None:
+        self.mask = mask
+        self.rows = token_rows(output, mask).float()
+        self.chances = None if task == "encoder" else self.rows.softmax(-1)
+        self.tokens = len(self.rows)
+
+    def lost(self, output: torch.Tensor) -> float:
+        """Sum over tokens: of KL(dense || cut) for a decoder; of the squared error relative to the mean square."""
+        away = token_rows(output, self.mask).float() - self.rows
+        if self.chances is None:
+            return float(away.double().square().sum() / self.rows.double().square().sum(-1).mean())
+        # ln of the mean of exp under the dense model's chances, less the mean: small where the difference is.
+        away -= torch.linalg.vecdot(self.chances, away)[:, None]
+        return float(torch.linalg.vecdot(self.chances, away.clamp_max_(LARGEST).expm1_()).log1p().double().sum())

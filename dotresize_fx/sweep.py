@@ -242,7 +242,7 @@ class Sweep:
 
     # -- repair ------------------------------------------------------------------------------------
 
-    def _repair(self, target: str, regions: Sequence[Region], goals: list[torch.Tensor]) -> dict[str, float]:
+    def _repair(self, target: str, regions: Sequence[Region], goals: list[torch.Tensor]) -> dict[str, float | str]:
         """Refine writers and readers of the cut regions; returns the held-out loss before and after."""
         graph, stream = self.slim_graph, self.slim
         ops = [graph.op(name) for region in regions for name in (*region.writers, *region.readers)]
@@ -256,7 +256,8 @@ class Sweep:
             value, op = nodes[node]
             op = graph.op(op.name)
             (graph.set_weight if value == op.weight else graph.set_bias)(op, weight)
-        return {"loss before repair": repaired.before, "loss after repair": repaired.after}
+        notes: dict[str, float | str] = {"loss before repair": repaired.before, "loss after repair": repaired.after}
+        return notes | ({"repair": repaired.note} if repaired.note else {})
 
 
 def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:

@@ -111,7 +111,7 @@ def _plan(
     if not regions:
         return plan_by_curves(regions, {}, units, left, ratio)
     with progress.stage("measure sensitivity") as step:
-        curves = measure_curves(graph, regions, batches, task=task, seed=options.seed, advanced=step)
+        curves = measure_curves(graph, regions, batches, task=task, advanced=step)
     return plan_by_curves(regions, curves, units, left, ratio, multiple=options.multiple)
 
 

@@ -160,3 +160,22 @@ def test_the_loss_is_relative_token_by_token(dense: FxGraph, cut: tuple[FxGraph,
     # A token a hundred times as large counts like any other.
     piece.goals[0][1, 3] *= 100
     assert float(piece.loss(0, {}, training=False)) < float(errors.mean()) + 1 / int(real.sum())
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_the_same_steps(dense: FxGraph, cut: tuple[FxGraph, Region], tiny_batch: Any) -> None:
+    """One of the batches is padded, then none is: nothing but rounding tells the two ways apart."""
+    graphs = dense.copy(), cut[0].copy()
+    for graph in graphs:
+        graph.to("cuda")
+    found = []
+    for alike in (True, False):
+        batches = [{k: v.cuda() for k, v in tiny_batch(4, 32, seed=seed).items()} for seed in range(10)]
+        piece = sublayer(graphs[0], graphs[1], cut[1], batches)
+        assert piece.alike
+        if not alike:
+            piece.masks[0] = torch.ones(4, 32, dtype=torch.bool, device="cuda")
+        found.append(repair(piece, parameters(graphs[1], cut[1]), [7, 8], steps=STEPS))
+        assert found[-1].note == ""
+        assert found[-1].after < 0.97 * found[-1].before
+    assert found[0].after == pytest.approx(found[1].after, rel=0.01)  # bfloat16

@@ -26,7 +26,7 @@ from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]
-FFN_SHARE = 0.9  # a small cut: to second order is what the prediction is
+FFN_SHARE = 0.9
 
 
 def found(graph: FxGraph) -> list[Region]:
@@ -79,10 +79,9 @@ def test_what_a_probe_is_priced_at_is_what_its_cut_costs(tiny_graph: Any, many: 
     curves = measure_curves(dense, regions, many)
     predicted = [float(curves[region.name][probed(region)]) for region in regions]
     measured = [divergence(dense, cut_alone(dense, region, many), many) for region in regions]
-    # The fourth order is left out, which is most where a head of two goes; the sampled gradients' own spread over
-    # 4000 tokens is a few percent.
+    # The cut itself is solved on seven batches of eight, and refitted with the reader's bias.
     for region, one, other in zip(regions, predicted, measured, strict=True):
-        assert 1 / 2 < one / other < 2, (region.name, one, other)
+        assert 1 / 1.5 < one / other < 1.5, (region.name, one, other)
     assert float(torch.corrcoef(torch.stack([ranks(predicted), ranks(measured)]))[0, 1]) > 0.9
 
 
@@ -104,7 +103,7 @@ def test_curves_fall_to_nothing_at_full_width(tiny_graph: Any, tiny_batch: Any, 
 
 
 def test_an_encoders_loss_is_that_of_its_outputs(tiny_graph: Any, many: list[Batch]) -> None:
-    """Relative squared error of the last hidden state, within what cuts of the second order explain."""
+    """Relative squared error of the last hidden state."""
     _, dense = tiny_graph("bert")
     regions = found(dense)
     curves = measure_curves(dense, regions, many, task="encoder")
@@ -114,19 +113,23 @@ def test_an_encoders_loss_is_that_of_its_outputs(tiny_graph: Any, many: list[Bat
         for batch in many:
             one, other = (token_rows(Execution(g).outputs(batch)[0], batch["attention_mask"]) for g in (dense, slim))
             error, square = error + float((one - other).square().sum()), square + float(one.square().sum())
-        assert 1 / 3 < float(curves[region.name][probed(region)]) / (error / square) < 3, region.name
+        assert 1 / 2 < float(curves[region.name][probed(region)]) / (error / square) < 2, region.name
 
 
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_seed_gives_the_same_prices_and_another_one_others(tiny_graph: Any, tiny_batch: Any) -> None:
-    _, graph = tiny_graph("llama")
-    batches = [tiny_batch(4, 16, 3)]
-    first = measure_curves(graph, found(graph), batches, seed=1)
-    assert equal(first, measure_curves(graph, found(graph), batches, seed=1))
-    assert not equal(first, measure_curves(graph, found(graph), batches, seed=2))
+def test_of_long_sequences_the_beginnings_are_priced(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "PRICE_LENGTH", 6)
+    monkeypatch.setattr(sensitivity, "PRICE_TOKENS", 24)
+    batches = [tiny_batch(2, 10, seed=seed) for seed in range(12)]
+    shaping, pricing = sensitivity._disjoint(batches)
+    assert [tuple(piece["input_ids"].shape) for piece in pricing] == [(2, 6), (2, 6)]
+    assert torch.equal(pricing[0]["input_ids"], batches[3]["input_ids"][:, :6])
+    assert {piece["input_ids"].shape[1] for piece in shaping} == {10}
+    padded = [tiny_batch(2, 10, 3, seed=seed) for seed in range(12)]
+    assert all(piece["input_ids"].shape[1] == 10 for piece in sensitivity._disjoint(padded)[1])
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", "decoder"), ("bert", "encoder")])
@@ -148,7 +151,6 @@ def test_the_model_and_its_weights_are_left_alone(tiny_graph: Any, tiny_batch: A
     measure_curves(graph, found(graph), [tiny_batch(4, 16)])
     assert text(graph) == before
     assert all(torch.equal(tensor, weights[name]) for name, tensor in graph.program.state_dict.items())
-    assert all(tensor.grad is None for tensor in graph.program.state_dict.values())
 
 
 def test_progress_is_told_of_each_batch_and_region(tiny_graph: Any, tiny_batch: Any) -> None:
@@ -181,10 +183,9 @@ def test_what_prices_is_not_what_shapes(tiny_batch: Any, monkeypatch: pytest.Mon
     assert one == ([0], [0])
 
 
-def test_large_batches_go_in_pieces(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "PIECE", 40)
+def test_large_batches_go_in_pieces(tiny_batch: Any) -> None:
     batch = tiny_batch(10, 10, 5)
-    pieces = sensitivity._pieces(batch)
+    pieces = sensitivity._pieces(batch, 40)
     assert [len(piece["input_ids"]) for piece in pieces] == [4, 4, 2]
     for name, value in batch.items():
         assert torch.equal(torch.cat([piece[name] for piece in pieces]), value)

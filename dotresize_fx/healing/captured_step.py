@@ -1,14 +1,10 @@
-"""One optimizer step of healing: operation by operation, or as a CUDA graph that is recorded once and replayed.
-
-A small model's step is thousands of short kernels, and Python launches them slower than the device computes them.
-"""
+"""One optimizer step of healing: operation by operation, or as a CUDA graph that is recorded once and replayed."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -16,12 +12,7 @@ from dotresize_fx.healing.distillation_loss import Batch, Distillation
 from dotresize_fx.healing.master_weights import MasterWeights
 from dotresize_fx.healing.options import HealOptions
 from dotresize_fx.healing.ranks import Ranks
-
-# Steps before the recording, which let libraries choose their kernels and allocate. They count like all others.
-WARM_UP = 3
-# Replays that are queued at most: more would run ahead of the clock that the budget is measured with.
-QUEUED = 2
-Work = Callable[[], None]
+from dotresize_fx.repeated_work import Recorder, RepeatedWork
 
 
 class StepData(NamedTuple):
@@ -118,85 +109,29 @@ class EagerStep:
             group["capturable"] = True
         try:
             yield
+        except Exception:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         finally:
             for group in self.optimizer.param_groups:
                 group["capturable"] = False
-
-
-class Recorder(Protocol):
-    """What makes work on fixed tensors repeatable."""
-
-    def warm_up(self, work: Work) -> None:
-        """Do the work as it will be done while it is recorded."""
-
-    def record(self, work: Work) -> Work:
-        """What does the recorded work again and again; recording alone does nothing to the tensors."""
-
-
-class CudaRecorder:
-    """Records CUDA graphs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._side: torch.cuda.Stream | None = None
-
-    def warm_up(self, work: Work) -> None:
-        """On a stream of its own: memory that it takes is not mixed up with the recording's."""
-        with torch.cuda.device(self._device):
-            main = torch.cuda.current_stream()
-            side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                work()
-            main.wait_stream(side)
-
-    def record(self, work: Work) -> Work:
-        """
-        Raises:
-            RuntimeError: the work has something in it that a graph cannot hold, or memory ran out.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            before = generator.clone_state()
-            try:
-                # A capture that fails while it ends leaves its stream the current one.
-                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-                    work()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    torch.cuda.synchronize()  # takes an error that is still pending with it
-                generator.graphsafe_set_state(before)  # else it goes on waiting for the recording's end
-                raise
-        queued: deque[torch.cuda.Event] = deque()
-
-        def replay() -> None:
-            with torch.cuda.device(self._device):
-                if len(queued) == QUEUED:
-                    queued.popleft().synchronize()
-                graph.replay()
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                queued.append(event)
-
-        return replay
 
 
 class CapturedStep:
     """Takes steps as its eager twin does, from the first few on by replaying a recording of it.
 
     Steps of another shape than the first, and all steps once a recording failed, are left to the twin.
-
-    Attributes:
-        note: why a recording failed, in one line; "" if none did.
     """
 
     def __init__(self, eager: EagerStep, recorder: Recorder) -> None:
-        self._eager, self._recorder = eager, recorder
-        self.note = ""
+        self._eager = eager
         self._fixed: StepData | None = None
-        self._replay: Work | None = None
-        self._warm = 0
+        self._work = RepeatedWork(self._compute, recorder, eager.capturable)
+
+    @property
+    def note(self) -> str:
+        """Why a recording failed, in one line; "" if none did."""
+        return self._work.note
 
     def __call__(self, data: StepData, rate: float) -> None:
         """Take the step at this learning rate."""
@@ -206,31 +141,10 @@ class CapturedStep:
             self._eager(data, rate)
             return
         self._eager.set_rate(rate)
-        if self._warm < WARM_UP:
-            self._warm += 1
-            self._recorder.warm_up(self._work)
-            return
-        if self._replay is None:
-            self._replay = self._recorded()
-        if self._replay is None:
+        self._work()
+        if self.note:
             self._fixed = None
-            self._eager.compute(data)
-        else:
-            self._replay()
 
-    def _work(self) -> None:
+    def _compute(self) -> None:
         assert self._fixed is not None
         self._eager.compute(self._fixed)
-
-    def _recorded(self) -> Work | None:
-        try:
-            with self._eager.capturable():
-                return self._recorder.record(self._work)
-        except Exception as error:  # of CUDA's, its libraries' or the program's own ops
-            cause: BaseException = error
-            while cause.__context__ is not None:  # ending a broken recording fails once more, and says less
-                cause = cause.__context__
-            said = (str(cause).strip().splitlines() or [""])[0]
-            self.note = f"steps were not recorded as a CUDA graph ({type(cause).__name__}: {said})"
-            self._eager.optimizer.zero_grad(set_to_none=True)
-            return None

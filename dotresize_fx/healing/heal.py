@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +14,13 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.healing.batches import Rebatched
-from dotresize_fx.healing.captured_step import CapturedStep, CudaRecorder, EagerStep, StepData
+from dotresize_fx.healing.captured_step import CapturedStep, EagerStep, StepData
 from dotresize_fx.healing.checkpoint import HealCheckpoint, fingerprint
 from dotresize_fx.healing.distillation_loss import Distillation
 from dotresize_fx.healing.master_weights import MasterWeights
 from dotresize_fx.healing.options import PRECISIONS, TASKS, HealOptions, HealResult
 from dotresize_fx.healing.ranks import Ranks
+from dotresize_fx.repeated_work import CudaRecorder, tf32
 
 # ``advanced`` is called this often over the whole budget.
 PROGRESS_STEPS = 100
@@ -58,7 +58,7 @@ def heal(
     if task not in TASKS:
         raise UsageError(f"cannot heal a {task!r}: the task is one of {', '.join(TASKS)}")
     device = next(iter(slim.program.state_dict.values())).device
-    with _tf32(options.tf32 and device.type == "cuda"):
+    with tf32(options.tf32 and device.type == "cuda"):
         return _Healing(dense, slim, batches, held_out, options, task, device, checkpoint).run(advanced)
 
 
@@ -204,16 +204,3 @@ class _Healing:
         if "0.best" in tensors:
             self.best = [tensors[f"{i}.best"] for i in range(len(self.masters))]
         self.eager.load(state)
-
-
-@contextmanager
-def _tf32(wanted: bool) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if wanted:
-        matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        if wanted:
-            matmul.fp32_precision = before

@@ -26,6 +26,8 @@ SILENCE = 1e-100
 # Neurons that are eliminated before the whole matrices are updated once, and the cheapest ones they are chosen from.
 BLOCK = 32
 CANDIDATES = 128
+# The share of neurons left of those in the matrices at which these are made smaller.
+SHRINK = 0.8
 # The curve ends at n / EIGHTH: elimination gets no cheaper by what is never asked for.
 EIGHTH = 8
 
@@ -82,23 +84,32 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
     gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
     """
     inverse = torch.linalg.inv(gram + torch.diag(damping(gram)))
-    weight = weight.clone()
+    rows = weight.T.contiguous()  # a neuron a row: gathering rows is far cheaper than columns
     alive = torch.arange(len(gram), device=gram.device)
+    gone = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     order, errors = [], []
+    left = len(gram)
     while count > 0:
-        cost = weight.square().sum(0) / inverse.diagonal()
+        # What is gone stays in the matrices as zeros for a while: copying what is left each time would cost more.
+        if left < SHRINK * len(alive):
+            still = (~gone).nonzero().flatten()
+            alive, rows = alive[still], rows[still]
+            inverse = inverse.index_select(0, still).index_select(1, still)
+            gone = torch.zeros_like(alive, dtype=torch.bool)
+        cost = torch.where(gone, torch.inf, torch.linalg.vector_norm(rows, dim=1).square() / inverse.diagonal())
         step = min(BLOCK, count)
-        candidates = torch.argsort(cost, stable=True)[: max(CANDIDATES, step)]
-        chosen, error = _eliminate_few(inverse[candidates][:, candidates], weight[:, candidates], step)
+        candidates = torch.argsort(cost, stable=True)[: min(left, max(CANDIDATES, step))]
+        few = inverse.index_select(0, candidates).index_select(1, candidates)
+        chosen, error = _eliminate_few(few, rows.index_select(0, candidates), step)
         block = candidates[chosen]
         order.append(alive[block])
         errors.append(error)
-        factor = torch.linalg.solve(inverse[block][:, block], inverse[block])
-        kept = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
-        kept[block] = False
-        weight = (weight - weight[:, block] @ factor)[:, kept]
-        inverse = (inverse - inverse[:, block] @ factor)[kept][:, kept]
-        alive = alive[kept]
+        beside = inverse.index_select(0, block)
+        factor = torch.linalg.inv(beside.index_select(1, block)) @ beside
+        rows.addmm_(factor.T, rows.index_select(0, block), alpha=-1)
+        inverse.addmm_(factor.T, beside, alpha=-1)
+        gone[block] = True
+        left -= step
         count -= step
     if not order:
         return Elimination(alive[:0], gram.new_zeros(0))
@@ -112,14 +123,14 @@ def damping(gram: torch.Tensor) -> torch.Tensor:
     return DAMPING * moments + floor
 
 
-def _eliminate_few(inverse: torch.Tensor, weight: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact steps on a small (m, m) inverse and (out, m) weight; (indices, added error of each step).
+def _eliminate_few(inverse: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact steps on a small (m, m) inverse and the weight's m columns as rows; (indices, added error of each step).
 
     On the CPU whatever the device: a step is so little work that launching it on a GPU takes longer.
     """
     device = inverse.device
     # Only inner products of the weight's columns matter, and the same elimination updates them.
-    products, inverse = (weight.T @ weight).cpu(), inverse.cpu().clone()
+    products, inverse = (rows @ rows.T).cpu(), inverse.cpu().clone()
     open_cost = torch.zeros(len(inverse), dtype=inverse.dtype)
     chosen, errors = [], []
     tiny = torch.finfo(inverse.dtype).tiny

@@ -14,10 +14,11 @@ import torch
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.healing import HealOptions, heal
 from dotresize_fx.healing.batches import Rebatched
-from dotresize_fx.healing.captured_step import WARM_UP, CapturedStep, CudaRecorder, EagerStep, StepData, Work
+from dotresize_fx.healing.captured_step import CapturedStep, EagerStep, StepData
 from dotresize_fx.healing.distillation_loss import Distillation
 from dotresize_fx.healing.master_weights import MasterWeights
 from dotresize_fx.healing.ranks import Ranks
+from dotresize_fx.repeated_work import WARM_UP, CudaRecorder, Work
 
 Batch = Mapping[str, torch.Tensor]
 RATE = 1e-3
