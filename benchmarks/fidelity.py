@@ -29,7 +29,6 @@ layer after the other but by the compiler's estimate of it (sensitivity.py here 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import time
@@ -38,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import append, line, said
 from fidelity_rows import ROWS, Bench, Outcome
 from measure import free_memory, means
 from texts import Texts
@@ -95,25 +95,6 @@ def cells(row: Mapping[str, Any], texts: Texts) -> list[str]:
     ]
 
 
-def line(values: Sequence[str]) -> None:
-    print(f"| {' | '.join(values)} |", flush=True)
-
-
-def append(file: Path | None, entry: Mapping[str, Any]) -> None:
-    """One line of JSON; numbers that JSON does not have become null."""
-    if file is not None:
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(finite(entry)) + "\n")
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text-dir", type=Path, required=True)
@@ -141,8 +122,7 @@ def main() -> None:
     bench = Bench(arguments)
     texts = bench.texts
     dense = {name: one.dense_perplexity for name, one in bench.fidelity.compare(bench.fidelity.dense).items()}
-    where = torch.cuda.get_device_name() if bench.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    tokens = sum(batch["input_ids"].numel() for batch in bench.calibrating)
+    where, tokens = bench.where, bench.calibration_tokens
     append(
         arguments.json,
         {
@@ -151,7 +131,7 @@ def main() -> None:
             "device": where,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "arguments": {key: str(v) if isinstance(v, Path) else v for key, v in vars(arguments).items()},
+            "arguments": said(arguments),
             "length": bench.length,
             "calibration_tokens": tokens,
             "dense_perplexity": dense,
@@ -182,9 +162,9 @@ def main() -> None:
             try:
                 row = record(bench, ratio, name, ROWS[name](bench, ratio))
             except Exception as error:  # of another's code or of a share that cannot go: the other rows still count
-                said = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-                append(arguments.json, {"kind": "failed", "ratio": ratio, "method": name, "error": said})
-                line([f"{ratio:.0%}", name, *[""] * (len(columns) - 3), f"failed: {said}"])
+                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                append(arguments.json, {"kind": "failed", "ratio": ratio, "method": name, "error": why})
+                line([f"{ratio:.0%}", name, *[""] * (len(columns) - 3), f"failed: {why}"])
             else:
                 append(arguments.json, row)
                 line(cells(row, texts))

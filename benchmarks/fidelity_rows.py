@@ -22,23 +22,21 @@ from allocations import (
     price_wishes,
     probe_prices,
 )
-from measure import Fidelity, calibration_rows, evaluation_rows, forward_seconds, free_memory, runs, spending
+from bench import Setup
+from measure import calibration_rows, free_memory, runs, spending
 from peers import PEERS, block_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
-from texts import Batches, Texts, batched, calibration, evaluation, read_texts, shuffled
+from texts import Batches, batched, shuffled
 
-from dotresize_fx.compiler import analyse, compute_device
-from dotresize_fx.cost import Cost, count_cost
-from dotresize_fx.export.model_source import LoadedModel, load_model
+from dotresize_fx.cost import count_cost
 from dotresize_fx.export.sample_text import sample_rows
 from dotresize_fx.fidelity import Run
-from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.healing import HealOptions, heal
 from dotresize_fx.options import Options
 from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, RegionKind
+from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.sweep import is_held_out
 from dotresize_fx.width_plan import WidthPlan
 
@@ -66,42 +64,13 @@ class Outcome:
     widths: Mapping[str, int] | None = None
 
 
-class Bench:
+class Bench(Setup):
     """What all rows share: the dense model, its tokens, and what was computed once."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
         self.seed: int = arguments.seed
         torch.manual_seed(self.seed)
-        self.device = compute_device(Options(device=arguments.device))
-        self.length: int = arguments.length or (512 if self.device == "cpu" else 1024)
-        self.texts: Texts = read_texts(arguments.text_dir)
-        self.loaded: LoadedModel = load_model(arguments.model)
-        dense: FxGraph
-        matches: MatchReport
-        _, dense, matches = analyse(self.loaded, Progress(quiet=True))
-        dense.to(self.device)
-        self.dense, self.matches = dense, matches
-        self.cost: Cost = count_cost(dense, self.length)
-        shape: dict[str, Any] = {"length": self.length, "device": self.device}
-        self.calibrating: Batches = calibration(
-            self.texts,
-            self.loaded.tokenizer,
-            tokens=arguments.calibration_tokens,
-            rows=calibration_rows(self.device),
-            **shape,
-        )
-        self.fidelity = Fidelity(
-            dense,
-            evaluation(
-                self.texts,
-                self.loaded.tokenizer,
-                tokens=arguments.tokens_per_text,
-                rows=evaluation_rows(self.device),
-                **shape,
-            ),
-        )
-        self.forward = forward_seconds(dense, self.calibrating, self.device)
+        super().__init__(arguments)
         self.slimmed: dict[str, tuple[Slimmed, Outcome]] = {}
 
     @cached_property

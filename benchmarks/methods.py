@@ -13,12 +13,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from measure import Fidelity, calibration_rows, evaluation_rows, means, runs, spending
-from texts import calibration, evaluation, read_texts
+from bench import Setup
+from measure import means, runs, spending
 
-from dotresize_fx.compiler import analyse, compute_device
 from dotresize_fx.cost import count_cost
-from dotresize_fx.export.model_source import load_model
 from dotresize_fx.options import Options
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.progress import Progress
@@ -47,35 +45,11 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    device = compute_device(Options(device=arguments.device))
-    length = arguments.length
-    texts = read_texts(arguments.text_dir)
-    loaded = load_model(arguments.model)
-    _, dense, matches = analyse(loaded, Progress())
-    before = count_cost(dense, length)
-    dense.to(device)
-    calibrating = calibration(
-        texts,
-        loaded.tokenizer,
-        length=length,
-        tokens=arguments.calibration_tokens,
-        rows=calibration_rows(device),
-        device=device,
-    )
-    fidelity = Fidelity(
-        dense,
-        evaluation(
-            texts,
-            loaded.tokenizer,
-            length=length,
-            tokens=arguments.tokens_per_text,
-            rows=evaluation_rows(device),
-            device=device,
-        ),
-    )
-    tokens = sum(batch["input_ids"].numel() for batch in calibrating)
+    setup = Setup(arguments)
+    texts, before, fidelity, device = setup.texts, setup.cost, setup.fidelity, setup.device
     print(texts.table())
-    print(f"\n{loaded.source}; {tokens} calibration tokens in sequences of {length}, on {device}")
+    tokens = f"{setup.calibration_tokens} calibration tokens in sequences of {setup.length}"
+    print(f"\n{setup.loaded.source}; {tokens}, on {device}")
     print(f"parameters {before.parameters}, block linear weights {before.block_linear_weights}\n")
     columns = [*texts.measured, "same source", "other source", "weights off", "parameters", "seconds"]
     print(f"| cut | method | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
@@ -86,10 +60,10 @@ def main() -> None:
         for method in METHODS[regions]:
             chosen = Options(ratio=float(ratio), regions=tuple(regions.split(",")), method=method)
             with spending(device) as spent:
-                slim = slim_graph(dense, matches, calibrating, chosen, Progress(quiet=True)).graph
+                slim = slim_graph(setup.dense, setup.matches, setup.calibrating, chosen, Progress(quiet=True)).graph
             found = fidelity.compare(runs(slim))
             mean = means(found, texts)
-            after = count_cost(slim, length)
+            after = count_cost(slim, setup.length)
             off = 1 - after.block_linear_weights / before.block_linear_weights
             cells = [f"{one.slim_perplexity:.2f}" for one in found.values()]
             cells += [f"**{mean.same:.3f}**", f"**{mean.other:.3f}**", f"{off:.2%}"]

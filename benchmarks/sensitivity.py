@@ -19,15 +19,12 @@ from pathlib import Path
 
 import torch
 from allocations import cuttable
-from measure import Fidelity, calibration_rows, evaluation_rows, free_memory, runs, spending
-from texts import Batches, calibration, evaluation, read_texts
+from bench import Setup
+from measure import Fidelity, free_memory, runs, spending
+from texts import Batches
 
-from dotresize_fx.compiler import analyse, compute_device
-from dotresize_fx.export.model_source import load_model
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.options import Options
 from dotresize_fx.passes.cut_stream import apply_map
-from dotresize_fx.progress import Progress
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import GPU_SCALE, SHAPE_TOKENS, measure_curves, probed_width
 from dotresize_fx.solvers import solvers_for
@@ -74,27 +71,10 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    device = compute_device(Options(device=arguments.device))
-    texts = read_texts(arguments.text_dir)
-    loaded = load_model(arguments.model)
-    _, dense, matches = analyse(loaded, Progress(quiet=True))
-    dense.to(device)
-    rows = calibration_rows(device)
-    length = arguments.length
-    solve_tokens = arguments.solve_tokens or SHAPE_TOKENS * (1 if device == "cpu" else GPU_SCALE)
-    calibrating = calibration(
-        texts, loaded.tokenizer, length=length, tokens=arguments.calibration_tokens, rows=rows, device=device
-    )
-    solving = calibration(texts, loaded.tokenizer, length=length, tokens=solve_tokens, rows=rows, device=device)
-    measured = evaluation(
-        texts,
-        loaded.tokenizer,
-        length=length,
-        tokens=arguments.tokens_per_text,
-        rows=evaluation_rows(device),
-        device=device,
-    )
-    fidelity = Fidelity(dense, {name: measured[name] for name in texts.same})
+    setup = Setup(arguments)
+    dense, matches, device = setup.dense, setup.matches, setup.device
+    solving = setup.calibration(arguments.solve_tokens or SHAPE_TOKENS * (1 if device == "cpu" else GPU_SCALE))
+    fidelity = Fidelity(dense, {name: setup.measured[name] for name in setup.texts.same})
 
     numbered: list[tuple[int, Region]] = []
     for kind in KINDS:
@@ -103,9 +83,9 @@ def main() -> None:
     # In graph order, as the estimate wants them.
     regions = sorted((region for _, region in numbered), key=lambda r: dense.positions[r.writers[0]])
     with spending(device) as spent:
-        curves = measure_curves(dense, regions, calibrating)
+        curves = measure_curves(dense, regions, setup.calibrating)
     tokens = sum(batch["input_ids"].numel() for batches in fidelity.measured.values() for batch in batches)
-    print(f"{loaded.source}, on {device}, torch {torch.__version__}; KL measured on {tokens} tokens")
+    print(f"{setup.loaded.source}, on {device}, torch {torch.__version__}; KL measured on {tokens} tokens")
     print(f"estimated for {len(regions)} regions in {spent.seconds:.1f} s\n", flush=True)
     print("| region | kind | width | estimated KL | measured KL | seconds |\n|---|---|---|---|---|---|")
     pairs: dict[RegionKind, list[tuple[float, float]]] = {}

@@ -77,10 +77,20 @@ def batched(ids: torch.Tensor, rows: int, device: str) -> Batches:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.to(device).split(rows)]
 
 
-def calibration(texts: Texts, tokenizer: Tokenizer, *, length: int, tokens: int, rows: int, device: str) -> Batches:
-    """The same number of tokens from each source, one source after the other."""
+def calibration(
+    texts: Texts, tokenizer: Tokenizer, *, length: int, tokens: int, rows: int, device: str, seed: int | None = None
+) -> Batches:
+    """The same number of tokens from each source, one source after the other.
+
+    Spread evenly over each source; with a seed, a random sample of its sequences.
+    """
     share = tokens // len(texts.calibrating)
-    parts = [sequences(text, tokenizer, length, share) for text in texts.calibrating.values()]
+    taken = 0 if seed is not None else share
+    parts = [sequences(text, tokenizer, length, taken) for text in texts.calibrating.values()]
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        count = max(2, round(share / length))
+        parts = [part[torch.randperm(len(part), generator=generator)[:count]] for part in parts]
     return [batch for part in parts for batch in batched(part, rows, device)]
 
 

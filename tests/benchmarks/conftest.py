@@ -25,3 +25,12 @@ def script() -> Callable[[str], ModuleType]:
             sys.path.remove(str(BENCHMARKS))
 
     return load
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("calibration-a", "calibration-b", "heldout-c"):
+        text = "\n\n".join(f"{name} has paragraph {i} of a few words" for i in range(60))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder

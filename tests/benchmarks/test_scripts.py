@@ -22,15 +22,6 @@ from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 Script = Callable[[str], ModuleType]
 
 
-@pytest.fixture(scope="module")
-def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    for name in ("calibration-a", "calibration-b", "heldout-c"):
-        text = "\n\n".join(f"{name} has paragraph {i} of a few words" for i in range(60))
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
 def test_all_rows_and_the_published_settings_are_the_default(script: Script) -> None:
     fidelity = script("fidelity")
     found = fidelity.parse(["--text-dir", "x"])
@@ -113,3 +104,22 @@ def test_a_run_prints_and_records_its_rows(
     ids, seconds = bench.own_text(4)
     assert ids.shape == (4, 16)
     assert seconds == entries[-1]["parts"]["sample"]
+
+
+def test_the_other_scripts_run(
+    script: Script,
+    save_tiny_model: Callable[..., Path],
+    text_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = save_tiny_model(tmp_path / "model", num_hidden_layers=2)
+    given = f"--model {model} --text-dir {text_dir} --length 16 --calibration-tokens 192 --tokens-per-text 32"
+    given += " --device cpu"
+    for name, more in (("methods", "--cut residual:0.3"), ("sensitivity", "--layers 0 --solve-tokens 96")):
+        monkeypatch.setattr(sys, "argv", [name, *given.split(), *more.split()])
+        script(name).main()
+    printed = capsys.readouterr().out
+    assert "| residual:0.3 | pca |" in printed
+    assert "| all | 3 |" in printed

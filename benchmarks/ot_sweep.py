@@ -1,0 +1,71 @@
+"""The sweep with what transport wants besides: more statistics, and writers changed before their region is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from ot_formulations import Mix
+
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.gram import GramAccumulator, token_rows, with_ones
+from dotresize_fx.region_inputs import RegionInputs
+from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.sweep import Solvers, Sweep, SweptRegion, _Gathered
+
+
+class TransportSweep(Sweep):
+    """``values`` are the VALUE regions by their attention. Of a region that keeps its width nothing is changed."""
+
+    mix: Mix | None = None
+    watches_entry = False
+    values: Mapping[str, Region] = {}
+
+    def _slim_region(self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers) -> SweptRegion:
+        if self.mix is not None and width < region.width:
+            self._mix(region, width, goals)
+        return super()._slim_region(region, width, goals, solvers)
+
+    def _mix(self, region: Region, width: int, goals: list[torch.Tensor]) -> None:
+        assert self.mix is not None
+        statistics = self._gather(RegionInputs(self.slim_graph, region), goals).statistics
+        writers = self.values[region.attention].writers if region.attention in self.values else ()
+        found = self.mix(region, statistics, width, writers, self._tables(region))
+        for name, weight in found.items():
+            op = self.slim_graph.op(name)
+            dtype = self.slim_graph.weight(op).dtype
+            self.slim_graph.set_weight(op, weight[:, :-1].to(dtype))
+            if op.bias is not None:
+                self.slim_graph.set_bias(self.slim_graph.op(name), weight[:, -1].to(dtype))
+        self.slim.execution = Execution(self.slim_graph)
+
+    def _tables(self, region: Region) -> list[torch.Tensor]:
+        """The rotary embedding's cosines and sines, (length, n) each; empty where nothing is rotated or cut."""
+        if region.kind is not RegionKind.QUERY_KEY or region.layout is None:
+            return []
+        execution, environment = self.slim.execution, self.slim.environments[0]
+        nodes = list(dict.fromkeys(self.slim_graph.node(name) for name, _ in region.layout.tables))
+        stop = execution.index[self.slim_graph.node(region.attention)] + 1
+        ahead = [node for node in nodes if node not in environment]
+        values = execution.run(dict(environment), self.slim.position, stop, keep=ahead) if ahead else {}
+        tables = [values[node] if node in values else environment[node] for node in nodes]
+        return [table.reshape(-1, *table.shape[-2:])[0] for table in tables]
+
+    def _gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> _Gathered:
+        gathered = super()._gather(inputs, goals)
+        if not self.watches_entry or inputs.region.kind is not RegionKind.FFN:
+            return gathered
+        execution, sums = self.slim.execution, GramAccumulator()
+        entry = self.slim_graph.node(inputs.writers[0].inputs[0].name)
+        for i, environment in enumerate(self.slim.environments):
+            if i in self.measuring:
+                continue
+            if entry in environment:
+                value = environment[entry]
+            else:
+                stop = execution.index[entry] + 1
+                value = execution.run(dict(environment), self.slim.position, stop, keep=[entry])[entry]
+            sums.add(with_ones(token_rows(value, self.masks[i])))
+        statistics = replace(gathered.statistics, entry_gram=sums.gram / max(sums.tokens, 1))
+        return replace(gathered, statistics=statistics)
