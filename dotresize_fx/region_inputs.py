@@ -10,7 +10,8 @@ import torch
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows, with_ones
 from dotresize_fx.graph import Op
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import Region, Symmetry
+from dotresize_fx.rotary_coherence import coherence
 
 Values = Mapping[torch.fx.Node, Any]
 
@@ -32,11 +33,19 @@ class RegionInputs:
         if self.reader is not None:
             self.hidden, self.output = graph.node(self.reader.inputs[0].name), graph.node(self.reader.name)
         self.biased = self.reader is not None and graph.bias(self.reader) is not None
+        self.tables: tuple[torch.fx.Node, ...] = ()
+        self.visible: torch.fx.Node | None = None
+        if region.symmetry is Symmetry.ROTARY_PAIRS and region.layout is not None:
+            # The queries' cosines and sines; keys have the same, or others like them.
+            self.tables = tuple(graph.node(name) for name, _ in region.layout.tables[:2])
+            seen = graph.op(region.attention).inputs[3:]
+            self.visible = graph.node(seen[0].name) if seen else None
 
     @property
     def nodes(self) -> list[torch.fx.Node]:
         """What to keep of a run."""
-        return [node for node in (self.entry, self.hidden, self.output) if node is not None]
+        mine = (self.entry, self.hidden, self.output, *self.tables, self.visible)
+        return [node for node in mine if node is not None]
 
     def read_rows(self, values: Values, mask: torch.Tensor | None) -> torch.Tensor:
         """(tokens, n), or (tokens, n + 1) with a constant one where the reader has a bias."""
@@ -46,6 +55,41 @@ class RegionInputs:
     def entry_rows(self, values: Values, mask: torch.Tensor | None) -> torch.Tensor | None:
         """(tokens, d + 1): what the writers read, and a constant one."""
         return None if self.entry is None else with_ones(token_rows(values[self.entry], mask))
+
+    def coherence(self, values: Values, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a rotary embedding's pairs, from a batch's first sequence, see :func:`rotary_coherence.coherence`.
+
+        None where nothing is rotated, or where the tables or what may attend to what cannot be told.
+        """
+        if len(self.tables) != 2 or not all(node in values for node in self.tables):
+            return None
+        cosine, sine = (values[node] for node in self.tables)
+        length, half = cosine.shape[-2], cosine.shape[-1] // 2
+        if cosine.ndim < 2 or cosine.shape[-2:] != sine.shape[-2:]:
+            return None
+        cosine, sine = (table.reshape(-1, length, 2 * half)[0, :, :half].double() for table in (cosine, sine))
+        real = torch.ones(length, dtype=torch.bool, device=cosine.device)
+        if mask is not None and mask.shape[-1] == length:
+            real = mask[0].bool()
+        allowed = self._allowed(values, length)
+        if allowed is None or int(real.sum()) < 2:
+            return None
+        allowed = allowed[real][:, real]
+        return coherence(torch.complex(cosine, sine)[real], allowed) if allowed.any() else None
+
+    def _allowed(self, values: Values, length: int) -> torch.Tensor | None:
+        """(length, length): which position of the first sequence may attend to which."""
+        node = self.graph.node(self.region.attention)
+        if self.visible is None:
+            whole = torch.ones(length, length, dtype=torch.bool)
+            return whole.tril() if node.kwargs.get("is_causal") or True in node.args[5:6] else whole
+        if self.visible not in values:
+            return None
+        mask = values[self.visible]
+        if mask.ndim < 2 or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
+            return None
+        mask = mask.reshape(-1, *mask.shape[-2:])[0].expand(length, length)
+        return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
     def reader_weight(self) -> torch.Tensor:
         """(out, n) float64, or (out, n + 1) with the bias as last column."""
@@ -63,8 +107,10 @@ class RegionInputs:
             if value is not None and tensor is not None
         }
 
-    def statistics(self, read: GramAccumulator, entered: GramAccumulator) -> RegionStatistics:
-        """Of sums over :meth:`read_rows` and :meth:`entry_rows`; either may be empty.
+    def statistics(
+        self, read: GramAccumulator, entered: GramAccumulator, near: torch.Tensor | None = None
+    ) -> RegionStatistics:
+        """Of sums over :meth:`read_rows` and :meth:`entry_rows`, either of which may be empty, and :meth:`coherence`.
 
         Raises:
             SolverError: activations are infinite or NaN.
@@ -80,6 +126,7 @@ class RegionInputs:
             gram=gram,
             reader_weight=weight,
             entry_gram=None if self.entry is None else entered.gram / max(entered.tokens, 1),
+            coherence=near,
             writer_weights={op.name: self._writer_weight(op.name) for op in self.writers},
         )
 

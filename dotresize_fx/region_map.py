@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry
+from dotresize_fx.rotary_map import real_matrix
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,17 @@ class RegionMap:
     one basis for all heads. ``key_down``, shaped like down, stands in for it on a region's ``key_writers``: the
     inverse transpose of down where queries and keys meet. A weight of ``reader_weights`` is as wide as all heads
     of its reader together. :func:`dotresize_fx.head_maps.over_heads` makes one matrix of such a map.
+
+    ``pairs``, for ROTARY_PAIRS and there required: (k/2,) int64, the support. Numbers j and j + k/2 of the narrow head
+    are turned by the cosines and sines of the dense head's pair ``pairs[j]``, in all heads alike. down and key_down
+    then mix whole pairs, see :mod:`dotresize_fx.rotary_map`.
     """
 
     down: torch.Tensor
     up: torch.Tensor | None = None
     branch_down: torch.Tensor | None = None
     key_down: torch.Tensor | None = None
+    pairs: torch.Tensor | None = None
     reader_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     reader_biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
@@ -89,17 +96,20 @@ def random_wrong_map(region: Region, generator: torch.Generator) -> RegionMap:
 def random_head_map(region: Region, generator: torch.Generator) -> RegionMap:
     """A random admissible map of full width for a region of an attention, of condition number at most 4.
 
-    HEADWISE_LINEAR: per KV head a rotation times scales. ROTARY_PAIRS: the pairs in another order, scaled by r on
-    queries and 1/r on keys. HEADS: the KV heads in another order.
+    HEADWISE_LINEAR: per KV head a rotation times scales. ROTARY_PAIRS: the pairs in another order, in each KV head
+    turned by a phase and scaled by r on queries and 1/r on keys. HEADS: the KV heads in another order.
     """
     n = region.width
     if region.kind is RegionKind.HEADS:
         order = selection(_another_order(n, generator), n)
         return RegionMap(order, order.T)
     if region.symmetry is Symmetry.ROTARY_PAIRS:
-        order = pair_selection(_another_order(n // 2, generator), n)
-        scale = random_scale(n // 2, generator).repeat(2)
-        return RegionMap(order * scale, key_down=order / scale)
+        pairs = _another_order(n // 2, generator)
+        shape = (region.heads, 1, n // 2)
+        scale = random_scale(region.heads * n // 2, generator).view(shape)
+        phase = torch.polar(torch.ones_like(scale), 2 * math.pi * torch.rand(shape, generator=generator).double())
+        mixing = selection(pairs, n // 2) * phase
+        return RegionMap(real_matrix(mixing * scale), key_down=real_matrix(mixing / scale), pairs=pairs)
     turns = torch.stack([random_rotation(n, generator) for _ in range(region.heads)])
     scales = torch.stack([random_scale(n, generator) for _ in range(region.heads)])[:, None]
     down, inverse = turns * scales, (turns / scales).mT
@@ -112,25 +122,31 @@ def wrong_head_map(region: Region, generator: torch.Generator) -> RegionMap:
     """An invertible map that a region of an attention does not admit.
 
     HEADWISE_LINEAR: a rotation across KV heads, as (heads, n, heads, n); of a single KV head every basis is
-    admissible, there the map is not undone. ROTARY_PAIRS: an order that tears the pairs apart. HEADS: the KV heads
-    in another order, but for the keys.
+    admissible, there the map is not undone. ROTARY_PAIRS: pairs of all frequencies mixed by a unitary matrix per KV
+    head, which the keys undo; of a single pair a phase that they do not. HEADS: the KV heads in another order, but
+    for the keys.
     """
     n, heads = region.width, region.heads
     if region.kind is RegionKind.HEADS:
         order = selection(_another_order(n, generator), n)
         return RegionMap(order, order.T, key_down=torch.eye(n, dtype=torch.float64))
     if region.symmetry is Symmetry.ROTARY_PAIRS:
-        order = selection(torch.arange(n).view(-1, 2).T.flatten(), n)
-        return RegionMap(order, key_down=order)
+        pairs = torch.arange(n // 2)
+        if n == 2:
+            turn = torch.full((1, 1), 1j, dtype=torch.complex128)
+            return RegionMap(real_matrix(turn), key_down=torch.eye(n, dtype=torch.float64), pairs=pairs)
+        gaussian = torch.randn(heads, n // 2, n // 2, generator=generator, dtype=torch.complex128)
+        mixed = real_matrix(torch.linalg.qr(gaussian).Q)
+        return RegionMap(mixed, key_down=mixed, pairs=pairs)
     across = random_rotation(heads * n, generator)
     back = across.T if heads > 1 else across
     down, up = across.view(heads, n, heads, n), back.reshape(heads, n, heads, n)
     return RegionMap(down, up) if region.kind is RegionKind.VALUE else RegionMap(down, key_down=back.T.view_as(down))
 
 
-def pair_selection(pairs: torch.Tensor, width: int) -> torch.Tensor:
-    """The (width, 2k) matrix that takes the rotary pairs (p, p + width/2) of ``pairs`` (k,), in that order."""
-    return selection(torch.cat([pairs, pairs + width // 2]), width)
+def pair_selection(pairs: torch.Tensor, width: int) -> RegionMap:
+    """Takes the rotary pairs (p, p + width/2) of ``pairs`` (k,) int64, in that order, and mixes none."""
+    return RegionMap(selection(torch.cat([pairs, pairs + width // 2]), width), pairs=pairs)
 
 
 def _another_order(n: int, generator: torch.Generator) -> torch.Tensor:

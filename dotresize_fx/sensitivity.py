@@ -18,6 +18,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.region_inputs import RegionInputs
+from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
 
@@ -128,13 +129,15 @@ def _dense_statistics(
         node = inputs.hidden or inputs.entry
         assert node is not None
         at[node].append(inputs)
+    near: dict[str, torch.Tensor | None] = {}
     for batch in batches:
         mask, position = batch.get("attention_mask"), 0
         environment = execution.start(batch)
         # From one node to the next: what one region watches need not be kept for all.
         for node in sorted(at, key=execution.index.__getitem__):
             stop = execution.index[node] + 1
-            values = execution.run(environment, position, stop, keep=[node])
+            tables = {table for inputs in at[node] for table in inputs.nodes}
+            values = execution.run(environment, position, stop, keep=[node, *tables])
             position = stop
             for inputs in at[node]:
                 read, entered = sums[inputs.region.name]
@@ -142,15 +145,17 @@ def _dense_statistics(
                     read.add(inputs.read_rows(values, mask))
                 elif (rows := inputs.entry_rows(values, mask)) is not None:
                     entered.add(rows)
+                if inputs.region.name not in near:
+                    near[inputs.region.name] = inputs.coherence(values, mask)
         advanced()
-    return {inputs.region.name: inputs.statistics(*sums.pop(inputs.region.name)) for inputs in watched}
+    return {r.region.name: r.statistics(*sums.pop(r.region.name), near[r.region.name]) for r in watched}
 
 
 class _Probe:
     """One region cut to its probed width, as what it changes in a run of the dense model.
 
     ``change`` (n, out) takes what the reader reads to the error in what it puts out; for queries and keys ``weights``
-    stand in for the query writers' own.
+    stand in for the writers' own: what is left of them, written at the dense width.
     """
 
     def __init__(self, inputs: RegionInputs, statistics: RegionStatistics) -> None:
@@ -162,11 +167,10 @@ class _Probe:
         solve = SOLVERS[METHODS["obs"][region.kind][0]]
         found = solve(region, statistics, self.width)
         if region.kind is RegionKind.QUERY_KEY:
-            back = found.down if found.key_down is None else found.key_down
             for op in inputs.writers:
-                if op.name not in region.key_writers:
-                    project = over_heads(region, found.down @ back.mT, len(graph.weight(op)))
-                    self.weights |= inputs.mapped(op, project)
+                down = found.key_down if found.key_down is not None and op.name in region.key_writers else found.down
+                written = over_heads(region, down @ _back(region, found).mT, len(graph.weight(op)))
+                self.weights |= inputs.mapped(op, written)
             self.departs = [graph.node(name) for name in region.writers]
             return
         assert inputs.output is not None
@@ -191,6 +195,17 @@ class _Probe:
             environment, start, len(execution.nodes), keep=[result], parameters=self.weights
         )[result]
         return found
+
+
+def _back(region: Region, found: RegionMap) -> torch.Tensor:
+    """(n, k) or (heads, n, k): where the k numbers of a map of queries and keys lie in the dense head.
+
+    Rotary pairs lie where the tables turn them as they are to be turned. Elsewhere any k orthonormal directions do,
+    the same for both sides: the first.
+    """
+    n = region.width
+    places = torch.arange(found.width) if found.pairs is None else torch.cat([found.pairs, found.pairs + n // 2])
+    return selection(places.to(found.down.device), n)
 
 
 def _prices(

@@ -162,11 +162,12 @@ class Sweep:
         execution = self.slim.execution
         target = self.slim_graph.node(inputs.region.target)
         fitting, held_out, entered = GramAccumulator(), GramAccumulator(), GramAccumulator()
-        wanted, own = [], []
+        wanted, own, near = [], [], None
         last = inputs.entry if inputs.output is None else target
         assert last is not None
         for i, environment in enumerate(self.slim.environments):
-            stop, keep = execution.index[last] + 1, [*inputs.nodes, target]
+            ahead = max(execution.index.get(node, -1) for node in (last, *inputs.nodes))
+            stop, keep = ahead + 1, [*inputs.nodes, target]
             values = execution.run(dict(environment), self.slim.position, stop, keep=keep)
             solves, mask = i not in self.measuring, self.masks[i]
             if inputs.output is not None:
@@ -178,7 +179,8 @@ class Sweep:
                 sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
-        return _Gathered(inputs.statistics(fitting, entered), fitting, held_out, wanted, own)
+            near = inputs.coherence(values, mask) if i == 0 else near
+        return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
 
     def _refit(
         self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered

@@ -10,6 +10,7 @@ from dotresize_fx.graph import Graph
 from dotresize_fx.passes.pass_base import promise
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind, Symmetry
+from dotresize_fx.rotary_map import mixes_pairs
 
 
 def check_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
@@ -24,10 +25,20 @@ def check_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
         read = all(table in {value.name for value in graph.op(name).inputs} for name in readers)
         promise(read, f"{region.name}: {table} is no table of it any more: find the regions anew")
     if region.symmetry is Symmetry.ROTARY_PAIRS:
-        promise(region_map.down.ndim == 2, f"{region.name}: rotary pairs take one selection for all heads")
-        taken = (region_map.down != 0).sum(0)
-        promise(bool((taken == 1).all()), f"{region.name}: only a selection crosses a rotary embedding")
-        promise(region_map.width % 2 == 0, f"{region.name}: {region_map.width} numbers cannot be paired")
+        _check_pairs(region, region_map)
+
+
+def _check_pairs(region: Region, region_map: RegionMap) -> None:
+    """Only what mixes whole pairs commutes with turning them, and the tables have to be told which are left."""
+    k, pairs = region_map.width, region_map.pairs
+    promise(k % 2 == 0, f"{region.name}: {k} numbers cannot be paired")
+    promise(pairs is not None, f"{region.name}: a map of rotary pairs must name the pairs whose tables it keeps")
+    assert pairs is not None
+    known = pairs.shape == (k // 2,) and bool(((pairs >= 0) & (pairs < region.width // 2)).all())
+    promise(known, f"{region.name}: {pairs.tolist()} are not {k // 2} of its {region.width // 2} rotary pairs")
+    for matrix in (region_map.down, region_map.key_down):
+        whole = matrix is None or mixes_pairs(matrix)
+        promise(whole, f"{region.name}: only what mixes whole pairs crosses a rotary embedding")
 
 
 def resize_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
@@ -44,16 +55,17 @@ def resize_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
     for name in layout.upper_halves:
         graph.resize_slice(graph.op(name), k // 2, None)
     if region.symmetry is Symmetry.ROTARY_PAIRS:
-        _gather_tables(graph, region, region_map.down)
+        assert region_map.pairs is not None
+        _gather_tables(graph, region, region_map.pairs)
     attention = graph.op(region.attention)
     if region.kind is RegionKind.QUERY_KEY and attention.attributes["scale"] is None:
         graph.set_attention_scale(attention, 1 / math.sqrt(n))
 
 
-def _gather_tables(graph: Graph, region: Region, down: torch.Tensor) -> None:
-    """Cosines and sines of the numbers that are left, in their order; other attentions read the whole tables."""
+def _gather_tables(graph: Graph, region: Region, pairs: torch.Tensor) -> None:
+    """Cosines and sines of the pairs that are left, in their order; other attentions read the whole tables."""
     assert region.layout is not None
-    places = down.abs().argmax(0).cpu()
+    places = torch.cat([pairs, pairs + region.width // 2]).cpu()
     if torch.equal(places, torch.arange(region.width)):
         return
     for table, readers in region.layout.tables:

@@ -18,7 +18,7 @@ from dotresize_fx.solvers.kv_heads import kv_heads_curve, solve_kv_heads
 from dotresize_fx.solvers.magnitude import solve_magnitude
 from dotresize_fx.solvers.obs import obs_curve, solve_obs
 from dotresize_fx.solvers.pca import solve_pca
-from dotresize_fx.solvers.query_key import query_key_curve, solve_query_key
+from dotresize_fx.solvers.query_key import drop_query_key, query_key_curve, solve_query_key
 from dotresize_fx.solvers.value_rank import solve_value_rank, value_rank_curve
 
 Solver = Callable[[Region, RegionStatistics, int], RegionMap]
@@ -31,6 +31,7 @@ SOLVERS: dict[str, Solver] = {
     "obs": solve_obs,
     "pca": solve_pca,
     "query-key": solve_query_key,
+    "query-key-drop": drop_query_key,
     "value-rank": solve_value_rank,
 }
 CURVES: dict[RegionKind, Curve] = {

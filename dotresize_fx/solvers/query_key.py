@@ -1,7 +1,8 @@
-"""Fewer numbers a query and key head: rotary pairs by what they add to the scores, or a rank where none rotates.
+"""Fewer numbers a query and key head: rotary pairs merged or dropped, or a rank where none rotates.
 
-A rotary pair's share of the scores is bounded by the product of the norms of its query and its key (the choice of
-Lin et al. 2025, "MoDeGPT", section 3), summed over all heads: one set of pairs serves a whole layer, as the tables
+How pairs are merged is in :mod:`dotresize_fx.solvers.rotary_pairs`. Where nothing is known of how they turn they are
+dropped: a rotary pair's share of the scores is bounded by the product of the norms of its query and its key (the choice
+of Lin et al. 2025, "MoDeGPT", section 3), summed over all heads. One set of pairs serves a whole layer, as the tables
 of the rotary embedding and fused attentions want it. Without a rotary embedding a KV head's scores q.k allow any
 basis D on queries and its inverse transpose on keys; with Cq and Ck their second moments, the best k dimensions are
 the leading singular directions of Cq^(1/2) Ck^(1/2).
@@ -14,14 +15,28 @@ import torch
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.region_map import RegionMap, pair_selection
 from dotresize_fx.regions import Region, Symmetry
+from dotresize_fx.rotary_map import real_matrix
 from dotresize_fx.solvers.magnitude import top
 from dotresize_fx.solvers.matrix_root import inverse, square_root
+from dotresize_fx.solvers.rotary_pairs import RotaryPairs
 
 
 def solve_query_key(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
-    """A selection of rotary pairs (n, k), or a basis per KV head (heads, n, k) and its counterpart for the keys."""
+    """Rotary pairs merged (heads, n, k), or a basis per KV head (heads, n, k); with a counterpart for the keys."""
+    pairs = _rotary(region, statistics)
+    if pairs is None or width == region.width:
+        return drop_query_key(region, statistics, width)
+    merged = pairs.merge(width // 2)
+    device = statistics.writer_weights[region.writers[0]].device
+    queries, keys, kept = (one.to(device) for one in (merged.queries, merged.keys, merged.pairs))
+    notes = {"scores lost": merged.lost}
+    return RegionMap(real_matrix(queries), key_down=real_matrix(keys), pairs=kept, notes=notes)
+
+
+def drop_query_key(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
+    """The same without merging: a selection of rotary pairs (n, k)."""
     if region.symmetry is Symmetry.ROTARY_PAIRS:
-        return RegionMap(pair_selection(top(_pair_scores(region, statistics), width // 2), region.width))
+        return pair_selection(top(_pair_scores(region, statistics), width // 2), region.width)
     left, values, right, query_root, key_root = _decompose(region, statistics)
     scale = values[:, None, :width].clamp_min(values[:, :1, None] * 1e-12).sqrt()
     return RegionMap(
@@ -31,12 +46,24 @@ def solve_query_key(region: Region, statistics: RegionStatistics, width: int) ->
 
 def query_key_curve(region: Region, statistics: RegionStatistics) -> torch.Tensor:
     """(n + 1,): share of the scores' energy that is lost at each width, in the units of the moments; float64."""
-    if region.symmetry is Symmetry.ROTARY_PAIRS:
+    pairs = _rotary(region, statistics)
+    if pairs is not None:
+        lost = pairs.curve()[:-1].flip(0).repeat_interleave(2).to(statistics.gram.device)
+    elif region.symmetry is Symmetry.ROTARY_PAIRS:
         lost = _pair_scores(region, statistics).sort().values.cumsum(0).repeat_interleave(2)
     else:
         _, values, _, _, _ = _decompose(region, statistics)
         lost = values.square().sum(0).flip(0).cumsum(0)
     return torch.cat([lost.flip(0), lost.new_zeros(1)])
+
+
+def _rotary(region: Region, statistics: RegionStatistics) -> RotaryPairs | None:
+    """Of a rotary embedding whose angles are known and over which something is said."""
+    if region.symmetry is not Symmetry.ROTARY_PAIRS or statistics.coherence is None:
+        return None
+    if float(_pair_scores(region, statistics).sum()) <= 0:
+        return None
+    return RotaryPairs(*_moments(region, statistics), statistics.coherence)
 
 
 def _moments(region: Region, statistics: RegionStatistics) -> tuple[torch.Tensor, torch.Tensor]:
