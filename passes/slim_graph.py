@@ -95,7 +95,8 @@ def slim_graph(
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})
     widths |= chosen.widths
-    progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *regions], widths))
+    planned = regions if rest or plan else []
+    progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
         pull = ENCODER_PULL if task == "encoder" else PULL
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, pull)
