@@ -13,7 +13,6 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import token_rows
 from dotresize_fx.passes.choose_regions import choose_regions, sublayers
 from dotresize_fx.regions import MatchReport, Region, RegionKind
-from dotresize_fx.sensitivity import measure_curves, probed_width
 from dotresize_fx.width_plan import WidthPlan, step_of
 
 # No sublayer loses more by influence: what MoDeGPT's stand-in in peers/ allows, for the same reason.
@@ -105,12 +104,6 @@ def influence_wishes(
     weights = (-torch.tensor([influences[name] for name in names], dtype=torch.float64) / temperature).softmax(0)
     by_target = dict(zip(names, weights.tolist(), strict=True))
     return {region.name: by_target[region.target] for region in regions}
-
-
-def probe_prices(graph: FxGraph, regions: Sequence[Region], batches: Batches) -> dict[str, float]:
-    """What each region's probe is priced at: the KL, in nats, of a cut of that region alone with a one-shot refit."""
-    curves = measure_curves(graph, regions, batches)
-    return {region.name: float(curves[region.name][probed_width(region)]) for region in regions}
 
 
 def price_wishes(prices: Mapping[str, float], power: float) -> dict[str, float]:

@@ -9,7 +9,8 @@ are; ``--json`` appends them to a file of one JSON object a line. Excess is ln(p
 nats, a mean over texts, and so are agreement on the most likely next token and KL to the dense model, both on the
 same sources. "Weights off" is measured on what came out, as a share of the blocks' linear weights. Seconds are those
 of calibrating, solving and training; "forward" gives them in forward passes of the dense model over the calibration
-tokens. Memory is the peak of the same time. The rows of one ratio:
+tokens; sensitivity is measured once and counted in every row that uses it. Memory is the peak of the same time. The
+rows of one ratio:
 
 magnitude               FFNs by activation norm, the same width everywhere, nothing refitted
 torch-pruning-taylor    Torch-Pruning itself (peers/)

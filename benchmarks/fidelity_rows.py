@@ -20,7 +20,6 @@ from allocations import (
     influence_wishes,
     plan_by_shares,
     price_wishes,
-    probe_prices,
 )
 from bench import Setup
 from measure import calibration_rows, free_memory, runs, spending
@@ -34,9 +33,11 @@ from dotresize_fx.export.sample_text import sample_rows
 from dotresize_fx.fidelity import Run
 from dotresize_fx.healing import HealOptions, heal
 from dotresize_fx.options import Options
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
 from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
+from dotresize_fx.sensitivity import measure_curves, probed_width
 from dotresize_fx.sweep import is_held_out
 from dotresize_fx.width_plan import WidthPlan
 
@@ -115,21 +116,33 @@ class Bench(Setup):
         return found, spent.seconds
 
     @cached_property
-    def prices(self) -> tuple[dict[str, float], float]:
-        """Of the FFNs, and seconds."""
-        regions = cuttable(self.dense, self.matches, (RegionKind.FFN,))
+    def curves(self) -> tuple[dict[str, torch.Tensor], float]:
+        """The compiler's loss curves of everything that it cuts by default, and seconds: one measurement for all."""
+        regions, _ = choose_regions(self.dense, self.matches.regions, SWEPT)
         with spending(self.device) as spent:
-            found = probe_prices(self.dense, regions, self.calibrating)
+            found = measure_curves(self.dense, regions, self.calibrating)
         return found, spent.seconds
+
+    @property
+    def prices(self) -> tuple[dict[str, float], float]:
+        """What each FFN's probe is priced at: the KL, in nats, of a cut of it alone with a one-shot refit; seconds."""
+        curves, seconds = self.curves
+        regions = cuttable(self.dense, self.matches, (RegionKind.FFN,))
+        return {region.name: float(curves[region.name][probed_width(region)]) for region in regions}, seconds
 
     def slim(
         self, ratio: float, plan: WidthPlan | None = None, planned: float | None = None, **chosen: Any
     ) -> tuple[Slimmed, Outcome]:
-        """The compiler with these options; ``planned`` seconds went into the plan."""
+        """The compiler with these options; ``planned`` seconds went into the plan, or into the curves it is made of."""
         progress = Progress(quiet=True)
         options = Options(ratio=ratio, seed=self.seed, repair_steps=self.arguments.repair_steps, **chosen)
+        curves = None
+        if plan is None and options.allocation == "measured":
+            curves, planned = self.curves
         with spending(self.device) as spent:
-            slimmed = slim_graph(self.dense, self.matches, self.calibrating, options, progress, plan=plan)
+            slimmed = slim_graph(
+                self.dense, self.matches, self.calibrating, options, progress, plan=plan, curves=curves
+            )
         cost = count_cost(slimmed.graph, self.length)
         parts = dict(progress.seconds)
         if planned is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
-from dotresize_fx.graph import Graph, Kind, Op
+from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.regions import Region, RegionKind
 
 COSTS = ("weights", "macs")
@@ -63,21 +64,23 @@ def block_linears(graph: Graph) -> list[Op]:
 
     A linear in front of the head with nothing but the head behind it (a tied head's gain) belongs to the head.
     """
+    users: dict[Value, list[Op]] = defaultdict(list)
+    for op in graph.ops:
+        for value in op.inputs:
+            users[value].append(op)
     outside: set[str] = set()
+
+    def leads_out(op: Op) -> bool:
+        return op.output in graph.outputs or (
+            bool(users[op.output])
+            and all(user.name in outside or (user.kind in _THROUGH and leads_out(user)) for user in users[op.output])
+        )
+
     linears = [op for op in graph.ops if op.kind is Kind.LINEAR]
     for op in reversed(linears):
-        if _leads_out(graph, op, outside):
+        if leads_out(op):
             outside.add(op.name)
     return [op for op in linears if op.name not in outside]
-
-
-def _leads_out(graph: Graph, op: Op, outside: set[str]) -> bool:
-    if op.output in graph.outputs:
-        return True
-    users = graph.users(op.output)
-    return bool(users) and all(
-        user.name in outside or (user.kind in _THROUGH and _leads_out(graph, user, outside)) for user in users
-    )
 
 
 def weights_per_unit(graph: Graph, region: Region) -> int:

@@ -38,6 +38,7 @@ def is_held_out(batch: int) -> bool:
 class SweptRegion:
     """What the sweep did to a region, and by which solver's map (``method``).
 
+    A region that keeps its width has "refit", or "kept" where the refitted reader did worse on held-out batches.
     ``error`` is ||slim - wanted|| / ||wanted|| of the reader's output on batches that were not solved with, ``wanted``
     being what would make the stream behind the sublayer the dense model's.
     """
@@ -153,6 +154,10 @@ class Sweep:
             found.append((name, region_map, error))
         # The first of equals; without held-out batches nothing tells them apart.
         name, region_map, error = min(found, key=lambda one: 0.0 if one[2] is None else one[2])
+        if width == region.width and error is not None:
+            kept = relative_error(gathered.held_out, "wanted", inputs.reader_weight()) ** 0.5
+            if kept <= error:  # too few tokens for a fit that holds on others
+                return SweptRegion(region, width, "kept", kept)
         self.apply(region, region_map)
         self.slim.execution = Execution(self.slim_graph)  # folding adds parameters, and tables before their readers
         return SweptRegion(region, width, name, error, region_map.notes)

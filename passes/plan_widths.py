@@ -31,11 +31,12 @@ def plan_widths(
     options: Options,
     progress: Progress,
     task: str,
+    measured: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[WidthPlan, tuple[str, ...]]:
     """A width for each of the regions, and why some of them keep theirs.
 
     ``total`` is the cost of the dense model, of which the options' ratio is a share; where the graph's is less by now,
-    that much less is left to remove.
+    that much less is left to remove. ``measured`` are curves of the same graph and text, if there are any yet.
 
     Raises:
         NothingToSlimError: there is no region, or they hold too little for the ratio.
@@ -56,11 +57,14 @@ def plan_widths(
     leads = [group[-1] for group in groups]
     units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
     steps = {group[-1].name: _step(group, options.multiple) for group in groups}
-    curves: dict[str, torch.Tensor] = {}
+    curves: Mapping[str, torch.Tensor] = {}
     if options.allocation == "uniform":
         plan = plan_uniformly(leads, units, left, ratio, steps=steps, cost=cost.name)
     else:
-        if grouped := {region.name for group in groups for region in group}:
+        grouped = {region.name for group in groups for region in group}
+        if measured is not None:
+            curves = {name: curve for name, curve in measured.items() if name in grouped}
+        elif grouped:
             with progress.stage("measure sensitivity") as step:
                 chosen = [region for region in regions if region.name in grouped]
                 curves = measure_curves(graph, chosen, batches, task=task, advanced=step)

@@ -46,8 +46,12 @@ def slim_graph(
     *,
     task: str = "decoder",
     plan: WidthPlan | None = None,
+    curves: Mapping[str, torch.Tensor] | None = None,
 ) -> Slimmed:
     """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
+
+    ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
+    several ratios.
 
     The stream is cut first, if asked, then the rest, so that it repairs what the stream lost.
 
@@ -86,12 +90,13 @@ def slim_graph(
         regions = [region for region in regions if region.name in plan.widths]
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
-        chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task)
+        chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task, curves)
         notes += _what_was_refused(matches, kinds) + kept
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})
     widths |= chosen.widths
-    progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *regions], widths))
+    planned = regions if rest or plan else []
+    progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
         pull = ENCODER_PULL if task == "encoder" else PULL
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, pull)

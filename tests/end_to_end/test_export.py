@@ -70,7 +70,7 @@ def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callab
     cut = {name: row for name, row in rows.items() if row["width_after"] < row["width_before"]}
     methods = {"ffn": {"obs", "dotresize"}, "kv_heads": {"kv-heads"}, "query_key": {"query-key"}}
     assert all(row["method"] in {"value": {"value-rank"}, **methods}[row["kind"]] for row in cut.values())
-    assert all(row["method"] in (None, "refit") for name, row in rows.items() if name not in cut)
+    assert all(row["method"] in (None, "refit", "kept") for name, row in rows.items() if name not in cut)
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     assert {name: row["width_after"] for name, row in rows.items() if name in plan["widths"]} == plan["widths"]
     assert set(cut) <= set(plan["widths"])

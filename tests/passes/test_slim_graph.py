@@ -15,6 +15,7 @@ from torch import nn
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import NothingToSlimError
+from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_graph import slim_graph
@@ -60,9 +61,33 @@ def test_a_quarter_goes(tiny_graph: Any, tiny_batch: Any, run: Any, kind: str, r
     assert all(slimmed.plan.widths[name] == width for name, width in widths.items())
     # All that was swept was cut, or refitted because scores or the stream were.
     cut = {entry.region.name for entry in slimmed.swept if entry.width < entry.region.width}
-    assert {entry.method for entry in slimmed.swept if entry.region.name not in cut} <= {"refit"}
+    assert {entry.method for entry in slimmed.swept if entry.region.name not in cut} <= {"refit", "kept"}
     assert {name for name, width in slimmed.plan.widths.items() if width < whole(dense)[name]} == cut
     assert run(slimmed.graph, **tiny_batch(2, 9, 2))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["auto", "pca", "magnitude"])
+def test_readers_are_refitted_where_the_stream_alone_is_cut(tiny_graph: Any, tiny_batch: Any, method: str) -> None:
+    """At their whole width, but for the baseline that refits nothing; the outputs come nearer to the dense model's."""
+    _, dense = tiny_graph("llama")
+    data = [tiny_batch(8, 32, seed=seed) for seed in range(9)]
+    options = Options(ratio=0.1, regions=("residual",), method=method, check=True)
+    slimmed = slim_graph(dense, find_regions(dense), data, options, QUIET)
+    stream, *others = slimmed.swept
+    assert stream.region.kind == "residual"
+    kinds = [str(entry.region.kind) for entry in others]
+    assert kinds == ([] if method == "magnitude" else ["value", "ffn"] * 2)
+    assert all(entry.width == entry.region.width for entry in others)
+    assert {entry.method for entry in others} <= {"refit", "kept"}
+    if method == "magnitude":
+        return
+    assert "refit" in {entry.method for entry in others}
+    alone = slim_graph(
+        dense, find_regions(dense), data, options, QUIET, plan=WidthPlan({"residual stream": stream.width})
+    )
+    unseen = tiny_batch(8, 32, seed=99)
+    expected, refitted, plain = (Execution(g).outputs(unseen)[0] for g in (dense, slimmed.graph, alone.graph))
+    assert (refitted - expected).norm() < (plain - expected).norm()
 
 
 def whole(graph: Any) -> dict[str, int]:

@@ -65,6 +65,22 @@ def sweep(
     return result
 
 
+def test_a_fit_that_does_not_hold_on_other_tokens_is_not_taken(
+    dense: FxGraph, tiny_batch: Callable[..., Batch]
+) -> None:
+    """An FFN that keeps its width keeps its reader too where 48 tokens are to fit 64 neurons; 2,048 are enough."""
+    first, second = find_regions(dense).of_kind("ffn")
+    for rows, method in ((1, "kept"), (43, "refit")):
+        few = [tiny_batch(rows, 6, seed=seed) for seed in range(9)]
+        slim = dense.copy()
+        swept = Sweep(dense, slim, few, lambda region, found, slim=slim: apply_map(slim, region, found, False))
+        swept.slim_sublayer([(first, 40)], only("obs"))
+        before = slim.weight(slim.op(second.readers[0])).clone()
+        (entry,) = swept.slim_sublayer([(second, WIDTH)], only("obs"))
+        assert (entry.method, entry.width) == (method, WIDTH)
+        assert torch.equal(slim.weight(slim.op(second.readers[0])), before) == (method == "kept")
+
+
 def only(method: str) -> Callable[[Region], Solvers]:
     """For every region one solver."""
     return lambda region: [(method, SOLVERS[method])]
