@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from ot_heads import mix_pairs, mix_values
+from ot_heads import mix_values, solve_pairs
 from ot_plans import chosen_mass
 
 from dotresize_fx.gram import RegionStatistics
@@ -29,11 +29,8 @@ EPSILON = 0.02
 # Tried, of what the plan brings to a writer's row.
 SHARES = (0.5, 1.0)
 
-# (region, statistics, width, names of the value writers, tables) -> weights with a bias as last column, by op name
-Mix = Callable[
-    [Region, RegionStatistics, int, Sequence[str], Sequence[torch.Tensor]],
-    Mapping[str, torch.Tensor],
-]
+# (region, statistics, width, names of the value writers) -> weights with a bias as last column, by op name
+Mix = Callable[[Region, RegionStatistics, int, Sequence[str]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def _core(kind: RegionKind, name: str) -> Member:
 
 
 def _pairs(**chosen: bool) -> Member:
-    return Member(RegionKind.QUERY_KEY, (("query-key", SOLVERS["query-key"]),), partial(mix_pairs, **chosen))
+    return Member(RegionKind.QUERY_KEY, (("pairs", partial(solve_pairs, **chosen)),))
 
 
 _RECENTRED = tuple((f"recentred {share}", partial(solve_recentred, share=share)) for share in SHARES)
@@ -131,7 +128,8 @@ MEMBERS: dict[str, Member] = {
     "recentred": Member(RegionKind.FFN, (("obs", solve_obs), *_RECENTRED), entered=True),
     "heads dropped": _core(RegionKind.HEADS, "kv-heads"),
     "heads transported": Member(RegionKind.HEADS, (("kv-heads", SOLVERS["kv-heads"]),), mix_values),
-    "pairs dropped": _core(RegionKind.QUERY_KEY, "query-key"),
+    "pairs dropped": _core(RegionKind.QUERY_KEY, "query-key-drop"),
+    "pairs merged": _core(RegionKind.QUERY_KEY, "query-key"),
     "pairs transported": _pairs(),
     "pairs transported, chosen": _pairs(choose=True),
     "pairs merged with nearest": _pairs(transport=False),
@@ -146,6 +144,7 @@ FORMULATIONS: dict[str, Formulation] = {
     "recentre": Formulation("recentred", "obs", "rows of the linear branch at the plan's barycentre"),
     "heads": Formulation("heads transported", "heads dropped", "values of removed KV heads moved onto kept ones"),
     "pairs": Formulation("pairs transported", "pairs dropped", "rotary pairs merged with pairs of near frequency"),
+    "pairs-merged": Formulation("pairs transported", "pairs merged", "a plan or a hierarchy says which are merged"),
     "pairs-chosen": Formulation("pairs transported, chosen", "pairs dropped", "and a plan chooses which pairs stay"),
     "pairs-nearest": Formulation("pairs transported", "pairs merged with nearest", "merged by a plan or by least cost"),
     "stream": Formulation("stream transported", "stream pca", "the stream's basis from a plan, against PCA"),

@@ -31,7 +31,7 @@ class TransportSweep(Sweep):
         assert self.mix is not None
         statistics = self._gather(RegionInputs(self.slim_graph, region), goals).statistics
         writers = self.values[region.attention].writers if region.attention in self.values else ()
-        found = self.mix(region, statistics, width, writers, self._tables(region))
+        found = self.mix(region, statistics, width, writers)
         for name, weight in found.items():
             op = self.slim_graph.op(name)
             dtype = self.slim_graph.weight(op).dtype
@@ -39,18 +39,6 @@ class TransportSweep(Sweep):
             if op.bias is not None:
                 self.slim_graph.set_bias(self.slim_graph.op(name), weight[:, -1].to(dtype))
         self.slim.execution = Execution(self.slim_graph)
-
-    def _tables(self, region: Region) -> list[torch.Tensor]:
-        """The rotary embedding's cosines and sines, (length, n) each; empty where nothing is rotated or cut."""
-        if region.kind is not RegionKind.QUERY_KEY or region.layout is None:
-            return []
-        execution, environment = self.slim.execution, self.slim.environments[0]
-        nodes = list(dict.fromkeys(self.slim_graph.node(name) for name, _ in region.layout.tables))
-        stop = execution.index[self.slim_graph.node(region.attention)] + 1
-        ahead = [node for node in nodes if node not in environment]
-        values = execution.run(dict(environment), self.slim.position, stop, keep=ahead) if ahead else {}
-        tables = [values[node] if node in values else environment[node] for node in nodes]
-        return [table.reshape(-1, *table.shape[-2:])[0] for table in tables]
 
     def _gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> _Gathered:
         gathered = super()._gather(inputs, goals)

@@ -83,18 +83,19 @@ class RegionStatistics:
     nothing reads the region. reader_weight: (out, n), or None for a stream, which many linears read.
     entry_gram: (d + 1, d + 1), the same for what queries' and keys' writers read, a constant one beside it for their
     biases; None for other regions. coherence: (n/2, n/2) complex128, how alike rotary pairs turn, see
-    :func:`dotresize_fx.rotary_coherence.coherence`; None where nothing rotates or it is not known. writer_weights: (n, d + 1) by op name, the bias as last column.
-    samples: (tokens, n), some rows of x, or None. eliminations: the orders in which neurons
-    went, as far as elimination was run: a longer run begins as a shorter one does.
+    :func:`dotresize_fx.rotary_coherence.coherence`; None where nothing rotates or it is not known.
+    writer_weights: (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some rows of x, or None.
+    eliminations: the orders in which neurons went, as far as elimination was run: a longer run begins as a shorter one
+    does.
     """
 
     tokens: int
     gram: torch.Tensor
     reader_weight: torch.Tensor | None = None
     entry_gram: torch.Tensor | None = None
-    coherence: torch.Tensor | None = None
     writer_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     samples: torch.Tensor | None = None
+    coherence: torch.Tensor | None = None
     eliminations: list[torch.Tensor] = field(default_factory=list, compare=False, repr=False)
 
     @property

@@ -64,18 +64,20 @@ class RegionInputs:
         if len(self.tables) != 2 or not all(node in values for node in self.tables):
             return None
         cosine, sine = (values[node] for node in self.tables)
-        length, half = cosine.shape[-2], cosine.shape[-1] // 2
         if cosine.ndim < 2 or cosine.shape[-2:] != sine.shape[-2:]:
             return None
-        cosine, sine = (table.reshape(-1, length, 2 * half)[0, :, :half].double() for table in (cosine, sine))
+        length, half = cosine.shape[-2], cosine.shape[-1] // 2
+        cosine, sine = (table.reshape(-1, length, 2, half)[0].double() for table in (cosine, sine))
+        if not (torch.equal(cosine[:, 0], cosine[:, 1]) and torch.equal(sine[:, 0], sine[:, 1])):
+            return None  # numbers that are not turned in pairs
         real = torch.ones(length, dtype=torch.bool, device=cosine.device)
         if mask is not None and mask.shape[-1] == length:
             real = mask[0].bool()
         allowed = self._allowed(values, length)
         if allowed is None or int(real.sum()) < 2:
             return None
-        allowed = allowed[real][:, real]
-        return coherence(torch.complex(cosine, sine)[real], allowed) if allowed.any() else None
+        allowed = allowed.to(real.device)[real][:, real]
+        return coherence(torch.complex(cosine[:, 0], sine[:, 0])[real], allowed) if allowed.any() else None
 
     def _allowed(self, values: Values, length: int) -> torch.Tensor | None:
         """(length, length): which position of the first sequence may attend to which."""

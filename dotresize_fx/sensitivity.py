@@ -145,7 +145,7 @@ def _dense_statistics(
                     read.add(inputs.read_rows(values, mask))
                 elif (rows := inputs.entry_rows(values, mask)) is not None:
                     entered.add(rows)
-                if inputs.region.name not in near:
+                if near.get(inputs.region.name) is None:
                     near[inputs.region.name] = inputs.coherence(values, mask)
         advanced()
     return {r.region.name: r.statistics(*sums.pop(r.region.name), near[r.region.name]) for r in watched}

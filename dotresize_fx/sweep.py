@@ -184,7 +184,7 @@ class Sweep:
                 sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
-            near = inputs.coherence(values, mask) if i == 0 else near
+            near = inputs.coherence(values, mask) if near is None else near
         return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
 
     def _refit(

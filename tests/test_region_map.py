@@ -17,6 +17,7 @@ from dotresize_fx.region_map import (
     selection,
 )
 from dotresize_fx.regions import Region, RegionKind, Symmetry
+from dotresize_fx.rotary_map import mixes_pairs
 
 # Orthonormal to float64 rounding for the sizes drawn here.
 EXACT = 1e-12
@@ -149,12 +150,15 @@ def test_admissible_maps_of_heads(name: str, half: int, m: int, seed: int) -> No
     for matrix in (found.down, found.up, found.key_down):
         assert matrix is None or bool((torch.linalg.cond(matrix) <= 4 + EXACT).all())
     if name == "rotary":
-        source = (found.down != 0).double().argmax(0)
-        assert torch.equal(source[half:], source[:half] + half)
-        assert torch.equal(
-            found.down[source[:half], torch.arange(half)], found.down[source[half:], -half + torch.arange(half)]
-        )
-        assert not torch.equal(source, torch.arange(2 * half))
+        assert found.pairs is not None
+        assert sorted(found.pairs.tolist()) == list(range(half))
+        assert not torch.equal(found.pairs, torch.arange(half))
+        assert mixes_pairs(found.down)
+        size = found.down[:, :half, :half].square() + found.down[:, half:, :half].square()
+        # One pair each, turned and scaled by every head on its own.
+        assert torch.equal((size > 0).double().argmax(1), found.pairs.expand(m, half))
+        assert torch.equal((size > 0).sum(1), torch.ones(m, half, dtype=torch.int64))
+        assert not close(found.down[0], found.down[1])
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -169,8 +173,10 @@ def test_wrong_maps_of_heads(name: str, half: int, m: int, seed: int) -> None:
         assert wrong.key_down is not None
         assert not close(wrong.key_down, wrong.down)
     elif name == "rotary":
-        source = wrong.down.argmax(0)
-        assert not torch.equal(source[half:], source[:half] + half)
+        assert wrong.pairs is not None
+        assert torch.equal(wrong.pairs, torch.arange(half))
+        assert mixes_pairs(wrong.down)  # which the checks let through: what was turned otherwise is mixed in
+        assert bool((wrong.down[:, 0, 1:half].abs().amax(-1) > 1e-3).all())
     else:
         assert wrong.down.shape == (m, 2 * half, m, 2 * half)
         assert float(wrong.down[0, :, 1].abs().max()) > 1e-3
@@ -183,4 +189,13 @@ def test_of_a_single_head_the_wrong_map_is_not_undone() -> None:
 
 
 def test_pairs_are_taken_in_order() -> None:
-    assert pair_selection(torch.tensor([2, 0]), 6).argmax(0).tolist() == [2, 0, 5, 3]
+    found = pair_selection(torch.tensor([2, 0]), 6)
+    assert found.down.argmax(0).tolist() == [2, 0, 5, 3]
+    assert found.pairs is not None
+    assert found.pairs.tolist() == [2, 0]
+
+
+def test_of_a_single_pair_the_wrong_map_is_a_phase_that_keys_keep() -> None:
+    wrong = random_wrong_map(HEAD_REGIONS["rotary"](2, 3), torch.Generator().manual_seed(0))
+    assert mixes_pairs(wrong.down)
+    assert not close(met(HEAD_REGIONS["rotary"](2, 3), wrong), torch.eye(12, dtype=torch.float64))

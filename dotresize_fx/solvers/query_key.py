@@ -15,22 +15,17 @@ import torch
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.region_map import RegionMap, pair_selection
 from dotresize_fx.regions import Region, Symmetry
-from dotresize_fx.rotary_map import real_matrix
 from dotresize_fx.solvers.magnitude import top
 from dotresize_fx.solvers.matrix_root import inverse, square_root
-from dotresize_fx.solvers.rotary_pairs import RotaryPairs
+from dotresize_fx.solvers.rotary_pairs import merged_map, rotary_pairs, score_moments
 
 
 def solve_query_key(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
     """Rotary pairs merged (heads, n, k), or a basis per KV head (heads, n, k); with a counterpart for the keys."""
-    pairs = _rotary(region, statistics)
+    pairs = rotary_pairs(region, statistics)
     if pairs is None or width == region.width:
         return drop_query_key(region, statistics, width)
-    merged = pairs.merge(width // 2)
-    device = statistics.writer_weights[region.writers[0]].device
-    queries, keys, kept = (one.to(device) for one in (merged.queries, merged.keys, merged.pairs))
-    notes = {"scores lost": merged.lost}
-    return RegionMap(real_matrix(queries), key_down=real_matrix(keys), pairs=kept, notes=notes)
+    return merged_map(region, statistics, pairs.merge(width // 2))
 
 
 def drop_query_key(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
@@ -46,7 +41,7 @@ def drop_query_key(region: Region, statistics: RegionStatistics, width: int) -> 
 
 def query_key_curve(region: Region, statistics: RegionStatistics) -> torch.Tensor:
     """(n + 1,): share of the scores' energy that is lost at each width, in the units of the moments; float64."""
-    pairs = _rotary(region, statistics)
+    pairs = rotary_pairs(region, statistics)
     if pairs is not None:
         lost = pairs.curve()[:-1].flip(0).repeat_interleave(2).to(statistics.gram.device)
     elif region.symmetry is Symmetry.ROTARY_PAIRS:
@@ -57,37 +52,14 @@ def query_key_curve(region: Region, statistics: RegionStatistics) -> torch.Tenso
     return torch.cat([lost.flip(0), lost.new_zeros(1)])
 
 
-def _rotary(region: Region, statistics: RegionStatistics) -> RotaryPairs | None:
-    """Of a rotary embedding whose angles are known and over which something is said."""
-    if region.symmetry is not Symmetry.ROTARY_PAIRS or statistics.coherence is None:
-        return None
-    if float(_pair_scores(region, statistics).sum()) <= 0:
-        return None
-    return RotaryPairs(*_moments(region, statistics), statistics.coherence)
-
-
-def _moments(region: Region, statistics: RegionStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments of queries and keys, (heads, n, n) each; queries summed over those that share a KV head."""
-    sides = []
-    for keys in (False, True):
-        gram = sum(
-            (statistics.written_gram(name) for name in region.writers if (name in region.key_writers) is keys),
-            torch.zeros((), dtype=torch.float64, device=statistics.gram.device),
-        )
-        groups = len(gram) // (region.heads * region.width)
-        shape = (region.heads, groups, region.width)
-        sides.append(torch.einsum("hgahgb->hab", gram.reshape(*shape, *shape)))
-    return sides[0], sides[1]
-
-
 def _pair_scores(region: Region, statistics: RegionStatistics) -> torch.Tensor:
-    sides = (side.diagonal(dim1=-2, dim2=-1) for side in _moments(region, statistics))
+    sides = (side.diagonal(dim1=-2, dim2=-1) for side in score_moments(region, statistics))
     query, key = (side.reshape(len(side), 2, -1).sum(1) for side in sides)
     scores: torch.Tensor = (query * key).sum(0)
     return scores
 
 
 def _decompose(region: Region, statistics: RegionStatistics) -> tuple[torch.Tensor, ...]:
-    query_root, key_root = (square_root(side) for side in _moments(region, statistics))
+    query_root, key_root = (square_root(side) for side in score_moments(region, statistics))
     left, values, right = torch.linalg.svd(query_root @ key_root)
     return left, values, right.mT, query_root, key_root

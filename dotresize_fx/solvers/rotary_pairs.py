@@ -20,6 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dotresize_fx.gram import RegionStatistics
+from dotresize_fx.region_map import RegionMap
+from dotresize_fx.regions import Region, Symmetry
+from dotresize_fx.rotary_map import real_matrix
 from dotresize_fx.solvers.matrix_root import inverse, square_root
 
 # Times that every slot is fitted to what the others leave: more changes little.
@@ -47,57 +51,57 @@ class RotaryPairs:
         self.query_root, self.key_root = (square_root(as_complex(side.cpu())) for side in (query, key))
 
     def merge(self, count: int) -> MergedPairs:
-        """Keep ``count`` of the pairs, at least one."""
-        left, right, alive, _ = self._merged(count)
-        kept = torch.tensor(alive)
-        left, right = self._fit(left[..., kept], right[..., kept], kept)
+        """Keep ``count`` of the pairs, at least one, by merging two slots at a time where it loses least."""
+        factors, alive, _ = self._merged(count)
+        return self._fitted(factors, torch.tensor(alive))
+
+    def merge_into(self, kept: torch.Tensor, places: torch.Tensor) -> MergedPairs:
+        """Keep the pairs ``kept`` (k,), ascending; the others, ascending, go into kept[places[i]]."""
+        factors, chosen = _Factors(self.query_root, self.key_root, self.near), kept.tolist()
+        gone = [pair for pair in range(len(self.near)) if pair not in chosen]
+        for pair, place in zip(gone, places.tolist(), strict=True):
+            factors.merge(chosen[place], pair)
+        return self._fitted(factors, kept)
+
+    def costs(self) -> torch.Tensor:
+        """(n/2, n/2) float64: at (t, s) what merging pair s into pair t loses, in the moments' units; inf for t = s."""
+        every = torch.arange(len(self.near))
+        return _Factors(self.query_root, self.key_root, self.near).cost(every[:, None], every).fill_diagonal_(torch.inf)
+
+    def energies(self) -> torch.Tensor:
+        """(n/2,) float64: what dropping each pair loses, in the moments' units."""
+        return _energies(self.query_root, self.key_root)
+
+    def curve(self) -> torch.Tensor:
+        """(n/2 + 1,) float64: what merging alone loses at each number of pairs, in the moments' units; falling."""
+        factors, alive, lost = self._merged(1)
+        steps = torch.tensor([*lost, float(_energies(factors.left, factors.right)[alive].sum())], dtype=torch.float64)
+        return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)])
+
+    def _merged(self, count: int) -> tuple[_Factors, list[int], list[float]]:
+        """The factors, the slots that are left, and what each merging lost."""
+        factors, cost = _Factors(self.query_root, self.key_root, self.near), self.costs()
+        alive, lost = list(range(len(cost))), []
+        for _ in range(len(cost) - count):
+            t, s = divmod(int(cost.argmin()), len(cost))
+            lost.append(float(cost[t, s]))
+            alive.remove(s)
+            cost[s], cost[:, s] = torch.inf, torch.inf
+            factors.merge(t, s)
+            others = torch.tensor([slot for slot in alive if slot != t], dtype=torch.int64)
+            cost[t, others] = factors.cost(torch.tensor(t), others)
+            cost[others, t] = factors.cost(others, torch.tensor(t))
+        return factors, alive, lost
+
+    def _fitted(self, factors: _Factors, kept: torch.Tensor) -> MergedPairs:
+        left, right = self._fit(factors.left[..., kept], factors.right[..., kept], kept)
         whole = self._energy(left[..., :0], right[..., :0], kept[:0])
         lost = self._energy(left, right, kept) / max(whole, torch.finfo(torch.float64).tiny)
         left, right = _as_loud_as(self.query_root[..., kept], self.key_root[..., kept], left, right)
         queries, keys = (inverse(self.query_root) @ left).conj(), (inverse(self.key_root) @ right).conj()
         return MergedPairs(kept, queries, keys, lost)
 
-    def curve(self) -> torch.Tensor:
-        """(n/2 + 1,) float64: what merging alone loses at each number of pairs, in the moments' units; falling."""
-        left, right, alive, lost = self._merged(1)
-        last = (left[..., alive].abs().square().sum((1, 2)) * right[..., alive].abs().square().sum((1, 2))).sum()
-        steps = torch.tensor([*lost, float(last)], dtype=torch.float64)
-        return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)])
-
-    # -- which pairs stay --------------------------------------------------------------------------
-
-    def _merged(self, count: int) -> tuple[torch.Tensor, torch.Tensor, list[int], list[float]]:
-        """Factors (heads, n/2, n/2), a column a slot; the slots that are left; and what each merging lost.
-
-        Merging slot s into t keeps the leading singular value of B_t + G_ts B_s, so that it loses no more than
-        dropping s does, and as much where the two turn so differently that G_ts is zero.
-        """
-        left, right = self.query_root.clone(), self.key_root.clone()
-        grams = [side.mH @ side for side in (left, right)]
-        every = torch.arange(len(self.near))
-        cost = _cost(self.near, grams, every[:, None], every).fill_diagonal_(torch.inf)
-        alive, lost = every.tolist(), []
-        for _ in range(len(every) - count):
-            place = int(cost.argmin())
-            t, s = divmod(place, len(every))
-            lost.append(float(cost[t, s]))
-            alive.remove(s)
-            cost[s], cost[:, s] = torch.inf, torch.inf
-            left[..., t], right[..., t] = _leading(left[..., [t, s]], right[..., [t, s]], self.near[t, s])
-            for gram, side in zip(grams, (left, right), strict=True):
-                column = (side.mH @ side[..., t, None])[..., 0]
-                gram[..., t], gram[:, t] = column, column.conj()
-            others = torch.tensor([one for one in alive if one != t], dtype=torch.int64)
-            merged = torch.tensor(t)
-            cost[t, others] = _cost(self.near, grams, merged, others)
-            cost[others, t] = _cost(self.near, grams, others, merged)
-        return left, right, alive, lost
-
-    # -- what they carry ---------------------------------------------------------------------------
-
-    def _fit(
-        self, left: torch.Tensor, right: torch.Tensor, kept: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, left: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (heads, n/2, k) that lose no more of the scores than those given."""
         near = self.near[kept][:, kept]
         # What slot s would have to be, were it alone and of any rank.
@@ -122,6 +126,36 @@ class RotaryPairs:
         return float((self.near[places][:, places] * grams).sum().real.clamp_min(0))
 
 
+def rotary_pairs(region: Region, statistics: RegionStatistics) -> RotaryPairs | None:
+    """None where nothing rotates, where it is not known how, and where queries or keys say nothing."""
+    if region.symmetry is not Symmetry.ROTARY_PAIRS or statistics.coherence is None:
+        return None
+    pairs = RotaryPairs(*score_moments(region, statistics), statistics.coherence)
+    return pairs if float(pairs.energies().sum()) > 0 else None
+
+
+def merged_map(region: Region, statistics: RegionStatistics, merged: MergedPairs) -> RegionMap:
+    """As a map of the region, on the device of its statistics."""
+    device = statistics.writer_weights[region.writers[0]].device
+    down, key_down = (real_matrix(mixing).to(device) for mixing in (merged.queries, merged.keys))
+    notes = {"scores lost": merged.lost}
+    return RegionMap(down, key_down=key_down, pairs=merged.pairs.to(device), notes=notes)
+
+
+def score_moments(region: Region, statistics: RegionStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments of queries and keys, (heads, n, n) each; queries summed over those that share a KV head."""
+    sides = []
+    for keys in (False, True):
+        gram = sum(
+            (statistics.written_gram(name) for name in region.writers if (name in region.key_writers) is keys),
+            torch.zeros((), dtype=torch.float64, device=statistics.gram.device),
+        )
+        groups = len(gram) // (region.heads * region.width)
+        shape = (region.heads, groups, region.width)
+        sides.append(torch.einsum("hgahgb->hab", gram.reshape(*shape, *shape)))
+    return sides[0], sides[1]
+
+
 def as_complex(moment: torch.Tensor) -> torch.Tensor:
     """E[z z*] (heads, n/2, n/2) complex128 of the pairs, from E[x x.T] (heads, n, n) float64 of their numbers."""
     half = moment.shape[-1] // 2
@@ -129,26 +163,48 @@ def as_complex(moment: torch.Tensor) -> torch.Tensor:
     return torch.complex(first + last, back - across)
 
 
-def _cost(near: torch.Tensor, grams: list[torch.Tensor], t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """What merging slot s into slot t loses, summed over heads; t and s broadcast.
+class _Factors:
+    """Slots that start as the dense pairs: B_s = left_s right_s^H of columns of (heads, n/2, n/2)."""
 
-    ``grams`` are the inner products of the left and of the right factors. With X = B_t + G_ts B_s it is the square of
-    X's second singular value, by its norm and determinant, and (1 - |G_ts|^2) ||B_s||^2 for what turns otherwise.
-    """
-    t, s = torch.broadcast_tensors(t, s)
-    turned = near[t, s]
-    share = turned.abs().square().clamp_max(1)
-    own_t, own_s = ([gram[:, one, one].real for gram in grams] for one in (t, s))
-    energy_t, energy_s = own_t[0] * own_t[1], own_s[0] * own_s[1]
-    inner = grams[0][:, t, s] * grams[1][:, s, t]
-    norm = (energy_t + share * energy_s + 2 * (turned * inner).real).clamp_min(0)
-    areas = [
-        (a * b - gram[:, t, s].abs().square()).clamp_min(0) for gram, a, b in zip(grams, own_t, own_s, strict=True)
-    ]
-    product = share * areas[0] * areas[1]
-    first = norm / 2 + ((norm / 2).square() - product).clamp_min(0).sqrt()
-    second = torch.where(first > 0, product / first, 0)
-    return (second + (1 - share) * energy_s).sum(0)
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, near: torch.Tensor) -> None:
+        self.left, self.right, self.near = left.clone(), right.clone(), near
+        self.grams = [side.mH @ side for side in (left, right)]
+
+    def merge(self, t: int, s: int) -> None:
+        """Slot t takes s over: the leading singular value of B_t + G_ts B_s. Nothing may be asked of s from then on."""
+        merged = _leading(self.left[..., [t, s]], self.right[..., [t, s]], self.near[t, s])
+        self.left[..., t], self.right[..., t] = merged
+        for gram, side in zip(self.grams, (self.left, self.right), strict=True):
+            column = (side.mH @ side[..., t, None])[..., 0]
+            gram[..., t], gram[:, t] = column, column.conj()
+
+    def cost(self, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """What merging slot s into slot t loses, summed over heads; t and s broadcast.
+
+        With X = B_t + G_ts B_s it is the square of X's second singular value, by its norm and determinant, and
+        (1 - |G_ts|^2) ||B_s||^2 for what turns otherwise. It is never more than dropping s loses, and no less where
+        G_ts is zero.
+        """
+        t, s = torch.broadcast_tensors(t, s)
+        turned = self.near[t, s]
+        share = turned.abs().square().clamp_max(1)
+        own = [[gram[:, slot, slot].real for slot in (t, s)] for gram in self.grams]
+        energy_t, energy_s = (own[0][i] * own[1][i] for i in (0, 1))
+        inner = self.grams[0][:, t, s] * self.grams[1][:, s, t]
+        norm = (energy_t + share * energy_s + 2 * (turned * inner).real).clamp_min(0)
+        areas = [
+            (a * b - gram[:, t, s].abs().square()).clamp_min(0) for gram, (a, b) in zip(self.grams, own, strict=True)
+        ]
+        product = share * areas[0] * areas[1]
+        first = norm / 2 + ((norm / 2).square() - product).clamp_min(0).sqrt()
+        second = torch.where(first > 0, product / first, 0)
+        return (second + (1 - share) * energy_s).sum(0)
+
+
+def _energies(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(slots,): the squared norm of each left_s right_s^H, summed over heads."""
+    sides = (side.abs().square().sum(1) for side in (left, right))
+    return torch.stack(list(sides)).prod(0).sum(0)
 
 
 def _leading(left: torch.Tensor, right: torch.Tensor, turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,9 +44,9 @@ def cut(graph: FxGraph, kinds: tuple[str, ...]) -> list[Region]:
     for kind in kinds:
         graph.refresh_shapes()
         for region in find_regions(graph).of_kind(kind):
-            pick = pair_selection if kind == "query_key" else selection
-            down = pick(KEPT[kind], region.width)
-            insert = InsertMaps(region, RegionMap(down, None if kind == "query_key" else down.T))
+            down = selection(KEPT[kind], region.width)
+            chosen = pair_selection(KEPT[kind], region.width) if kind == "query_key" else RegionMap(down, down.T)
+            insert = InsertMaps(region, chosen)
             insert(graph)
             FoldLinears(insert.downs, insert.ups)(graph)
             done.append(region)

@@ -160,7 +160,7 @@ def test_admissible_maps_of_heads_change_nothing(tiny_graph: Any, error: Any, ki
 @pytest.mark.parametrize("region_kind", HEADS)
 @pytest.mark.parametrize("kind", [*PRE_NORM, "bert"])
 def test_wrong_maps_of_heads_break_it(tiny_graph: Any, error: Any, kind: str, region_kind: str) -> None:
-    """A rotation across heads; rotary pairs torn apart; KV heads in an order that the keys do not have."""
+    """A rotation across heads; rotary pairs of all angles mixed; KV heads in an order that the keys do not have."""
     model, graph = tiny_graph(kind)
     assert map_regions(graph, (region_kind,), random_wrong_map) == 2
     assert error(model, graph) >= BROKEN

@@ -18,6 +18,7 @@ from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.pass_base import PassContractError
 from dotresize_fx.region_map import RegionMap, pair_selection, selection
 from dotresize_fx.regions import Region
+from dotresize_fx.rotary_map import real_matrix
 
 Trace = Callable[..., FxGraph]
 LENGTH, WIDTH, SIZE = 3, 6, 4
@@ -39,14 +40,15 @@ def repeat(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention(m: Any, x: torch.Tensor) -> torch.Tensor:
-    query, key = (rotate(split(part(x)), m.angle.cos(), m.angle.sin()) for part in (m.q, m.k))
+    angle = torch.cat([m.angle, m.angle], -1)
+    query, key = (rotate(split(part(x)), angle.cos(), angle.sin()) for part in (m.q, m.k))
     mixed = F.scaled_dot_product_attention(query, repeat(key), repeat(split(m.v(x))))
     return m.o(mixed.transpose(1, 2).reshape(x.shape[0], LENGTH, 16))
 
 
 def found(trace: Trace, kind: str) -> tuple[FxGraph, Region]:
     parts = {"q": nn.Linear(WIDTH, 16), "k": nn.Linear(WIDTH, 8), "v": nn.Linear(WIDTH, 8), "o": nn.Linear(16, 5)}
-    graph = trace(attention, (2, LENGTH, WIDTH), **parts, angle=nn.Parameter(torch.empty(1, 1, LENGTH, SIZE)))
+    graph = trace(attention, (2, LENGTH, WIDTH), **parts, angle=nn.Parameter(torch.empty(1, 1, LENGTH, SIZE // 2)))
     (region,) = find_regions(graph).of_kind(kind)
     return graph, region
 
@@ -105,7 +107,7 @@ def test_rotary_pairs(trace: Trace, run: Any) -> None:
     assert (before["slice_2"], before["slice_1"]) == ((0, 2), (2, None))
     attention_op = graph.op(region.attention)
     assert attention_op.attributes["scale"] is None
-    insert = InsertMaps(region, RegionMap(pair_selection(torch.tensor([1]), SIZE)))
+    insert = InsertMaps(region, pair_selection(torch.tensor([1]), SIZE))
     insert(graph)
     assert insert.ups == []
     assert graph.op(region.attention).attributes["scale"] == SIZE**-0.5
@@ -120,7 +122,7 @@ def test_rotary_pairs(trace: Trace, run: Any) -> None:
 
 def test_an_order_that_is_kept_needs_no_gathering(trace: Trace) -> None:
     graph, region = found(trace, "query_key")
-    InsertMaps(region, RegionMap(pair_selection(torch.tensor([0, 1]), SIZE)))(graph)
+    InsertMaps(region, pair_selection(torch.tensor([0, 1]), SIZE))(graph)
     assert not any(op.spelling.startswith("index_select") for op in graph.ops)
 
 
@@ -138,22 +140,44 @@ def test_kv_heads(trace: Trace, run: Any) -> None:
 def test_maps_that_do_not_cross_a_rotary_embedding(trace: Trace) -> None:
     graph, region = found(trace, "query_key")
     eye = torch.eye(SIZE, dtype=torch.float64)
-    for down, reason in (
-        (eye.expand(2, SIZE, SIZE), "one selection for all heads"),
-        (eye + eye.roll(1, 0), "only a selection crosses"),
-        (eye[:, :3], "3 numbers cannot be paired"),
-        (eye[:3], "the map starts at 3, not 4"),
+    both = torch.arange(2)
+    for down, pairs, reason in (
+        (eye + eye.roll(1, 0), both, "only what mixes whole pairs"),
+        (eye[[0, 2, 1, 3]], both, "only what mixes whole pairs"),
+        (eye[:, :3], both, "3 numbers cannot be paired"),
+        (eye[:3], both, "the map starts at 3, not 4"),
+        (eye, None, "must name the pairs whose tables it keeps"),
+        (eye, torch.tensor([0, 2]), r"\[0, 2\] are not 2 of its 2 rotary pairs"),
+        (eye, torch.tensor([0]), r"\[0\] are not 2 of its 2 rotary pairs"),
     ):
         with pytest.raises(PassContractError, match=reason):
-            InsertMaps(region, RegionMap(down))(graph)
+            InsertMaps(region, RegionMap(down, pairs=pairs))(graph)
+    torn = RegionMap(eye, key_down=eye + eye.roll(1, 0), pairs=both)
+    with pytest.raises(PassContractError, match="only what mixes whole pairs"):
+        InsertMaps(region, torn)(graph)
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_a_phase_and_a_scale_of_each_pair_and_head(trace: Trace, run: Any, difference: Any, undone: bool) -> None:
+    """Queries times c and keys times 1 / conj(c) leave every score as it was; keys that keep their phase do not."""
+    graph, region = found(trace, "query_key")
+    before = run(graph, x=X)
+    phases = torch.tensor([[[0.3, 2.0]], [[-1.0, 4.0]]], dtype=torch.float64)
+    factors = torch.polar(torch.tensor([0.5, 1.5], dtype=torch.float64).expand(2, 1, 2), phases)
+    keys = 1 / factors.conj() if undone else 1 / factors.abs() + 0j
+    identity = torch.eye(2, dtype=torch.complex128)
+    turned = RegionMap(real_matrix(identity * factors), key_down=real_matrix(identity * keys), pairs=torch.arange(2))
+    InsertMaps(region, turned)(graph)
+    off = difference(run(graph, x=X), before)
+    assert off <= ROUNDING if undone else off >= 1000 * ROUNDING
 
 
 def test_a_region_of_another_graph(trace: Trace) -> None:
     graph, region = found(trace, "query_key")
-    full = RegionMap(torch.eye(SIZE, dtype=torch.float64))
+    full = pair_selection(torch.arange(2), SIZE)
     with pytest.raises(PassContractError, match=r"states 4, no multiple of 3: find the regions anew"):
         InsertMaps(replace(region, width=3), RegionMap(torch.eye(3, dtype=torch.float64)))(graph)
-    swapped = RegionMap(pair_selection(torch.tensor([1, 0]), SIZE))
+    swapped = pair_selection(torch.tensor([1, 0]), SIZE)
     InsertMaps(region, swapped)(graph)
     with pytest.raises(PassContractError, match="no table of it any more"):
         InsertMaps(region, full)(graph)

@@ -1,4 +1,4 @@
-"""Queries and keys: the pairs, or the directions, that the scores miss least."""
+"""Queries and keys: the pairs, or the directions, that the scores miss least. Merged pairs: test_rotary_pairs.py."""
 
 from __future__ import annotations
 
