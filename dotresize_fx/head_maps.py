@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
 
 
@@ -34,3 +35,14 @@ def over_heads(region: Region, matrix: torch.Tensor, width: int) -> torch.Tensor
     same = torch.eye(share // heads, dtype=matrix.dtype, device=matrix.device)
     written: torch.Tensor = torch.einsum("iajb,gh->igajhb", matrix, same).reshape(share * a, share * b)
     return written
+
+
+def at_dense_width(region: Region, found: RegionMap, down: torch.Tensor) -> torch.Tensor:
+    """(..., n, n): ``down`` (..., n, k) of a map of queries and keys, its k numbers lying in a head of n, others zero.
+
+    Rotary pairs lie where the dense tables turn them as they are to be turned. Where nothing rotates any k places do,
+    the same on both sides: the first.
+    """
+    half = region.width // 2
+    places = torch.arange(found.width) if found.pairs is None else torch.cat([found.pairs, found.pairs + half])
+    return down @ selection(places.to(down.device), region.width).T

@@ -44,8 +44,12 @@ class RegionInputs:
     @property
     def nodes(self) -> list[torch.fx.Node]:
         """What to keep of a run."""
-        mine = (self.entry, self.hidden, self.output, *self.tables, self.visible)
-        return [node for node in mine if node is not None]
+        return [node for node in (self.entry, self.hidden, self.output, *self.turning) if node is not None]
+
+    @property
+    def turning(self) -> list[torch.fx.Node]:
+        """What :meth:`coherence` is told from."""
+        return [node for node in (*self.tables, self.visible) if node is not None]
 
     def read_rows(self, values: Values, mask: torch.Tensor | None) -> torch.Tensor:
         """(tokens, n), or (tokens, n + 1) with a constant one where the reader has a bias."""

@@ -16,9 +16,8 @@ from dotresize_fx.fidelity import Inputs, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
-from dotresize_fx.head_maps import over_heads
+from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.region_inputs import RegionInputs
-from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
 
@@ -125,30 +124,33 @@ def _dense_statistics(
     execution = Execution(graph)
     sums = {inputs.region.name: (GramAccumulator(), GramAccumulator()) for inputs in watched}
     at: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
+    turning: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
     for inputs in watched:
         node = inputs.hidden or inputs.entry
         assert node is not None
         at[node].append(inputs)
+        if inputs.turning:  # often behind the linears
+            turning[max(inputs.turning, key=execution.position)].append(inputs)
     near: dict[str, torch.Tensor | None] = {}
     for batch in batches:
         mask, position = batch.get("attention_mask"), 0
         environment = execution.start(batch)
         # From one node to the next: what one region watches need not be kept for all.
-        for node in sorted(at, key=execution.index.__getitem__):
-            stop = execution.index[node] + 1
-            tables = {table for inputs in at[node] for table in inputs.nodes}
-            values = execution.run(environment, position, stop, keep=[node, *tables])
-            position = stop
-            for inputs in at[node]:
+        for node in sorted({*at, *turning}, key=execution.position):
+            keep = {node, *(table for inputs in turning.get(node, ()) for table in inputs.turning)}
+            values = execution.run(environment, position, execution.position(node) + 1, keep=keep)
+            position = execution.position(node) + 1
+            for inputs in at.get(node, ()):
                 read, entered = sums[inputs.region.name]
                 if inputs.hidden is not None:
                     read.add(inputs.read_rows(values, mask))
                 elif (rows := inputs.entry_rows(values, mask)) is not None:
                     entered.add(rows)
+            for inputs in turning.get(node, ()):
                 if near.get(inputs.region.name) is None:
                     near[inputs.region.name] = inputs.coherence(values, mask)
         advanced()
-    return {r.region.name: r.statistics(*sums.pop(r.region.name), near[r.region.name]) for r in watched}
+    return {r.region.name: r.statistics(*sums.pop(r.region.name), near.get(r.region.name)) for r in watched}
 
 
 class _Probe:
@@ -169,7 +171,7 @@ class _Probe:
         if region.kind is RegionKind.QUERY_KEY:
             for op in inputs.writers:
                 down = found.key_down if found.key_down is not None and op.name in region.key_writers else found.down
-                written = over_heads(region, down @ _back(region, found).mT, len(graph.weight(op)))
+                written = over_heads(region, at_dense_width(region, found, down), len(graph.weight(op)))
                 self.weights |= inputs.mapped(op, written)
             self.departs = [graph.node(name) for name in region.writers]
             return
@@ -195,17 +197,6 @@ class _Probe:
             environment, start, len(execution.nodes), keep=[result], parameters=self.weights
         )[result]
         return found
-
-
-def _back(region: Region, found: RegionMap) -> torch.Tensor:
-    """(n, k) or (heads, n, k): where the k numbers of a map of queries and keys lie in the dense head.
-
-    Rotary pairs lie where the tables turn them as they are to be turned. Elsewhere any k orthonormal directions do,
-    the same for both sides: the first.
-    """
-    n = region.width
-    places = torch.arange(found.width) if found.pairs is None else torch.cat([found.pairs, found.pairs + n // 2])
-    return selection(places.to(found.down.device), n)
 
 
 def _prices(

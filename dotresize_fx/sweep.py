@@ -171,7 +171,7 @@ class Sweep:
         last = inputs.entry if inputs.output is None else target
         assert last is not None
         for i, environment in enumerate(self.slim.environments):
-            ahead = max(execution.index.get(node, -1) for node in (last, *inputs.nodes))
+            ahead = max(execution.position(node) for node in (last, *inputs.nodes))
             stop, keep = ahead + 1, [*inputs.nodes, target]
             values = execution.run(dict(environment), self.slim.position, stop, keep=keep)
             solves, mask = i not in self.measuring, self.masks[i]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dotresize_fx.head_maps import over_heads
+from dotresize_fx.head_maps import at_dense_width, over_heads
+from dotresize_fx.region_map import RegionMap, pair_selection
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -59,3 +60,11 @@ def test_sizes_that_do_not_fit() -> None:
         over_heads(region(RegionKind.VALUE, 4, heads=2), random(3, 4, 4), 8)
     with pytest.raises(ValueError, match="for 3 heads over 2 KV heads"):
         over_heads(region(RegionKind.VALUE, 4, heads=2), random(2, 4, 4), 12)
+
+
+def test_a_narrow_head_in_the_dense_one() -> None:
+    x = torch.arange(10.0, 16, dtype=torch.float64)
+    chosen, pairs = region(RegionKind.QUERY_KEY, 6), pair_selection(torch.tensor([2, 0]), 6)
+    assert (x @ at_dense_width(chosen, pairs, pairs.down)).tolist() == [10, 0, 12, 13, 0, 15]
+    ranks = RegionMap(torch.eye(6, dtype=torch.float64)[:, [4, 1]])
+    assert (x @ at_dense_width(chosen, ranks, ranks.down)).tolist() == [14, 11, 0, 0, 0, 0]

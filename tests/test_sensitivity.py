@@ -20,10 +20,11 @@ from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.prove_exactness import redraw_parameters
+from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, redraw_parameters
+from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
-from dotresize_fx.solvers import solvers_for
+from dotresize_fx.solvers import SOLVERS, solvers_for
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]
@@ -66,6 +67,28 @@ def cut_alone(dense: FxGraph, region: Region, batches: list[Batch]) -> FxGraph:
     sweep = Sweep(dense, slim, batches, lambda where, what: apply_map(slim, where, what, False))
     sweep.slim_sublayer([(region, probed(region))], lambda one: solvers_for("obs", one.kind))
     return slim
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "opt"])
+def test_a_probe_of_scores_is_the_program_that_its_map_gives(
+    tiny_graph: Any, tiny_batch: Any, difference: Any, kind: str
+) -> None:
+    """Writers replaced at the dense width, or narrowed with all between them and the attention: merged pairs, ranks."""
+    _, dense = tiny_graph(kind)
+    batches = [tiny_batch(8, 32, padding=3, seed=seed) for seed in range(2)]
+    for region in find_regions(dense).of_kind(RegionKind.QUERY_KEY):
+        inputs = RegionInputs(dense, region)
+        statistics = sensitivity._dense_statistics(dense, [inputs], batches, lambda: None)[region.name]
+        assert (statistics.coherence is None) == (kind == "opt")
+        probe = sensitivity._Probe(inputs, statistics)
+        written = {op.name for op in inputs.writers}
+        assert {dense.op(name).weight.name for name in written} <= {node.name for node in probe.weights}
+        execution, slim = Execution(dense), dense.copy()
+        found = probe.outputs(execution, execution.start(batches[0]), 0)
+        apply_map(slim, region, SOLVERS["query-key"](region, statistics, probe.width), True)
+        # Zeros stand in for what is left out, so that the same terms are added up.
+        assert difference([found], Execution(slim).outputs(batches[0])[:1]) <= BOUND
+        assert difference([found], execution.outputs(batches[0])[:1]) >= BROKEN
 
 
 def ranks(values: list[float]) -> torch.Tensor:

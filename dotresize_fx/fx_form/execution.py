@@ -39,6 +39,10 @@ class Execution:
                 last[used] = i
         return last | dict.fromkeys(self.results, len(self.nodes))
 
+    def position(self, node: torch.fx.Node) -> int:
+        """Which of the nodes it is; -1 for an input or a parameter, which is there from the start."""
+        return self.index.get(node, -1)
+
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
         """An environment with the program's inputs, by the names the program gives them."""
         return {node: inputs[node.name] for node in self.inputs}
