@@ -91,7 +91,7 @@ class RegionInputs:
             return whole.tril() if node.kwargs.get("is_causal") or True in node.args[5:6] else whole
         if self.visible not in values:
             return None
-        mask = values[self.visible]
+        mask: torch.Tensor = values[self.visible]
         if mask.ndim < 2 or mask.shape[-1] != length or mask.shape[-2] not in (1, length):
             return None
         mask = mask.reshape(-1, *mask.shape[-2:])[0].expand(length, length)

@@ -16,7 +16,7 @@ class Symmetry(StrEnum):
     ORTHOGONAL = "orthogonal"
     PERMUTATION = "permutation"
     HEADWISE_LINEAR = "general linear per KV head"  # query heads that share a KV head share its basis
-    ROTARY_PAIRS = "permutation of rotary pairs"  # (p, p + n/2), one order for all heads; scale r on q, 1/r on k
+    ROTARY_PAIRS = "permutation of rotary pairs"  # one order for all heads, phase and scale per KV head
 
 
 class RegionKind(StrEnum):

@@ -158,8 +158,7 @@ def score_moments(region: Region, statistics: RegionStatistics) -> tuple[torch.T
 
 def as_complex(moment: torch.Tensor) -> torch.Tensor:
     """E[z z*] (heads, n/2, n/2) complex128 of the pairs, from E[x x.T] (heads, n, n) float64 of their numbers."""
-    half = moment.shape[-1] // 2
-    (first, across), (back, last) = (rows.split(half, -1) for rows in moment.split(half, -2))
+    (first, across), (back, last) = (rows.chunk(2, -1) for rows in moment.chunk(2, -2))
     return torch.complex(first + last, back - across)
 
 
@@ -185,7 +184,7 @@ class _Factors:
         (1 - |G_ts|^2) ||B_s||^2 for what turns otherwise. It is never more than dropping s loses, and no less where
         G_ts is zero.
         """
-        t, s = torch.broadcast_tensors(t, s)
+        t, s = torch.broadcast_tensors(t, s)  # type: ignore[no-untyped-call]
         turned = self.near[t, s]
         share = turned.abs().square().clamp_max(1)
         own = [[gram[:, slot, slot].real for slot in (t, s)] for gram in self.grams]
