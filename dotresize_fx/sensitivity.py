@@ -18,11 +18,13 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
 from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.region_inputs import RegionInputs
-from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.solvers import CURVES, METHODS, SOLVERS
 
 # The share of its width that a probe keeps; a KV head is the least that can go.
 PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
+# Merging the first quarter of rotary pairs loses next to nothing, which says little of what the others lose.
+PROBED_PAIRS = 0.5
 # Tokens whose Gram matrices give the curves, and tokens that price the probes.
 SHAPE_TOKENS = 4096
 PRICE_TOKENS = 768
@@ -41,8 +43,10 @@ LARGEST = 80.0
 
 def probed_width(region: Region) -> int:
     """The width at which a region's curve is priced."""
-    n = region.width
-    return n - 1 if region.kind is RegionKind.HEADS else max(2, int(n * PROBED[region.kind] / 2) * 2)
+    if region.kind is RegionKind.HEADS:
+        return region.width - 1
+    share = PROBED_PAIRS if region.symmetry is Symmetry.ROTARY_PAIRS else PROBED[region.kind]
+    return max(2, int(region.width * share / 2) * 2)
 
 
 def measure_curves(

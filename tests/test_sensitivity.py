@@ -23,7 +23,7 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, redraw_parameters
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
-from dotresize_fx.sensitivity import measure_curves
+from dotresize_fx.sensitivity import measure_curves, probed_width
 from dotresize_fx.solvers import SOLVERS, solvers_for
 from dotresize_fx.sweep import Sweep
 
@@ -33,12 +33,6 @@ FFN_SHARE = 0.9
 
 def found(graph: FxGraph) -> list[Region]:
     return choose_regions(graph, find_regions(graph).regions, SWEPT)[0]
-
-
-def probed(region: Region) -> int:
-    if region.kind is RegionKind.HEADS:
-        return region.width - 1
-    return max(2, int(region.width * sensitivity.PROBED[region.kind] / 2) * 2)
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def divergence(dense: FxGraph, slim: FxGraph, batches: list[Batch]) -> float:
 def cut_alone(dense: FxGraph, region: Region, batches: list[Batch]) -> FxGraph:
     slim = dense.copy()
     sweep = Sweep(dense, slim, batches, lambda where, what: apply_map(slim, where, what, False))
-    sweep.slim_sublayer([(region, probed(region))], lambda one: solvers_for("obs", one.kind))
+    sweep.slim_sublayer([(region, probed_width(region))], lambda one: solvers_for("obs", one.kind))
     return slim
 
 
@@ -101,7 +95,7 @@ def test_what_a_probe_is_priced_at_is_what_its_cut_costs(tiny_graph: Any, many: 
     _, dense = tiny_graph(kind)
     regions = found(dense)
     curves = measure_curves(dense, regions, many)
-    predicted = [float(curves[region.name][probed(region)]) for region in regions]
+    predicted = [float(curves[region.name][probed_width(region)]) for region in regions]
     measured = [divergence(dense, cut_alone(dense, region, many), many) for region in regions]
     # The cut itself is solved on seven batches of eight, and refitted with the reader's bias.
     for region, one, other in zip(regions, predicted, measured, strict=True):
@@ -119,7 +113,7 @@ def test_curves_fall_to_nothing_at_full_width(tiny_graph: Any, tiny_batch: Any, 
     for region in regions:
         curve = curves[region.name]
         assert (curve.shape, curve.dtype) == ((region.width + 1,), torch.float64)
-        assert float(curve[-1]) == 0 < float(curve[probed(region)]) < float("inf")
+        assert float(curve[-1]) == 0 < float(curve[probed_width(region)]) < float("inf")
         least = 1 if region.kind is RegionKind.HEADS else region.width // 8
         known = curve[least:]
         assert known.isfinite().all()
@@ -135,7 +129,7 @@ def test_an_encoders_loss_is_what_its_pooled_outputs_lose(tiny_graph: Any, many:
         slim = cut_alone(dense, region, many)
         runs = [lambda batch, graph=graph: Execution(graph).outputs(batch)[0] for graph in (dense, slim)]
         lost = 1 - mean_cosine(*runs, many)[0]
-        assert 1 / 3 < float(curves[region.name][probed(region)]) / lost < 3, region.name
+        assert 1 / 3 < float(curves[region.name][probed_width(region)]) / lost < 3, region.name
 
 
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

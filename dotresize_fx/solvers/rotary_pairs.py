@@ -17,6 +17,7 @@ of power iteration on what the others leave, which never loses more than before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -26,8 +27,13 @@ from dotresize_fx.regions import Region, Symmetry
 from dotresize_fx.rotary_map import real_matrix
 from dotresize_fx.solvers.matrix_root import inverse, square_root
 
-# Times that every slot is fitted to what the others leave: more changes little.
+# Times that every slot is fitted to what the others leave: more changes little, and a curve's shape still less.
 ROUNDS = 10
+CURVE_ROUNDS = 4
+# Shares of the pairs at which a curve is fitted: what merging alone loses is several times as much near the full width.
+FITTED_AT = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8)
+# Of all the energy: less is rounding.
+SILENT = 1e-15
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class RotaryPairs:
 
     def merge(self, count: int) -> MergedPairs:
         """Keep ``count`` of the pairs, at least one, by merging two slots at a time where it loses least."""
-        factors, alive, _ = self._merged(count)
-        return self._fitted(factors, torch.tensor(alive))
+        factors, kept = next(iter(self._merged({count})[0].values()))
+        return self._fitted(factors, kept)
 
     def merge_into(self, kept: torch.Tensor, places: torch.Tensor) -> MergedPairs:
         """Keep the pairs ``kept`` (k,), ascending; the others, ascending, go into kept[places[i]]."""
@@ -73,16 +79,34 @@ class RotaryPairs:
         return _energies(self.query_root, self.key_root)
 
     def curve(self) -> torch.Tensor:
-        """(n/2 + 1,) float64: what merging alone loses at each number of pairs, in the moments' units; falling."""
-        factors, alive, lost = self._merged(1)
-        steps = torch.tensor([*lost, float(_energies(factors.left, factors.right)[alive].sum())], dtype=torch.float64)
-        return torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)])
+        """(n/2 + 1,) float64: the scores' energy that is lost at each number of pairs, in the moments' units; falling.
 
-    def _merged(self, count: int) -> tuple[_Factors, list[int], list[float]]:
-        """The factors, the slots that are left, and what each merging lost."""
+        What merging loses, less what fitting wins back of it: the share that is left after it is found at some numbers
+        of pairs and taken to lie on straight lines between them.
+        """
+        half, whole = len(self.near), self._whole()
+        fitted, steps = self._merged({max(1, round(share * half)) for share in FITTED_AT if round(share * half) < half})
+        steps = torch.tensor(steps, dtype=torch.float64)
+        lost = torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)])  # at 1 to n/2 pairs
+        known, left = [half], [1.0]
+        for count, (factors, kept) in fitted.items():  # the most pairs first
+            after = self._energy(*self._fit(factors, kept, CURVE_ROUNDS), kept)
+            known, left = [count, *known], [after / max(float(lost[count - 1]), whole * SILENT), *left]
+        if len(left) > 1:
+            left[-1] = left[-2]
+        lost = lost * lost.new_tensor(_between(known, left, half)).clamp(0, 1)
+        # More pairs never lose more.
+        return torch.cat([lost.new_tensor([whole]), lost]).flip(0).cummax(0).values.flip(0)
+
+    def _merged(self, counts: set[int]) -> tuple[dict[int, tuple[_Factors, torch.Tensor]], list[float]]:
+        """At each of these numbers of pairs the factors and the slots that are left; and what each merging lost."""
         factors, cost = _Factors(self.query_root, self.key_root, self.near), self.costs()
-        alive, lost = list(range(len(cost))), []
-        for _ in range(len(cost) - count):
+        alive, lost, found = list(range(len(cost))), [], {}
+        for count in range(len(cost), min(counts) - 1, -1):
+            if count in counts:
+                found[count] = (factors.copy(), torch.tensor(alive))
+            if count == min(counts):
+                break
             t, s = divmod(int(cost.argmin()), len(cost))
             lost.append(float(cost[t, s]))
             alive.remove(s)
@@ -91,24 +115,24 @@ class RotaryPairs:
             others = torch.tensor([slot for slot in alive if slot != t], dtype=torch.int64)
             cost[t, others] = factors.cost(torch.tensor(t), others)
             cost[others, t] = factors.cost(others, torch.tensor(t))
-        return factors, alive, lost
+        return found, lost
 
     def _fitted(self, factors: _Factors, kept: torch.Tensor) -> MergedPairs:
-        left, right = self._fit(factors.left[..., kept], factors.right[..., kept], kept)
-        whole = self._energy(left[..., :0], right[..., :0], kept[:0])
-        lost = self._energy(left, right, kept) / max(whole, torch.finfo(torch.float64).tiny)
+        left, right = self._fit(factors, kept, ROUNDS)
+        lost = self._energy(left, right, kept) / max(self._whole(), torch.finfo(torch.float64).tiny)
         left, right = _as_loud_as(self.query_root[..., kept], self.key_root[..., kept], left, right)
         queries, keys = (inverse(self.query_root) @ left).conj(), (inverse(self.key_root) @ right).conj()
         return MergedPairs(kept, queries, keys, lost)
 
-    def _fit(self, left: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, factors: _Factors, kept: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (heads, n/2, k) that lose no more of the scores than those given."""
+        left, right = factors.left[..., kept], factors.right[..., kept]
         near = self.near[kept][:, kept]
         # What slot s would have to be, were it alone and of any rank.
         alone = [(self.query_root * self.near[p]) @ self.key_root for p in kept.tolist()]
         right, length = _unit(right)
         left = left * length
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for s, wanted in enumerate(alone):
                 others = near[s].clone()
                 others[s] = 0
@@ -117,6 +141,11 @@ class RotaryPairs:
                 right[..., s, None] = _unit(residual.mH @ reached)[0]
                 left[..., s, None] = residual @ right[..., s, None]
         return left, right
+
+    def _whole(self) -> float:
+        """The energy of the dense scores."""
+        none = self.query_root[..., :0]
+        return self._energy(none, none, torch.zeros(0, dtype=torch.int64))
 
     def _energy(self, left: torch.Tensor, right: torch.Tensor, kept: torch.Tensor) -> float:
         """Of the difference between the dense scores and those of the slots."""
@@ -169,6 +198,9 @@ class _Factors:
         self.left, self.right, self.near = left.clone(), right.clone(), near
         self.grams = [side.mH @ side for side in (left, right)]
 
+    def copy(self) -> _Factors:
+        return _Factors(self.left, self.right, self.near)
+
     def merge(self, t: int, s: int) -> None:
         """Slot t takes s over: the leading singular value of B_t + G_ts B_s. Nothing may be asked of s from then on."""
         merged = _leading(self.left[..., [t, s]], self.right[..., [t, s]], self.near[t, s])
@@ -198,6 +230,14 @@ class _Factors:
         first = norm / 2 + ((norm / 2).square() - product).clamp_min(0).sqrt()
         second = torch.where(first > 0, product / first, 0)
         return (second + (1 - share) * energy_s).sum(0)
+
+
+def _between(places: list[int], values: list[float], last: int) -> list[float]:
+    """At 1 to ``last``, on straight lines between ``values`` at ascending ``places``, the first of which is 1."""
+    found = []
+    for (start, before), (stop, after) in pairwise(zip(places, values, strict=True)):
+        found += [before + (after - before) * i / (stop - start) for i in range(stop - start)]
+    return [*found, values[-1]][:last]
 
 
 def _energies(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
