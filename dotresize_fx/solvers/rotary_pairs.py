@@ -26,6 +26,7 @@ from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, Symmetry
 from dotresize_fx.rotary_map import real_matrix
 from dotresize_fx.solvers.matrix_root import inverse, square_root
+from dotresize_fx.solvers.pair_slots import PairSlots, energies, unit
 
 # Times that every slot is fitted to what the others leave: more changes little, and a curve's shape still less.
 ROUNDS = 10
@@ -58,25 +59,27 @@ class RotaryPairs:
 
     def merge(self, count: int) -> MergedPairs:
         """Keep ``count`` of the pairs, at least one, by merging two slots at a time where it loses least."""
-        factors, kept = next(iter(self._merged({count})[0].values()))
-        return self._fitted(factors, kept)
+        slots, kept = next(iter(self._merged({count})[0].values()))
+        return self._fitted(slots, kept)
 
     def merge_into(self, kept: torch.Tensor, places: torch.Tensor) -> MergedPairs:
         """Keep the pairs ``kept`` (k,), ascending; the others, ascending, go into kept[places[i]]."""
-        factors, chosen = _Factors(self.query_root, self.key_root, self.near), kept.tolist()
+        slots, chosen = PairSlots(self.query_root, self.key_root, self.near), kept.tolist()
         gone = [pair for pair in range(len(self.near)) if pair not in chosen]
         for pair, place in zip(gone, places.tolist(), strict=True):
-            factors.merge(chosen[place], pair)
-        return self._fitted(factors, kept)
+            slots.merge(chosen[place], pair)
+        return self._fitted(slots, kept)
 
     def costs(self) -> torch.Tensor:
         """(n/2, n/2) float64: at (t, s) what merging pair s into pair t loses, in the moments' units; inf for t = s."""
         every = torch.arange(len(self.near))
-        return _Factors(self.query_root, self.key_root, self.near).cost(every[:, None], every).fill_diagonal_(torch.inf)
+        return (
+            PairSlots(self.query_root, self.key_root, self.near).cost(every[:, None], every).fill_diagonal_(torch.inf)
+        )
 
     def energies(self) -> torch.Tensor:
         """(n/2,) float64: what dropping each pair loses, in the moments' units."""
-        return _energies(self.query_root, self.key_root)
+        return energies(self.query_root, self.key_root)
 
     def curve(self) -> torch.Tensor:
         """(n/2 + 1,) float64: the scores' energy that is lost at each number of pairs, in the moments' units; falling.
@@ -85,12 +88,14 @@ class RotaryPairs:
         of pairs and taken to lie on straight lines between them.
         """
         half, whole = len(self.near), self._whole()
-        fitted, steps = self._merged({max(1, round(share * half)) for share in FITTED_AT if round(share * half) < half})
-        steps = torch.tensor(steps, dtype=torch.float64)
+        fitted, merged = self._merged(
+            {max(1, round(share * half)) for share in FITTED_AT if round(share * half) < half}
+        )
+        steps = torch.tensor(merged, dtype=torch.float64)
         lost = torch.cat([steps.cumsum(0).flip(0), steps.new_zeros(1)])  # at 1 to n/2 pairs
         known, left = [half], [1.0]
-        for count, (factors, kept) in fitted.items():  # the most pairs first
-            after = self._energy(*self._fit(factors, kept, CURVE_ROUNDS), kept)
+        for count, (slots, kept) in fitted.items():  # the most pairs first
+            after = self._energy(*self._fit(slots, kept, CURVE_ROUNDS), kept)
             known, left = [count, *known], [after / max(float(lost[count - 1]), whole * SILENT), *left]
         if len(left) > 1:
             left[-1] = left[-2]
@@ -98,47 +103,47 @@ class RotaryPairs:
         # More pairs never lose more.
         return torch.cat([lost.new_tensor([whole]), lost]).flip(0).cummax(0).values.flip(0)
 
-    def _merged(self, counts: set[int]) -> tuple[dict[int, tuple[_Factors, torch.Tensor]], list[float]]:
-        """At each of these numbers of pairs the factors and the slots that are left; and what each merging lost."""
-        factors, cost = _Factors(self.query_root, self.key_root, self.near), self.costs()
+    def _merged(self, counts: set[int]) -> tuple[dict[int, tuple[PairSlots, torch.Tensor]], list[float]]:
+        """At each of these numbers of pairs the slots and which of them are left; and what each merging lost."""
+        slots, cost = PairSlots(self.query_root, self.key_root, self.near), self.costs()
         alive, lost, found = list(range(len(cost))), [], {}
         for count in range(len(cost), min(counts) - 1, -1):
             if count in counts:
-                found[count] = (factors.copy(), torch.tensor(alive))
+                found[count] = (slots.copy(), torch.tensor(alive))
             if count == min(counts):
                 break
             t, s = divmod(int(cost.argmin()), len(cost))
             lost.append(float(cost[t, s]))
             alive.remove(s)
             cost[s], cost[:, s] = torch.inf, torch.inf
-            factors.merge(t, s)
+            slots.merge(t, s)
             others = torch.tensor([slot for slot in alive if slot != t], dtype=torch.int64)
-            cost[t, others] = factors.cost(torch.tensor(t), others)
-            cost[others, t] = factors.cost(others, torch.tensor(t))
+            cost[t, others] = slots.cost(torch.tensor(t), others)
+            cost[others, t] = slots.cost(others, torch.tensor(t))
         return found, lost
 
-    def _fitted(self, factors: _Factors, kept: torch.Tensor) -> MergedPairs:
-        left, right = self._fit(factors, kept, ROUNDS)
+    def _fitted(self, slots: PairSlots, kept: torch.Tensor) -> MergedPairs:
+        left, right = self._fit(slots, kept, ROUNDS)
         lost = self._energy(left, right, kept) / max(self._whole(), torch.finfo(torch.float64).tiny)
         left, right = _as_loud_as(self.query_root[..., kept], self.key_root[..., kept], left, right)
         queries, keys = (inverse(self.query_root) @ left).conj(), (inverse(self.key_root) @ right).conj()
         return MergedPairs(kept, queries, keys, lost)
 
-    def _fit(self, factors: _Factors, kept: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, slots: PairSlots, kept: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (heads, n/2, k) that lose no more of the scores than those given."""
-        left, right = factors.left[..., kept], factors.right[..., kept]
+        left, right = slots.left[..., kept], slots.right[..., kept]
         near = self.near[kept][:, kept]
         # What slot s would have to be, were it alone and of any rank.
         alone = [(self.query_root * self.near[p]) @ self.key_root for p in kept.tolist()]
-        right, length = _unit(right)
+        right, length = unit(right)
         left = left * length
         for _ in range(rounds):
             for s, wanted in enumerate(alone):
                 others = near[s].clone()
                 others[s] = 0
                 residual = wanted - (left * others) @ right.mH
-                reached = _unit(residual @ right[..., s, None])[0]
-                right[..., s, None] = _unit(residual.mH @ reached)[0]
+                reached = unit(residual @ right[..., s, None])[0]
+                right[..., s, None] = unit(residual.mH @ reached)[0]
                 left[..., s, None] = residual @ right[..., s, None]
         return left, right
 
@@ -191,47 +196,6 @@ def as_complex(moment: torch.Tensor) -> torch.Tensor:
     return torch.complex(first + last, back - across)
 
 
-class _Factors:
-    """Slots that start as the dense pairs: B_s = left_s right_s^H of columns of (heads, n/2, n/2)."""
-
-    def __init__(self, left: torch.Tensor, right: torch.Tensor, near: torch.Tensor) -> None:
-        self.left, self.right, self.near = left.clone(), right.clone(), near
-        self.grams = [side.mH @ side for side in (left, right)]
-
-    def copy(self) -> _Factors:
-        return _Factors(self.left, self.right, self.near)
-
-    def merge(self, t: int, s: int) -> None:
-        """Slot t takes s over: the leading singular value of B_t + G_ts B_s. Nothing may be asked of s from then on."""
-        merged = _leading(self.left[..., [t, s]], self.right[..., [t, s]], self.near[t, s])
-        self.left[..., t], self.right[..., t] = merged
-        for gram, side in zip(self.grams, (self.left, self.right), strict=True):
-            column = (side.mH @ side[..., t, None])[..., 0]
-            gram[..., t], gram[:, t] = column, column.conj()
-
-    def cost(self, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """What merging slot s into slot t loses, summed over heads; t and s broadcast.
-
-        With X = B_t + G_ts B_s it is the square of X's second singular value, by its norm and determinant, and
-        (1 - |G_ts|^2) ||B_s||^2 for what turns otherwise. It is never more than dropping s loses, and no less where
-        G_ts is zero.
-        """
-        t, s = torch.broadcast_tensors(t, s)  # type: ignore[no-untyped-call]
-        turned = self.near[t, s]
-        share = turned.abs().square().clamp_max(1)
-        own = [[gram[:, slot, slot].real for slot in (t, s)] for gram in self.grams]
-        energy_t, energy_s = (own[0][i] * own[1][i] for i in (0, 1))
-        inner = self.grams[0][:, t, s] * self.grams[1][:, s, t]
-        norm = (energy_t + share * energy_s + 2 * (turned * inner).real).clamp_min(0)
-        areas = [
-            (a * b - gram[:, t, s].abs().square()).clamp_min(0) for gram, (a, b) in zip(self.grams, own, strict=True)
-        ]
-        product = share * areas[0] * areas[1]
-        first = norm / 2 + ((norm / 2).square() - product).clamp_min(0).sqrt()
-        second = torch.where(first > 0, product / first, 0)
-        return (second + (1 - share) * energy_s).sum(0)
-
-
 def _between(places: list[int], values: list[float], last: int) -> list[float]:
     """At 1 to ``last``, on straight lines between ``values`` at ascending ``places``, the first of which is 1."""
     found = []
@@ -240,32 +204,11 @@ def _between(places: list[int], values: list[float], last: int) -> list[float]:
     return [*found, values[-1]][:last]
 
 
-def _energies(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(slots,): the squared norm of each left_s right_s^H, summed over heads."""
-    sides = (side.abs().square().sum(1) for side in (left, right))
-    return torch.stack(list(sides)).prod(0).sum(0)
-
-
-def _leading(left: torch.Tensor, right: torch.Tensor, turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best factors (heads, n/2) for u_t v_t^H + turned u_s v_s^H; left and right: (heads, n/2, 2), t first."""
-    scale = torch.stack([torch.ones_like(turned), turned])
-    left, inner_left = torch.linalg.qr(left * scale)
-    right, inner_right = torch.linalg.qr(right)
-    first, values, second = torch.linalg.svd(inner_left @ inner_right.mH)
-    return (left @ first)[..., 0] * values[:, :1], (right @ second.mH)[..., 0]
-
-
-def _unit(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns of (..., n, k) of length one, and their lengths (..., 1, k); zero columns stay zero."""
-    length = columns.norm(dim=-2, keepdim=True)
-    return columns / length.clamp_min(torch.finfo(length.dtype).tiny), length
-
-
 def _as_loud_as(
     dense_left: torch.Tensor, dense_right: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same products, queries being to keys in size what they are in the dense pairs."""
-    (left, loud), (right, other) = _unit(left), _unit(right)
-    ratio = _unit(dense_left)[1] / _unit(dense_right)[1].clamp_min(torch.finfo(torch.float64).tiny)
+    (left, loud), (right, other) = unit(left), unit(right)
+    ratio = unit(dense_left)[1] / unit(dense_right)[1].clamp_min(torch.finfo(torch.float64).tiny)
     size = (loud * other).sqrt()
     return left * (size * ratio.sqrt()), right * (size / ratio.sqrt().clamp_min(torch.finfo(torch.float64).tiny))
