@@ -35,9 +35,10 @@ from dotresize_fx.healing import HealOptions, heal
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
 from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.probe import probed_width
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
-from dotresize_fx.sensitivity import measure_curves, probed_width
+from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.sweep import is_held_out
 from dotresize_fx.width_plan import WidthPlan
 

@@ -25,8 +25,9 @@ from texts import Batches
 
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.cut_stream import apply_map
+from dotresize_fx.probe import probed_width
 from dotresize_fx.regions import Region, RegionKind
-from dotresize_fx.sensitivity import GPU_SCALE, SHAPE_TOKENS, measure_curves, probed_width
+from dotresize_fx.sensitivity import GPU_SCALE, SHAPE_TOKENS, measure_curves
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from dotresize_fx import sensitivity
+from dotresize_fx import probe, sensitivity
 from dotresize_fx.errors import SolverError
 from dotresize_fx.export.capture import capture
 from dotresize_fx.fidelity import mean_cosine
@@ -21,9 +21,10 @@ from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, redraw_parameters
+from dotresize_fx.probe import probed_width
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
-from dotresize_fx.sensitivity import measure_curves, probed_width
+from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import SOLVERS, solvers_for
 from dotresize_fx.sweep import Sweep
 
@@ -39,8 +40,8 @@ def found(graph: FxGraph) -> list[Region]:
 def many(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """4000 tokens, all of which shape and price."""
     monkeypatch.setattr(sensitivity, "SHAPE_TOKENS", 10**6)
-    monkeypatch.setattr(sensitivity, "PRICE_TOKENS", 10**6)
-    monkeypatch.setitem(sensitivity.PROBED, RegionKind.FFN, FFN_SHARE)
+    monkeypatch.setattr(sensitivity, "PRICE_TOKENS", dict.fromkeys(("decoder", "encoder"), 10**6))
+    monkeypatch.setitem(probe.PROBED, RegionKind.FFN, FFN_SHARE)
     return [tiny_batch(8, 32, padding=3, seed=seed) for seed in range(16)]
 
 
@@ -74,12 +75,12 @@ def test_a_probe_of_scores_is_the_program_that_its_map_gives(
         inputs = RegionInputs(dense, region)
         statistics = sensitivity._dense_statistics(dense, [inputs], batches, lambda: None)[region.name]
         assert (statistics.coherence is None) == (kind == "opt")
-        probe = sensitivity._Probe(inputs, statistics)
+        cut = probe.Probe(inputs, statistics)
         written = {op.name for op in inputs.writers}
-        assert {dense.op(name).weight.name for name in written} <= {node.name for node in probe.weights}
+        assert {dense.op(name).weight.name for name in written} <= {node.name for node in cut.weights}
         execution, slim = Execution(dense), dense.copy()
-        found = probe.outputs(execution, execution.start(batches[0]), 0)
-        apply_map(slim, region, SOLVERS["query-key"](region, statistics, probe.width), True)
+        found = cut.run(execution, execution.start(batches[0]), 0, execution.results[0])
+        apply_map(slim, region, SOLVERS["query-key"](region, statistics, cut.width), True)
         # Zeros stand in for what is left out, so that the same terms are added up.
         assert difference([found], Execution(slim).outputs(batches[0])[:1]) <= BOUND
         assert difference([found], execution.outputs(batches[0])[:1]) >= BROKEN
@@ -138,14 +139,14 @@ def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) ->
 
 def test_of_long_sequences_the_beginnings_are_priced(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity, "PRICE_LENGTH", 6)
-    monkeypatch.setattr(sensitivity, "PRICE_TOKENS", 24)
+    monkeypatch.setitem(sensitivity.PRICE_TOKENS, "decoder", 24)
     batches = [tiny_batch(2, 10, seed=seed) for seed in range(12)]
-    shaping, pricing = sensitivity._disjoint(batches)
+    shaping, pricing = sensitivity._disjoint(batches, "decoder")
     assert [tuple(piece["input_ids"].shape) for piece in pricing] == [(2, 6), (2, 6)]
     assert torch.equal(pricing[0]["input_ids"], batches[3]["input_ids"][:, :6])
     assert {piece["input_ids"].shape[1] for piece in shaping} == {10}
     padded = [tiny_batch(2, 10, 3, seed=seed) for seed in range(12)]
-    assert all(piece["input_ids"].shape[1] == 10 for piece in sensitivity._disjoint(padded)[1])
+    assert all(piece["input_ids"].shape[1] == 10 for piece in sensitivity._disjoint(padded, "decoder")[1])
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", "decoder"), ("bert", "encoder")])
@@ -178,7 +179,7 @@ def test_progress_is_told_of_each_batch_and_region(tiny_graph: Any, tiny_batch: 
 
 def test_what_prices_is_not_what_shapes(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(batches: Any) -> tuple[list[int], list[int]]:
-        shaping, pricing = sensitivity._disjoint(batches)
+        shaping, pricing = sensitivity._disjoint(batches, "decoder")
         ids = [batch["input_ids"] for batch in batches]
 
         def places(pieces: Any) -> list[int]:
@@ -191,7 +192,7 @@ def test_what_prices_is_not_what_shapes(tiny_batch: Any, monkeypatch: pytest.Mon
     assert len(pricing) == 4
     assert sorted(shaping + pricing) == list(range(12))
     monkeypatch.setattr(sensitivity, "SHAPE_TOKENS", 60)
-    monkeypatch.setattr(sensitivity, "PRICE_TOKENS", 20)
+    monkeypatch.setitem(sensitivity.PRICE_TOKENS, "decoder", 20)
     shaping, pricing = drawn(batches)
     assert pricing == [6]
     assert shaping == [0, 3, 8]  # spread evenly over the others
@@ -226,3 +227,18 @@ def test_heads_of_two_pairs_are_probed_too(tiny_batch: Any) -> None:
     assert len(curve) == 5
     assert float(curve[2]) > 0
     assert curve.isfinite().all()
+
+
+def test_a_shortlist_of_the_vocabulary_prices_alike(
+    tiny_graph: Any, many: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The likeliest 60 of 97 tokens hold most of what a flat distribution can lose."""
+    _, dense = tiny_graph("llama")
+    regions = found(dense)
+    whole = measure_curves(dense, regions, many)
+    monkeypatch.setattr(probe, "SHORTLIST", 60)
+    short = measure_curves(dense, regions, many)
+    for region in regions:
+        width = probed_width(region)
+        assert 0.4 < float(short[region.name][width]) / float(whole[region.name][width]) < 1.2, region.name
+        assert not torch.equal(short[region.name], whole[region.name])

@@ -1,0 +1,154 @@
+"""What one moderate cut of one region costs: the dense model is run on with it, and its answers are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dotresize_fx.fidelity import Inputs, pooled
+from dotresize_fx.fx_form.execution import Environment, Execution
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.gram import RegionStatistics, token_rows
+from dotresize_fx.graph import Kind
+from dotresize_fx.head_maps import at_dense_width, over_heads
+from dotresize_fx.region_inputs import RegionInputs
+from dotresize_fx.regions import Region, RegionKind, Symmetry
+from dotresize_fx.solvers import METHODS, SOLVERS
+
+# The share of its width that a probe keeps; a KV head is the least that can go.
+PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
+# Merging the first quarter of rotary pairs loses next to nothing, which says little of what the others lose.
+PROBED_PAIRS = 0.5
+# Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
+RIDGE = 1e-3
+# No token's chances grow by more than exp of it: beyond float32, and as bad as it gets.
+LARGEST = 80.0
+# Of a vocabulary so many tokens are scored.
+SHORTLIST = 8192
+
+
+def probed_width(region: Region) -> int:
+    """The width at which a region's curve is priced."""
+    if region.kind is RegionKind.HEADS:
+        return region.width - 1
+    share = PROBED_PAIRS if region.symmetry is Symmetry.ROTARY_PAIRS else PROBED[region.kind]
+    return max(2, int(region.width * share / 2) * 2)
+
+
+class Probe:
+    """One region cut to its probed width, as what it changes in a run of the dense model.
+
+    ``change`` (n, out) takes what the reader reads to the error in what it puts out; for queries and keys ``weights``
+    stand in for the writers' own: what is left of them, written at the dense width.
+    """
+
+    def __init__(self, inputs: RegionInputs, statistics: RegionStatistics) -> None:
+        self.inputs, self.region = inputs, inputs.region
+        region, graph = self.region, inputs.graph
+        self.width = probed_width(region)
+        self.change = torch.zeros(0)
+        self.weights: dict[torch.fx.Node, torch.Tensor] = {}
+        solve = SOLVERS[METHODS["obs"][region.kind][0]]
+        found = solve(region, statistics, self.width)
+        if region.kind is RegionKind.QUERY_KEY:
+            for op in inputs.writers:
+                down = found.key_down if found.key_down is not None and op.name in region.key_writers else found.down
+                written = over_heads(region, at_dense_width(region, found, down), len(graph.weight(op)))
+                self.weights |= inputs.mapped(op, written)
+            self.departs = [graph.node(name) for name in region.writers]
+            return
+        assert inputs.output is not None
+        assert statistics.reader_weight is not None
+        self.departs = [inputs.output]
+        weight = statistics.reader_weight
+        down = over_heads(region, found.down, weight.shape[1])
+        kept = down.T @ statistics.gram @ down
+        ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
+        self.change = down @ torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T) - weight.T
+
+    def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
+        """What ``wanted`` is with the region cut; ``environment`` was run up to ``start`` and is used up."""
+        node, hidden = self.inputs.output, self.inputs.hidden
+        if node is not None and hidden is not None:
+            rows = environment[hidden]
+            values = execution.run(environment, start, stop := execution.index[node] + 1, keep=[node])
+            environment[node] = values[node] + rows @ self.change.to(rows.dtype)
+            start = stop
+        stop = execution.index[wanted] + 1
+        found: torch.Tensor = execution.run(environment, start, stop, keep=[wanted], parameters=self.weights)[wanted]
+        return found
+
+
+def price_probes(
+    graph: FxGraph,
+    probes: Sequence[Probe],
+    batches: Sequence[Inputs],
+    task: str,
+    advanced: Callable[[], None],
+) -> dict[str, float]:
+    """Loss an answer by region name. The dense model is run once more a batch; each probe departs from that run."""
+    execution = Execution(graph)
+    total = {probe.region.name: 0.0 for probe in probes}
+    count = 0
+    departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
+    departures.sort(key=lambda pair: pair[0])
+    for batch in batches:
+        answers = _Answers(execution, batch, task)
+        environment, position = execution.start(batch), 0
+        for start, probe in departures:
+            execution.run(environment, position, start)
+            position = start
+            found = probe.run(execution, dict(environment), start, answers.node)
+            total[probe.region.name] += answers.lost(found)
+        count += answers.count
+        advanced()
+    return {name: value / max(count, 1) for name, value in total.items()}
+
+
+class _Answers:
+    """The dense model's first output on a batch, and what another run of it loses.
+
+    Where a head makes a decoder's answers, ``node`` is what it reads, and only the SHORTLIST tokens that the dense
+    model finds likeliest on the batch are scored: the whole head costs a small model more than half of its layers.
+    """
+
+    def __init__(self, execution: Execution, batch: Inputs, task: str) -> None:
+        self.batch, self.embeds = batch, task == "encoder"
+        self.node, self.head = execution.results[0], None
+        graph, last = execution.graph, execution.results[0]
+        op = graph.op(last.name)
+        large = op.kind is Kind.LINEAR and len(graph.weight(op)) > SHORTLIST and graph.bias(op) is None
+        if large and not self.embeds:
+            self.node = graph.node(op.inputs[0].name)
+        values = execution.run(execution.start(batch), 0, len(execution.nodes), keep=[self.node, last])
+        if self.node is not last:
+            likely = token_rows(values[last], self.mask).float().softmax(-1).sum(0).topk(SHORTLIST).indices
+            self.head = graph.weight(op).index_select(0, likely)
+        self.rows = self._rows(values[self.node])
+        # An encoder has one answer a sequence.
+        self.count = len(self.rows)
+        self.chances = self.rows if self.embeds else self.rows.softmax(-1)
+
+    def _rows(self, value: torch.Tensor) -> torch.Tensor:
+        if self.embeds:  # of nearly equal directions float32 leaves no more than rounding
+            return pooled(value, self.batch).double()
+        rows = token_rows(value, self.mask)
+        return (rows if self.head is None else rows @ self.head.T).float()
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return self.batch.get("attention_mask")
+
+    def lost(self, value: torch.Tensor) -> float:
+        """Sum over tokens of KL(dense || cut); for an encoder over sequences of 1 - cosine of the embeddings.
+
+        value: what another run has at ``node``.
+        """
+        rows = self._rows(value)
+        if self.embeds:
+            return float((1 - torch.nn.functional.cosine_similarity(self.rows, rows)).clamp_min(0).sum())
+        # ln of the mean of exp under the dense model's chances, less the mean: exact where the difference is small.
+        away = rows - self.rows
+        away -= torch.linalg.vecdot(self.chances, away)[:, None]
+        return float(torch.linalg.vecdot(self.chances, away.clamp_max_(LARGEST).expm1_()).log1p().double().sum())
