@@ -63,7 +63,7 @@ class Options:
     cost: str | None = None
     head_sizes: str | None = None
     plan: Path | None = None
-    repair_steps: int = 300
+    repair_steps: int = 400
     heal_minutes: float = 5.0
     heal_steps: int | None = None
     heal_checkpoint: Path | None = None
