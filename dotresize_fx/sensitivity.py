@@ -24,9 +24,9 @@ from dotresize_fx.solvers import CURVES
 # Tokens whose Gram matrices give the curves, and tokens that price the probes.
 SHAPE_TOKENS = 4096
 # An encoder has one answer a sequence.
-PRICE_TOKENS = {"decoder": 384, "encoder": 3072}
+PRICE_TOKENS = {"decoder": 528, "encoder": 3072}
 # Of a decoder's sequence that prices no more is run, so that few tokens are of several texts.
-PRICE_LENGTH = 128
+PRICE_LENGTH = 176
 # Tokens that are run at once.
 PIECE = 512
 # A GPU takes so many times as many tokens, and so many times as many at once.
