@@ -98,8 +98,8 @@ def test_what_a_probe_is_priced_at_is_what_its_cut_costs(tiny_graph: Any, many: 
     curves = measure_curves(dense, regions, many)
     predicted = [float(curves[region.name][probed_width(region)]) for region in regions]
     measured = [divergence(dense, cut_alone(dense, region, many), many) for region in regions]
-    # The cut itself is solved on seven batches of eight, and refitted with the reader's bias. Whole KV heads are priced on
-    # one batch of sixteen, which says less.
+    # The cut itself is solved on seven batches of eight, and refitted with the reader's bias. Whole KV
+    # heads are priced on one batch of sixteen, which says less.
     for region, one, other in zip(regions, predicted, measured, strict=True):
         within = 3 if region.kind is RegionKind.HEADS else 1.5
         assert 1 / within < one / other < within, (region.name, one, other)
