@@ -34,3 +34,17 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "\n\n".join(f"{name} has paragraph {i} of a few words" for i in range(60))
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def start(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, str], str]:
+    """``start(name, arguments)`` runs a benchmark as from the command line; returns what it printed."""
+
+    def run(name: str, given: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *given.split()])
+        script(name).main()
+        return capsys.readouterr().out
+
+    return run

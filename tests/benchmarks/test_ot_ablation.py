@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.rotary_coherence import coherence
 
 Script = Callable[[str], ModuleType]
+Start = Callable[[str, str], str]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -142,14 +142,8 @@ def test_a_twin_head_hands_its_values_over(script: Script) -> None:
 
 
 def test_a_run_measures_both_members_of_every_pair(
-    script: Script,
-    save_tiny_model: Callable[..., Path],
-    text_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Script, start: Start, save_tiny_model: Callable[..., Path], text_dir: Path, tmp_path: Path
 ) -> None:
-    ablation, formulations = script("ot_ablation"), script("ot_formulations")
     sizes = {"num_hidden_layers": 2, "intermediate_size": 128, "num_key_value_heads": 2, "attention_bias": True}
     model = save_tiny_model(tmp_path / "model", **sizes)
     file = tmp_path / "out.jsonl"
@@ -157,12 +151,11 @@ def test_a_run_measures_both_members_of_every_pair(
     asked = ["recentre", "heads", "pairs-chosen", "stream"]
     given += f" --efforts best --formulations {' '.join(asked)}"
     given += " --length 16 --calibration-tokens 320 --tokens-per-text 64 --device cpu"
-    monkeypatch.setattr(sys, "argv", ["ot_ablation.py", *given.split()])
-    ablation.main()
+    start("ot_ablation", given)
     entries = [json.loads(line) for line in file.read_text().splitlines()]
     rows = entries[1:]
     assert [entry["kind"] for entry in entries] == ["run", *["row"] * len(rows)], entries
-    pairs = {name: formulations.FORMULATIONS[name] for name in asked}
+    pairs = {name: script("ot_formulations").FORMULATIONS[name] for name in asked}
     members = dict.fromkeys(name for pair in pairs.values() for name in (pair.transport, pair.without))
     assert [(row["effort"], row["member"]) for row in rows] == [("best", name) for name in members]
     assert all(row["weights_off"] > 0.02 and row["seed"] == 3 for row in rows)
@@ -170,10 +163,7 @@ def test_a_run_measures_both_members_of_every_pair(
     for pair in pairs.values():
         assert of_member[pair.transport]["widths"] == of_member[pair.without]["widths"]
         assert of_member[pair.transport]["weights_off"] == of_member[pair.without]["weights_off"]
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["ot_ablation.py", "--table", str(file)])
-    ablation.main()
-    printed = capsys.readouterr().out
+    printed = start("ot_ablation", f"--table {file}")
     assert all(f"| {name} | 30% | best | 1 |" in printed for name in pairs)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 
 Script = Callable[[str], ModuleType]
+Start = Callable[[str, str], str]
 
 
 def test_all_rows_and_the_published_settings_are_the_default(script: Script) -> None:
@@ -75,22 +75,15 @@ def test_shares_follow_wishes_within_their_limits(
 
 
 def test_a_run_prints_and_records_its_rows(
-    script: Script,
-    save_tiny_model: Callable[..., Path],
-    text_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    script: Script, start: Start, save_tiny_model: Callable[..., Path], text_dir: Path, tmp_path: Path
 ) -> None:
-    fidelity = script("fidelity")
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=2, intermediate_size=128)
     rows = ["modegpt", "obs-uniform", "block-influence", "trial-closed", "heal"]
     given = f"--model {model} --text-dir {text_dir} --json {tmp_path / 'out.jsonl'} --rows {' '.join(rows)}"
     given += " --ratios 0.2 --length 16 --calibration-tokens 320 --tokens-per-text 64 --device cpu"
     given += " --self-tokens 64 --heal-minutes 0.01 --repair-steps 2"
     given += f" --self-file {tmp_path / 'build' / 'own.safetensors'}"
-    monkeypatch.setattr(sys, "argv", ["fidelity.py", *given.split()])
-    fidelity.main()
+    printed = start("fidelity", given)
     entries = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [entry["kind"] for entry in entries] == ["run", *["row"] * len(rows)], entries
     assert [entry["method"] for entry in entries[1:]] == rows
@@ -99,27 +92,18 @@ def test_a_run_prints_and_records_its_rows(
     assert entries[1]["widths"] is None
     assert all(sum(entry["widths"].values()) > 0 for entry in entries[2:])
     assert len(entries[2]["widths"]) == 2
-    assert "| 20% | obs-uniform |" in capsys.readouterr().out
-    bench = script("fidelity_rows").Bench(fidelity.parse(given.split()))
+    assert "| 20% | obs-uniform |" in printed
+    bench = script("fidelity_rows").Bench(script("fidelity").parse(given.split()))
     ids, seconds = bench.own_text(4)
     assert ids.shape == (4, 16)
     assert seconds == entries[-1]["parts"]["sample"]
 
 
 def test_the_other_scripts_run(
-    script: Script,
-    save_tiny_model: Callable[..., Path],
-    text_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    start: Start, save_tiny_model: Callable[..., Path], text_dir: Path, tmp_path: Path
 ) -> None:
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=2)
     given = f"--model {model} --text-dir {text_dir} --length 16 --calibration-tokens 192 --tokens-per-text 32"
     given += " --device cpu"
-    for name, more in (("methods", "--cut residual:0.3"), ("sensitivity", "--layers 0 --solve-tokens 96")):
-        monkeypatch.setattr(sys, "argv", [name, *given.split(), *more.split()])
-        script(name).main()
-    printed = capsys.readouterr().out
-    assert "| residual:0.3 | pca |" in printed
-    assert "| all | 3 |" in printed
+    assert "| residual:0.3 | pca |" in start("methods", f"{given} --cut residual:0.3")
+    assert "| all | 3 |" in start("sensitivity", f"{given} --layers 0 --solve-tokens 96")
