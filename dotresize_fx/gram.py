@@ -62,6 +62,15 @@ def check_finite(gram: torch.Tensor, region: Region) -> None:
         )
 
 
+def padding_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The batch's attention mask (batch, length); None where there is none, or where it leaves nothing out.
+
+    Asked once a batch: the answer waits for the device, and so does every selection of rows by a mask.
+    """
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask
+
+
 def token_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The rows (tokens, width) of an activation that belong to real tokens.
 

@@ -9,7 +9,7 @@ import torch
 from dotresize_fx.fidelity import Inputs, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import RegionStatistics, token_rows
+from dotresize_fx.gram import RegionStatistics, padding_mask, token_rows
 from dotresize_fx.graph import Kind
 from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.region_inputs import RegionInputs
@@ -122,7 +122,7 @@ class _Answers:
     """
 
     def __init__(self, execution: Execution, batch: Inputs, task: str) -> None:
-        self.batch, self.embeds = batch, task == "encoder"
+        self.batch, self.mask, self.embeds = batch, padding_mask(batch), task == "encoder"
         self.node, self.head = execution.results[0], None
         graph, last = execution.graph, execution.results[0]
         op = graph.op(last.name)
@@ -143,10 +143,6 @@ class _Answers:
             return pooled(value, self.batch).double()
         rows = token_rows(value, self.mask)
         return (rows if self.head is None else rows @ self.head.T).float()
-
-    @property
-    def mask(self) -> torch.Tensor | None:
-        return self.batch.get("attention_mask")
 
     def lost(self, value: torch.Tensor) -> float:
         """Sum over tokens of KL(dense || cut); for an encoder over sequences of 1 - cosine of the embeddings.

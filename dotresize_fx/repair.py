@@ -54,8 +54,7 @@ class Sublayer:
         masks: Sequence[torch.Tensor | None],
     ) -> None:
         self.execution, self.environments, self.position = execution, environments, position
-        self.target, self.goals = target, goals
-        self.masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
+        self.target, self.goals, self.masks = target, goals, masks
         nodes = execution.nodes[position : execution.index[target] + 1]
         # Scores are sensitive to rounding; products of an FFN are not.
         self.attends = any("attention" in str(node.target) for node in nodes)

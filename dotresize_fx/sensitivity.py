@@ -15,7 +15,7 @@ import torch
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
 from dotresize_fx.probe import Probe, price_probes
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region
@@ -97,9 +97,7 @@ def _pieces(batch: Inputs, tokens: int) -> Sequence[Inputs]:
 
 def _cropped(piece: Inputs, length: int) -> Inputs:
     """The beginnings of the sequences, where these have no padding."""
-    if "attention_mask" in piece and not piece["attention_mask"].all():
-        return piece
-    return {name: value[:, :length] for name, value in piece.items()}
+    return piece if padding_mask(piece) is not None else {name: value[:, :length] for name, value in piece.items()}
 
 
 def _mean_tokens(pieces: Sequence[Inputs]) -> float:
@@ -122,7 +120,7 @@ def _dense_statistics(
             turning[max(inputs.turning, key=execution.position)].append(inputs)
     near: dict[str, torch.Tensor | None] = {}
     for batch in batches:
-        mask, position = batch.get("attention_mask"), 0
+        mask, position = padding_mask(batch), 0
         environment = execution.start(batch)
         # From one node to the next: what one region watches need not be kept for all.
         for node in sorted({*at, *turning}, key=execution.position):

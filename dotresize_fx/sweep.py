@@ -13,7 +13,7 @@ import torch
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows, with_ones
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
@@ -101,7 +101,7 @@ class Sweep:
         self.slim_graph = slim
         self.apply, self.refit, self.basis = apply, refit, basis
         self.repair_steps, self.pull, self.seed = repair_steps, pull, seed
-        self.masks = [batch.get("attention_mask") for batch in batches]
+        self.masks = [padding_mask(batch) for batch in batches]
         self.dense = _Stream(execution := Execution(dense), [execution.start(batch) for batch in batches])
         self.slim = _Stream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.

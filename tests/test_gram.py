@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -74,3 +74,11 @@ def test_activation_norms_are_root_mean_squares() -> None:
     torch.testing.assert_close(statistics.activation_norm, x.square().mean(0).sqrt())
     rounded = RegionStatistics(20, torch.tensor([[-1e-30]], dtype=torch.float64))
     assert rounded.activation_norm.tolist() == [0.0]
+
+
+def test_a_mask_that_leaves_nothing_out_is_none() -> None:
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    assert padding_mask({}) is None
+    assert padding_mask({"attention_mask": mask}) is None
+    mask[1, 0] = 0
+    assert padding_mask({"attention_mask": mask}) is mask

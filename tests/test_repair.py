@@ -11,6 +11,7 @@ import torch
 from dotresize_fx import repair as module
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.gram import padding_mask
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import Region
@@ -51,7 +52,7 @@ def sublayer(dense: FxGraph, slim: FxGraph, region: Region, batches: list[Batch]
     for environment, batch in zip(environments, batches, strict=True):
         execution.run(environment, 0, position)
         goals.append(before.run(before.start(batch), 0, before.index[target] + 1, keep=[target])[target])
-    masks = [batch["attention_mask"] for batch in batches]
+    masks = [padding_mask(batch) for batch in batches]
     return Sublayer(execution, environments, position, slim.node(region.target), goals, masks)
 
 
