@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
     export.add_argument("--allocation", help="measured, or uniform over the regions (measured)")
     export.add_argument("--head-sizes", help="free, or equal: query, key and value heads of one size (free)")
-    export.add_argument("--repair-steps", type=int, default=300, metavar="N", help="of best and heal, a sublayer (300)")
+    export.add_argument("--repair-steps", type=int, default=400, metavar="N", help="of best and heal, a sublayer (400)")
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
     export.add_argument("--heal-steps", type=int, metavar="N", help="a count instead of minutes: the same bytes again")
     export.add_argument("--heal-checkpoint", type=Path, metavar="DIR", help="where healing is kept, to go on from")
