@@ -35,7 +35,7 @@ def count_cost(graph: Graph, length: int) -> Cost:
     are buffers parameters.
     """
     blocks = block_linears(graph)
-    linears = [op for op in graph.ops if op.kind is Kind.LINEAR]
+    linears = [op for op in graph.ops if op.is_linear]
     weights = {op.weight: graph.weight(op).numel() for op in linears if op.weight is not None}
     block_weights = {op.weight: weights[op.weight] for op in blocks if op.weight is not None}
     owned = {v for op in graph.ops for v in (op.weight, op.bias) if v is not None}
@@ -76,7 +76,7 @@ def block_linears(graph: Graph) -> list[Op]:
             and all(user.name in outside or (user.kind in _THROUGH and leads_out(user)) for user in users[op.output])
         )
 
-    linears = [op for op in graph.ops if op.kind is Kind.LINEAR]
+    linears = [op for op in graph.ops if op.is_linear]
     for op in reversed(linears):
         if leads_out(op):
             outside.add(op.name)

@@ -26,6 +26,7 @@ class Kind(StrEnum):
     """What an op does to the last dimension of its inputs."""
 
     LINEAR = "linear"  # x @ weight.T + bias
+    EXPERTS = "experts"  # each row of x @ the transposed weight of the expert that it was routed to
     EMBEDDING = "embedding"  # rows of a table
     RMS_NORM = "rms_norm"
     LAYER_NORM = "layer_norm"
@@ -35,7 +36,7 @@ class Kind(StrEnum):
     POINTWISE = "pointwise"  # any other function of one tensor, element by element
     KEEP = "keep"  # passes the last dimension on untouched: cast, dropout, a reshape of other dimensions
     MEAN = "mean"  # over the last dimension
-    ADDMM = "addmm"  # bias + x @ weight on a matrix x: GPT-2's linear before RecogniseLinears
+    ADDMM = "addmm"  # x @ weight, on a matrix x also bias + x @ weight: a linear before RecogniseLinears
     RESHAPE = "reshape"  # splits or joins dimensions
     ATTENTION = "attention"
     OTHER = "other"
@@ -64,7 +65,8 @@ class Op:
     axis for each of the output's), ``view`` or ``expand`` (``sizes``: the sizes it states, None for computed ones),
     ``unsqueeze``, ``concat``, ``slice`` (``start``, ``stop``; None for the end) or ``split`` (``sizes``) along
     ``axis``, ``part`` (``index``, of what a split gives), ``where``, ``fill`` (``number``) or ``size`` (one axis'
-    size). Axes count from 0. An ATTENTION op has ``scale`` (None: one over the root of the head size) and
+    size). Axes count from 0. An EXPERTS op's weight is (experts, out, in); its inputs are the rows, ordered by expert, and
+    where each expert's rows end. An ATTENTION op has ``scale`` (None: one over the root of the head size) and
     ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key and value.
     """
 
@@ -76,6 +78,16 @@ class Op:
     bias: Value | None = field(compare=False, default=None)
     attributes: Mapping[str, Any] = field(compare=False, default_factory=dict)
     spelling: str = field(compare=False, default="")  # the form's own name of the op, for messages
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it multiplies by a weight of its own: one, or one an expert."""
+        return self.kind in (Kind.LINEAR, Kind.EXPERTS)
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether it multiplies each row by a number of its own, and so is linear in the width."""
+        return self.kind is Kind.MUL and sum(value.width != 1 and value.shape != () for value in self.inputs) == 1
 
     @property
     def function(self) -> str:
@@ -219,8 +231,12 @@ class Graph(ABC):
         *,
         users: Iterable[Op] | None = None,
         name: str = "inserted",
+        like: Op | None = None,
     ) -> Op:
-        """Put ``linear(source, weight, bias)`` behind ``source``; the given users (default: all) read it instead."""
+        """Put ``linear(source, weight, bias)`` behind ``source``; the given users (default: all) read it instead.
+
+        With a weight (experts, out, in) it is routed as the EXPERTS op ``like``, which reads ``source`` or writes it.
+        """
 
     @abstractmethod
     def replace_with_rms_norm(self, last: Op, source: Value, gain: Value | None, epsilon: float) -> None:
@@ -229,6 +245,21 @@ class Graph(ABC):
     @abstractmethod
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
         """Compute ``last.output`` as a linear of ``source`` with the weight and bias of the ADDMM op ``like``."""
+
+    def drop_in_place(self) -> list[str]:
+        """Let ops that write into their input compute a new value instead, where nothing else sees what they write to.
+
+        Returns what was changed; a form that has no such ops returns nothing.
+        """
+        return []
+
+    def fold_constants(self, largest: int) -> list[str]:
+        """Store what ops compute from parameters alone as parameters: vectors of at most so many floating-point numbers.
+
+        What reads parameters that were folded is folded in its turn. Returns what was; a form that stores nothing of
+        the kind returns none.
+        """
+        return []
 
     @abstractmethod
     def make_rms_norm(self, op: Op) -> None:

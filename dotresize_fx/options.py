@@ -13,7 +13,7 @@ from dotresize_fx.solvers import METHODS
 from dotresize_fx.width_plan import check_ratio
 
 REGION_NAMES = {
-    "ffn": (RegionKind.FFN,),
+    "ffn": (RegionKind.FFN, RegionKind.EXPERTS),
     "attention": ATTENTION_KINDS,
     **{kind.value: (kind,) for kind in ATTENTION_KINDS},
     "residual": (RegionKind.RESIDUAL,),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dotresize_fx.expert_statistics import refit_experts
 from dotresize_fx.fidelity import Inputs, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
@@ -14,10 +15,10 @@ from dotresize_fx.graph import Kind
 from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind, Symmetry
-from dotresize_fx.solvers import METHODS, SOLVERS
+from dotresize_fx.solvers import solvers_for
 
 # The share of its width that a probe keeps; a KV head is the least that can go.
-PROBED = {RegionKind.FFN: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
+PROBED = {RegionKind.FFN: 0.6, RegionKind.EXPERTS: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
 # Merging the first quarter of rotary pairs loses next to nothing, which says little of what the others lose.
 PROBED_PAIRS = 0.5
 # Of the mean square of what a reader reads: a probe fitted to few tokens is to be no better than one fitted to many.
@@ -49,7 +50,7 @@ class Probe:
         self.width = probed_width(region)
         self.change = torch.zeros(0)
         self.weights: dict[torch.fx.Node, torch.Tensor] = {}
-        solve = SOLVERS[METHODS["obs"][region.kind][0]]
+        ((_, solve),) = solvers_for("obs", region.kind)
         found = solve(region, statistics, self.width)
         if region.kind is RegionKind.QUERY_KEY:
             for op in inputs.writers:
@@ -62,6 +63,12 @@ class Probe:
         assert statistics.reader_weight is not None
         self.departs = [inputs.output]
         weight = statistics.reader_weight
+        if region.kind is RegionKind.EXPERTS:
+            assert inputs.reader is not None
+            kept = refit_experts(found, statistics.gram, weight, ridge=RIDGE) @ found.down.mT
+            parameter, stored = graph.stored_expert_weight(inputs.reader, kept)
+            self.weights, self.departs = {parameter: stored}, list(parameter.users)
+            return
         down = over_heads(region, found.down, weight.shape[1])
         kept = down.T @ statistics.gram @ down
         ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
@@ -70,7 +77,7 @@ class Probe:
     def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
         """What ``wanted`` is with the region cut; ``environment`` was run up to ``start`` and is used up."""
         node, hidden = self.inputs.output, self.inputs.hidden
-        if node is not None and hidden is not None:
+        if node is not None and hidden is not None and not self.weights:
             rows = environment[hidden]
             values = execution.run(environment, start, stop := execution.index[node] + 1, keep=[node])
             environment[node] = values[node] + rows @ self.change.to(rows.dtype)

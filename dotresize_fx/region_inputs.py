@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from dotresize_fx.expert_statistics import ExpertGrams, expert_statistics
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows, with_ones
 from dotresize_fx.graph import Op
-from dotresize_fx.regions import Region, Symmetry
+from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.rotary_coherence import coherence
 
 Values = Mapping[torch.fx.Node, Any]
@@ -33,6 +34,7 @@ class RegionInputs:
         if self.reader is not None:
             self.hidden, self.output = graph.node(self.reader.inputs[0].name), graph.node(self.reader.name)
         self.biased = self.reader is not None and graph.bias(self.reader) is not None
+        self.ends, self.origin = self._routing() if region.kind is RegionKind.EXPERTS else (None, None)
         self.tables: tuple[torch.fx.Node, ...] = ()
         self.visible: torch.fx.Node | None = None
         if region.symmetry is Symmetry.ROTARY_PAIRS and region.layout is not None:
@@ -44,7 +46,37 @@ class RegionInputs:
     @property
     def nodes(self) -> list[torch.fx.Node]:
         """What to keep of a run."""
-        return [node for node in (self.entry, self.hidden, self.output, *self.turning) if node is not None]
+        watched = (self.entry, self.hidden, self.output, *self.routing, *self.turning)
+        return [node for node in watched if node is not None]
+
+    @property
+    def routing(self) -> list[torch.fx.Node]:
+        """What says which expert, and which token, each row is of."""
+        return [node for node in (self.ends, self.origin) if node is not None]
+
+    def _routing(self) -> tuple[torch.fx.Node, torch.fx.Node | None]:
+        """Of experts: where each one's rows end, and of which token each row is, where a gather says so."""
+        assert self.reader is not None
+        rows = self.graph.node(self.writers[0].inputs[0].name)
+        index: Any = rows.args[1] if rows.target is torch.ops.aten.index.Tensor else ()
+        origin = index[0] if len(index) == 1 and isinstance(index[0], torch.fx.Node) else None
+        return self.graph.node(self.reader.inputs[1].name), origin
+
+    def new_sums(self) -> GramAccumulator:
+        """For :meth:`add_rows`."""
+        return ExpertGrams(self.region.heads) if self.ends is not None else GramAccumulator()
+
+    def add_rows(
+        self, sums: GramAccumulator, values: Values, mask: torch.Tensor | None, **others: torch.Tensor
+    ) -> None:
+        """What the reader reads, with what goes with each row; rows of padding are left out."""
+        if not isinstance(sums, ExpertGrams):
+            sums.add(self.read_rows(values, mask), **others)
+            return
+        real = None
+        if mask is not None and self.origin is not None:
+            real = mask.reshape(-1).bool()[values[self.origin]]
+        sums.add_routed(values[self.hidden], values[self.ends], real)
 
     @property
     def turning(self) -> list[torch.fx.Node]:
@@ -123,6 +155,9 @@ class RegionInputs:
         """
         for sums in (read, entered):
             check_finite(sums.gram, self.region)
+        if isinstance(read, ExpertGrams):
+            assert self.reader is not None
+            return expert_statistics(read, self.graph.weight(self.reader).double())
         gram = read.gram / max(read.tokens, 1)
         weight = self.reader_weight() if self.reader is not None else None
         if self.biased and weight is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +21,7 @@ class RegionMap:
     weight (out, k) outright, as a least-squares refit does. ``reader_biases`` go with them: a reader not named
     keeps its bias. All tensors are float64. ``notes`` are figures for the report.
 
-    Where each KV head has a basis of its own, down is (heads, n, k) and up (heads, k, n); two dimensions are then
+    Where each KV head, or each expert, has a basis of its own, down is (heads, n, k) and up (heads, k, n); two dimensions are then
     one basis for all heads. ``key_down``, shaped like down, stands in for it on a region's ``key_writers``: the
     inverse transpose of down where queries and keys meet. A weight of ``reader_weights`` is as wide as all heads
     of its reader together. :func:`dotresize_fx.head_maps.over_heads` makes one matrix of such a map.
@@ -66,6 +66,9 @@ def random_admissible_map(region: Region, generator: torch.Generator) -> RegionM
     if region.symmetry is Symmetry.ORTHOGONAL:
         rotation = random_rotation(n, generator)
         return RegionMap(rotation, rotation.T)
+    if region.kind is RegionKind.EXPERTS:
+        alone = replace(region, kind=RegionKind.FFN)
+        return stacked([random_admissible_map(alone, generator) for _ in range(region.heads)])
     permutation = selection(torch.randperm(n, generator=generator), n)
     scale = random_scale(n, generator)
     if region.linear_branch:
@@ -89,8 +92,19 @@ def random_wrong_map(region: Region, generator: torch.Generator) -> RegionMap:
     if region.symmetry is Symmetry.ORTHOGONAL:
         scale = random_scale(n, generator)
         return RegionMap(torch.diag(scale), torch.diag(1 / scale))
+    if region.kind is RegionKind.EXPERTS:
+        turns = [random_rotation(n, generator) for _ in range(region.heads)]
+        return stacked([RegionMap(turn, turn.T) for turn in turns])
     rotation = random_rotation(n, generator)
     return RegionMap(rotation, rotation.T)
+
+
+def stacked(maps: Sequence[RegionMap]) -> RegionMap:
+    """One map of maps (n, k), one an expert; none of them gives readers' weights."""
+    parts = {name: [getattr(one, name) for one in maps] for name in ("down", "up", "branch_down")}
+    found = {name: None if part[0] is None else torch.stack(part) for name, part in parts.items()}
+    assert found["down"] is not None
+    return RegionMap(found["down"], found["up"], branch_down=found["branch_down"])
 
 
 def random_head_map(region: Region, generator: torch.Generator) -> RegionMap:

@@ -109,7 +109,7 @@ def _dense_statistics(
 ) -> dict[str, RegionStatistics]:
     """What readers read; for queries and keys, which nothing but the attention reads, what their writers do."""
     execution = Execution(graph)
-    sums = {inputs.region.name: (GramAccumulator(), GramAccumulator()) for inputs in watched}
+    sums = {inputs.region.name: (inputs.new_sums(), GramAccumulator()) for inputs in watched}
     at: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
     turning: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
     for inputs in watched:
@@ -118,6 +118,7 @@ def _dense_statistics(
         at[node].append(inputs)
         if inputs.turning:  # often behind the linears
             turning[max(inputs.turning, key=execution.position)].append(inputs)
+    execution.hold(way for inputs in watched for way in inputs.routing)
     near: dict[str, torch.Tensor | None] = {}
     for batch in batches:
         mask, position = padding_mask(batch), 0
@@ -125,12 +126,13 @@ def _dense_statistics(
         # From one node to the next: what one region watches need not be kept for all.
         for node in sorted({*at, *turning}, key=execution.position):
             keep = {node, *(table for inputs in turning.get(node, ()) for table in inputs.turning)}
+            keep |= {way for inputs in at.get(node, ()) for way in inputs.routing}
             values = execution.run(environment, position, execution.position(node) + 1, keep=keep)
             position = execution.position(node) + 1
             for inputs in at.get(node, ()):
                 read, entered = sums[inputs.region.name]
                 if inputs.hidden is not None:
-                    read.add(inputs.read_rows(values, mask))
+                    inputs.add_rows(read, values, mask)
                 elif (rows := inputs.entry_rows(values, mask)) is not None:
                     entered.add(rows)
             for inputs in turning.get(node, ()):

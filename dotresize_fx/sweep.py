@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dotresize_fx.expert_statistics import experts_error, refit_experts
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
@@ -18,12 +19,14 @@ from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import ATTENTION_KINDS, Region
+from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
 from dotresize_fx.repair import Sublayer, repair
 from dotresize_fx.solvers import Solver
 
 # One batch in this many is kept out of the solve and measures the region's error.
 HELD_OUT_EVERY = 8
+# Of the mean square of an expert's kept neurons.
+EXPERT_RIDGE = 1e-4
 
 Inputs = Mapping[str, torch.Tensor]
 Solvers = Sequence[tuple[str, Solver]]
@@ -115,7 +118,7 @@ class Sweep:
         Sublayers come in graph order. A region that keeps its width is only refitted.
         """
         target = cuts[0][0].target
-        self.slim.advance(min(self._slim_index(name) for region, _ in cuts for name in region.writers))
+        self.slim.advance(min(self._start(region) for region, _ in cuts))
         goals = self._dense_goals(target)
         swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
         if self.repair_steps:
@@ -123,6 +126,12 @@ class Sweep:
             swept[-1] = replace(swept[-1], notes={**swept[-1].notes, **notes})
         self.slim.advance(self._slim_index(target) + 1)
         return swept
+
+    def _start(self, region: Region) -> int:
+        """Where what the region watches begins."""
+        routing = RegionInputs(self.slim_graph, region).routing if region.kind is RegionKind.EXPERTS else ()
+        told = [self.slim.execution.position(node) for node in routing]
+        return min([*(self._slim_index(name) for name in region.writers), *told])
 
     def _slim_index(self, name: str) -> int:
         return self.slim.execution.index[self.slim_graph.node(name)]
@@ -143,6 +152,8 @@ class Sweep:
 
     def _slim_region(self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers) -> SweptRegion:
         inputs = RegionInputs(self.slim_graph, region)
+        if region.kind is RegionKind.EXPERTS:
+            return self._slim_experts(inputs, width, solvers)
         gathered = self._gather(inputs, goals)
         found: list[tuple[str, RegionMap, float | None]] = []
         if width == region.width and inputs.reader is not None:
@@ -161,6 +172,28 @@ class Sweep:
         self.apply(region, region_map)
         self.slim.execution = Execution(self.slim_graph)  # folding adds parameters, and tables before their readers
         return SweptRegion(region, width, name, error, region_map.notes)
+
+    def _slim_experts(self, inputs: RegionInputs, width: int, solvers: Solvers) -> SweptRegion:
+        """Each expert is fitted to what it put out itself: what the stream lacks is no one expert's to make good."""
+        region, execution = inputs.region, self.slim.execution
+        fitting, held_out = inputs.new_sums(), inputs.new_sums()
+        stop = max(execution.position(node) for node in inputs.nodes if node is not inputs.output) + 1
+        for i, environment in enumerate(self.slim.environments):
+            values = execution.run(dict(environment), self.slim.position, stop, keep=inputs.nodes)
+            inputs.add_rows(held_out if i in self.measuring else fitting, values, self.masks[i])
+        statistics = inputs.statistics(fitting, GramAccumulator())
+        weight = statistics.reader_weight
+        assert weight is not None and inputs.reader is not None
+        (name, solver), *_ = solvers
+        found, error = solver(region, statistics, width), None
+        if self.refit:
+            fitted = refit_experts(found, statistics.gram, weight, ridge=EXPERT_RIDGE)
+            if held_out.tokens:
+                error = experts_error(held_out.gram, fitted @ found.down.mT, weight)
+            found = replace(found, up=None, reader_weights={inputs.reader.name: fitted})
+        self.apply(region, found)
+        self.slim.execution = Execution(self.slim_graph)
+        return SweptRegion(region, width, name, error, found.notes)
 
     def _gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> _Gathered:
         """Run the sublayer as it is."""

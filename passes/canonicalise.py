@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dotresize_fx.graph import Graph
 from dotresize_fx.passes.drop_no_ops import DropNoOps
+from dotresize_fx.passes.fold_channel_scales import FoldChannelScales
+from dotresize_fx.passes.fold_constants import FoldConstants
 from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
@@ -11,6 +13,13 @@ from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
 
 def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
-    """No-ops gone, linears and norms each one op, packed linears one a part."""
-    passes = (DropNoOps(), RecogniseLinears(), SplitPackedLinears(), RecogniseNorms())
+    """No-ops gone, what parameters alone decide computed, linears and norms each one op, packed linears one a part."""
+    passes = (
+        DropNoOps(),
+        FoldConstants(),
+        RecogniseLinears(),
+        FoldChannelScales(),
+        SplitPackedLinears(),
+        RecogniseNorms(),
+    )
     return PassResult(tuple(record for step in passes for record in step(graph, check=check).records))

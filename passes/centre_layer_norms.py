@@ -27,6 +27,8 @@ class CentreLayerNorms(Pass):
         for name in self.region.norms:
             norm = graph.op(name)
             promise(norm.weight is None and norm.bias is None, f"{name} has a gain: fold it first")
+        if not any(graph.op(name).kind is Kind.LAYER_NORM for name in self.region.norms):
+            return
         promise(
             set(self.region.readers) - set(self.region.normed_readers) <= set(self._tied_readers(graph)),
             "a reader sees the stream without a norm, and would miss its mean",
@@ -58,7 +60,7 @@ class CentreLayerNorms(Pass):
                 centring = torch.eye(width, dtype=torch.float64, device=weight.device) - 1.0 / width
                 graph.insert_linear(op.output, centring.to(weight.dtype), name=f"{op.name}_centred")
             return
-        axis = 0 if op.kind is Kind.LINEAR else 1
+        axis = -2 if op.is_linear else 1
         exact = weight.double()
         graph.set_weight(op, (exact - exact.mean(axis, keepdim=True)).to(weight.dtype))
         bias = graph.bias(op)

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from dotresize_fx.cost import block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind
+from dotresize_fx.passes.close_dimension import NORMS
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, counted
 
 # What the sweep takes, in its order within a sublayer. Scores first: what the values' reader is refitted to then
 # comes of the cut scores.
-SWEPT = (RegionKind.HEADS, RegionKind.QUERY_KEY, RegionKind.VALUE, RegionKind.FFN)
+SWEPT = (RegionKind.HEADS, RegionKind.QUERY_KEY, RegionKind.VALUE, RegionKind.EXPERTS, RegionKind.FFN)
 
 
 def choose_regions(
@@ -91,6 +92,9 @@ def _why_no_head_goes(graph: Graph, region: Region) -> str:
 
 def _why_not_opened(graph: Graph, region: Region) -> str:
     """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
+    branches = sum(graph.op(name).kind in NORMS for name in region.writers)
+    if branches:
+        return f"{branches} norms write it (sandwich norms): each would need an adapter of its full width"
     kinds = {graph.op(name).kind for name in region.norms}
     if Kind.LAYER_NORM not in kinds:
         return ""

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
 
+NORMS = (Kind.RMS_NORM, Kind.LAYER_NORM)
+
+
 class Escape(Exception):
     """The dimension reaches something that is not understood; ``values`` are those it was followed through."""
 
@@ -77,8 +80,10 @@ class _Walk:
         ordered = {end: sorted(ops, key=lambda op: self.graph.positions[op.name]) for end, ops in self.ends.items()}
         if not ordered["writers"] or not ordered["readers"]:
             raise Escape("nothing reads it" if ordered["writers"] else "no weight writes it")
-        if ordered["norms"] and any(op.kind in (Kind.POINTWISE, Kind.MUL) for op in ordered["crossed"]):
+        if ordered["norms"] and any(is_nonlinear(op) for op in ordered["crossed"]):
             raise Escape("a nonlinearity and a norm act on the same width")
+        if any(op.kind in NORMS for op in ordered["writers"]) and not ordered["norms"]:
+            raise Escape("normalised values are added, each with a gain of its own")
         normed = {value for value, behind in self.values.items() if behind}
         if any(op.kind is Kind.ADD and op.output in normed for op in ordered["crossed"]):
             raise Escape("two normalised values are added, each with a gain of its own")
@@ -109,13 +114,16 @@ class _Walk:
         normed = self.values[value]
         if op is None:
             raise Escape("it comes from an input of the graph")
-        if op.kind in (Kind.LINEAR, Kind.EMBEDDING):
+        if op.is_linear or op.kind is Kind.EMBEDDING:
             if normed:
                 raise Escape("a weight writes it behind the norm")
             self.ends["writers"].add(op)
-            self._couple_parameter(op, 0 if op.kind is Kind.LINEAR else 1)
-        elif op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
-            self._norm(op)
+            self._couple_parameter(op, 0 if op.is_linear else 1)
+        elif op.kind in NORMS:
+            if not normed and is_branch_norm(self.graph, op):
+                self.ends["writers"].add(op)
+            else:
+                self._norm(op)
         elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
             self._cross(op, normed)
         else:
@@ -128,10 +136,12 @@ class _Walk:
         if not users:
             raise Escape("nothing reads it")
         for op in users:
-            if op.kind is Kind.LINEAR and op.inputs[0] == value:
+            if op.is_linear and op.inputs[0] == value:
                 self.ends["readers"].add(op)
                 self._couple_parameter(op, 1)
-            elif op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM) and op.inputs[0] == value:
+            elif op.kind in NORMS and op.inputs[0] == value:
+                if is_branch_norm(self.graph, op):
+                    raise Escape("a norm acts on it on its way back to the stream (sandwich norm)")
                 self._norm(op)
             elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
                 self._cross(op, self.values[value])
@@ -147,7 +157,7 @@ class _Walk:
         """An op between: its output and all its inputs of this width are one dimension."""
         self.ends["crossed"].add(op)
         self.join(op.output, normed)
-        for value in op.inputs:
+        for value in op.inputs[:1] if op.kind is Kind.KEEP else op.inputs:  # a KEEP's others say which rows it takes
             if value.width != 1 and value.shape:
                 self.join(value, normed)
             elif op.kind is Kind.ADD and self.width > 1:
@@ -160,13 +170,29 @@ class _Walk:
             return
         self.axes.add((op.weight, axis))
         for other in self.graph.users(op.weight):
-            if other.weight != op.weight or other.kind not in (Kind.LINEAR, Kind.EMBEDDING):
+            if other.weight != op.weight or not (other.is_linear or other.kind is Kind.EMBEDDING):
                 raise Escape(f"its weight is also used by {other.spelling or other.kind}")
             if other.kind is Kind.EMBEDDING and axis == 0:
                 continue  # the rows of a table are looked up, not written
-            value = other.inputs[0] if other.kind is Kind.LINEAR and axis == 1 else other.output
+            value = other.inputs[0] if other.is_linear and axis == 1 else other.output
             if value not in self.values:
-                self.join(value, other.kind is Kind.LINEAR and axis == 1 and self._starts_normed(value))
+                self.join(value, other.is_linear and axis == 1 and self._starts_normed(value))
+
+
+def is_branch_norm(graph: Graph, op: Op) -> bool:
+    """Whether a norm stands at the end of a branch: what it puts out is added to a stream, and nothing else reads it.
+
+    Such a norm writes the stream, gain and all; the dimension in front of it is another.
+    """
+    users = graph.users(op.output)
+    while len(users) == 1 and users[0].kind in (Kind.KEEP, Kind.SCALE):
+        users = graph.users(users[0].output)
+    return bool(users) and all(user.kind is Kind.ADD for user in users)
+
+
+def is_nonlinear(op: Op) -> bool:
+    """Whether an op between lets through no mixing of the width's numbers."""
+    return op.kind is Kind.POINTWISE or (op.kind is Kind.MUL and not op.scales_rows)
 
 
 def in_words(op: Op, direction: str) -> str:

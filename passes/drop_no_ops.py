@@ -10,6 +10,7 @@ class DropNoOps(Pass):
     """Afterwards no op is left that hands its input on unchanged, and nothing that no output needs."""
 
     def call(self, graph: Graph) -> PassResult:
+        records = graph.drop_in_place()
         idle = [op for op in graph.ops if op.kind is Kind.KEEP and op.attributes.get("no_op")]
         for op in idle:
             graph.bypass(op)
@@ -22,8 +23,13 @@ class DropNoOps(Pass):
         dead = graph.remove_dead()
         dropped = len(idle) + len(whole)
         if not dropped and not dead:
-            return PassResult()
-        return PassResult((f"dropped {dropped} ops that change nothing and {dead - len(whole)} that nothing needs",))
+            return PassResult(tuple(records))
+        return PassResult(
+            (
+                *records,
+                f"dropped {dropped} ops that change nothing and {dead - len(whole)} that nothing needs",
+            )
+        )
 
     def ensures(self, graph: Graph) -> None:
         left = any(op.attributes.get("no_op") or _handed_on(op) is not None for op in graph.ops)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
-from dotresize_fx.passes.close_dimension import ClosedDimension, Escape, close_dimension
+from dotresize_fx.passes.close_dimension import ClosedDimension, Escape, close_dimension, is_nonlinear
 from dotresize_fx.passes.find_heads import FoundHeads, find_heads
 from dotresize_fx.passes.pass_base import promise
 from dotresize_fx.passes.region_ends import common_module, stream_behind
@@ -41,28 +41,31 @@ def find_regions(graph: Graph) -> MatchReport:
     ordered = sorted((*regions, *heads.regions), key=lambda r: graph.positions[r.writers[0]])
     unique = _with_unique_names(ordered)
     renamed = dict(zip(ordered, unique, strict=True))
-    linears = [_linear_match(graph, op, found, renamed, heads) for op in graph.ops if op.kind is Kind.LINEAR]
+    linears = [_linear_match(graph, op, found, renamed, heads) for op in graph.ops if op.is_linear]
     return MatchReport(tuple(unique), (*linears, *_not_understood(graph)), heads.refused)
 
 
 def _starts(graph: Graph) -> Iterable[Value]:
     for op in graph.ops:
-        if op.kind is Kind.LINEAR:
+        if op.is_linear:
             yield op.inputs[0]
-        if op.kind in (Kind.LINEAR, Kind.EMBEDDING):
+        if op.is_linear or op.kind is Kind.EMBEDDING:
             yield op.output
 
 
 def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDimension) -> Region:
-    pointwise = [op for op in closed.crossed if op.kind in (Kind.POINTWISE, Kind.MUL)]
+    pointwise = [op for op in closed.crossed if is_nonlinear(op)]
+    experts = {int(graph.weight(op).shape[0]) for op in (*writers, *readers) if op.kind is Kind.EXPERTS}
     if closed.norms:
         kind, symmetry = RegionKind.RESIDUAL, Symmetry.ORTHOGONAL
-    elif pointwise:
+    elif pointwise and all(op.kind is Kind.EXPERTS for op in (*writers, *readers)):
+        kind, symmetry = RegionKind.EXPERTS, Symmetry.PERMUTATION
+    elif pointwise and not experts:
         kind, symmetry = RegionKind.FFN, Symmetry.PERMUTATION
     else:
         kind, symmetry = RegionKind.PLAIN, Symmetry.GENERAL_LINEAR
     functions = {op.function for op in closed.crossed if op.kind is Kind.POINTWISE}
-    products = [op for op in closed.crossed if op.kind is Kind.MUL]
+    products = [op for op in closed.crossed if op.kind is Kind.MUL and not op.scales_rows]
     return Region(
         name=_name(graph, writers, readers, kind),
         kind=kind,
@@ -74,7 +77,8 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
         normed_readers=tuple(op.name for op in readers if op.inputs[0] in closed.normed),
         linear_branch=_linear_branch(graph, products, writers, readers),
         positive_scale=functions == {"relu"} and not products,
-        target=stream_behind(graph, readers[-1]) if kind is RegionKind.FFN else "",
+        target=stream_behind(graph, readers[-1]) if kind in (RegionKind.FFN, RegionKind.EXPERTS) else "",
+        heads=max(experts, default=1) if kind is RegionKind.EXPERTS else 1,
         crossed=tuple(op.name for op in closed.crossed),
     )
 
@@ -130,7 +134,7 @@ def _reached(graph: Graph, value: Value) -> set[str]:
 def _not_understood(graph: Graph) -> Iterable[LinearMatch]:
     """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over."""
     for op in graph.ops:
-        if op.kind in (Kind.LINEAR, Kind.EMBEDDING):
+        if op.is_linear or op.kind is Kind.EMBEDDING:
             continue
         for value in op.inputs:
             if value.is_parameter and len(value.shape) > 1 and not graph.is_buffer(value):
@@ -148,7 +152,7 @@ def _linear_match(
     writing = [renamed[region].name for region in heads.regions if op.name in region.writers]
     reads = SEPARATOR.join(reading) or reads
     writes = SEPARATOR.join(writing) or writes
-    rows, columns = graph.weight(op).shape
+    rows, columns = graph.weight(op).shape[-2:]
     assert op.weight is not None
     return LinearMatch(
         op=op.name,

@@ -31,12 +31,12 @@ class FoldLinears(Pass):
     def requires(self, graph: Graph) -> None:
         for name in self.downs:
             before = graph.producer(graph.op(name).inputs[0])
-            follows = before is not None and before.kind in (Kind.LINEAR, Kind.EMBEDDING)
+            follows = before is not None and (before.is_linear or before.kind is Kind.EMBEDDING)
             alone = before is not None and len(graph.users(before.output)) == 1
             promise(follows and alone, f"{name} follows no weight of its own")
         for name in self.ups:
             users = graph.users(graph.op(name).output)
-            promise(len(users) == 1 and users[0].kind is Kind.LINEAR, f"{name} has no reader of its own")
+            promise(len(users) == 1 and users[0].is_linear, f"{name} has no reader of its own")
 
     def call(self, graph: Graph) -> PassResult:
         factors: Factors = defaultdict(list)

@@ -75,7 +75,7 @@ def _readers(graph: Graph, value: Value, scale: float = 1.0) -> dict[Op, float]:
     """The linears that read ``value``, behind nothing but ops that pass it on, and the number that scales it there."""
     readers: dict[Op, float] = {}
     for op in graph.users(value):
-        if op.kind is Kind.LINEAR:
+        if op.is_linear:
             readers[op] = scale
         else:
             promise(op.kind in (Kind.KEEP, Kind.SCALE), f"{op.name} between a norm and its readers")

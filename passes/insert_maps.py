@@ -49,9 +49,9 @@ class InsertMaps(Pass):
             if self.map.key_down is not None and name in region.key_writers:
                 down = self.map.key_down
             writer = graph.op(name)
-            down = over_heads(region, down, _size(graph, writer, 0 if writer.kind is Kind.LINEAR else 1))
-            weight = down.T.to(_dtype(graph, writer))
-            self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down").name)
+            down = over_heads(region, down, _size(graph, writer, -2 if writer.is_linear else 1))
+            weight = down.mT.to(_dtype(graph, writer))
+            self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down", like=writer).name)
         for name in region.norms:
             norm = graph.op(name)
             graph.resize_norm(norm, k, norm.attributes["epsilon"] * region.width / k)
@@ -74,9 +74,10 @@ class InsertMaps(Pass):
         promise(self.map.up is not None, f"{self.region.name}: no way up to {reader.name}")
         assert self.map.up is not None
         gain = math.sqrt(self.region.width / self.map.width) if reader.name in self.region.normed_readers else 1.0
-        up = over_heads(self.region, self.map.up, _size(graph, reader, 1))
-        weight = (gain * up.T).to(_dtype(graph, reader))
-        self.ups.append(graph.insert_linear(reader.inputs[0], weight, users=[reader], name="inserted_up").name)
+        up = over_heads(self.region, self.map.up, _size(graph, reader, -1))
+        weight = (gain * up.mT).to(_dtype(graph, reader))
+        inserted = graph.insert_linear(reader.inputs[0], weight, users=[reader], name="inserted_up", like=reader)
+        self.ups.append(inserted.name)
 
 
 def _size(graph: Graph, op: Op, axis: int) -> int:

@@ -1,4 +1,4 @@
-"""Make a residual stream ready for a map that is not diagonal: gains folded, layer norms turned into RMSNorms."""
+"""Make a residual stream ready for a map that is not diagonal: gains folded or made linears, layer norms RMSNorms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dotresize_fx.graph import Graph
 from dotresize_fx.passes.centre_layer_norms import CentreLayerNorms
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_norm_gains import FoldNormGains
+from dotresize_fx.passes.open_branch_norms import OpenBranchNorms
 from dotresize_fx.regions import Region
 
 
@@ -14,7 +15,10 @@ def open_stream(graph: Graph, region: Region, *, check: bool = True) -> tuple[Re
 
     Exact: the graph computes what it did before.
     """
-    records = FoldNormGains(region)(graph, check=check).records
+    records = OpenBranchNorms(region)(graph, check=check).records
+    if records:
+        region = _again(graph, region)
+    records += FoldNormGains(region)(graph, check=check).records
     region = _again(graph, region)
     records += CentreLayerNorms(region)(graph, check=check).records
     return _again(graph, region), records

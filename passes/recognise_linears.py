@@ -10,7 +10,8 @@ class RecogniseLinears(Pass):
     """``reshape(addmm(bias, reshape(x), weight))`` becomes ``linear(x, weight.T, bias)``.
 
     The reshapes must undo each other: they join all dimensions but the last and split them again, so that the
-    linear acts on the same last dimension. An ``addmm`` on a matrix that was not reshaped is a linear as it stands.
+    linear acts on the same last dimension. An ``addmm`` on a matrix that was not reshaped is a linear as it stands, and
+    so is a product with a weight, be it turned round or not.
     """
 
     def call(self, graph: Graph) -> PassResult:
@@ -19,6 +20,9 @@ class RecogniseLinears(Pass):
         return PassResult(tuple(r for r in records if r))
 
     def _rewrite(self, graph: Graph, op: Op) -> str:
+        if op.attributes.get("bare"):
+            graph.replace_with_linear(op, op.inputs[0], op)
+            return f"{op.name}: product with a weight seen as a linear"
         if len(op.inputs) != 3:
             return ""
         bias, source, weight = op.inputs

@@ -20,10 +20,14 @@ def common_module(graph: Graph, ops: Iterable[Op]) -> str:
 
 def stream_behind(graph: Graph, reader: Op) -> str:
     """Follow the reader's output through the additions that only it feeds: the stream after the sublayer."""
-    value = reader.output
-    while len(users := graph.users(value)) == 1 and users[0].kind in (Kind.ADD, Kind.KEEP):
+    value, routed = reader.output, reader.kind is Kind.EXPERTS
+    while len(users := graph.users(value)) == 1 and (users[0].kind in (Kind.ADD, Kind.KEEP) or users[0].scales_rows):
         op = users[0]
-        reshaped = op.kind is Kind.KEEP and op.output.shape != value.shape and not op.attributes.get("reshape")
+        # What experts put out is weighted, brought back in order and summed; elsewhere such an op takes some of the rows.
+        moved = op.attributes.get("reshape") or (routed and op.attributes.get("moves_rows"))
+        reshaped = op.kind is Kind.KEEP and op.output.shape != value.shape and not moved
+        if op.scales_rows and not routed:
+            break
         if value in graph.outputs or reshaped or op.attributes.get("subtract"):
             break
         value = op.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from dotresize_fx.graph import Graph, Kind, Op
+from dotresize_fx.graph import Graph, Op
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
 
 
@@ -39,10 +39,11 @@ class SplitPackedLinears(Pass):
         for index, part in reversed(list(enumerate(parts))):  # each goes right behind what they read: so in order
             rows = graph.insert_linear(
                 linear.inputs[0],
-                weight[part.start : part.end].clone(),
+                weight[..., part.start : part.end, :].clone(),
                 None if bias is None else bias[part.start : part.end].clone(),
                 users=(),
                 name=f"{name.removesuffix('.weight')}.{index}",
+                like=linear,
             )
             graph.redirect(graph.op(part.op.name), rows.output)
         return f"{name}: seen as {len(parts)} linears"
@@ -54,7 +55,7 @@ class SplitPackedLinears(Pass):
 
 def _parts(graph: Graph, linear: Op) -> list[_Part]:
     """What takes the parts of this linear's result; empty when it is not split, or not only."""
-    if linear.kind is not Kind.LINEAR or linear.output in graph.outputs or linear.output.width is None:
+    if not linear.is_linear or linear.output in graph.outputs or linear.output.width is None:
         return []
     assert linear.weight is not None
     users = graph.users(linear.output)

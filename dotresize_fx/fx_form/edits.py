@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from dotresize_fx.fx_form.kinds import matrix_of
 from dotresize_fx.fx_form.reading import FxReading
 from dotresize_fx.graph import Kind, Op, Value
 
@@ -23,6 +24,8 @@ class FxEdits(FxReading):
         chosen = [ops] if isinstance(ops, Op) else list(ops)
         value = chosen[0].weight
         assert value is not None
+        if chosen[0].kind is Kind.EXPERTS and self.stored_weight(chosen[0]).op == "placeholder":
+            tensor = tensor.mT
         self._set_parameter(chosen, value, tensor)
 
     def set_bias(self, op: Op, tensor: torch.Tensor | None) -> None:
@@ -146,15 +149,42 @@ class FxEdits(FxReading):
         *,
         users: Iterable[Op] | None = None,
         name: str = "inserted",
+        like: Op | None = None,
     ) -> Op:
         node = self.node(source.name)
         readers = [self.node(op.name) for op in users] if users is not None else list(node.users)
+        if like is not None and weight.ndim > 2:
+            return self._insert_experts(node, weight, readers, name, self.node(like.name))
         parameters = [self.add_parameter(f"{name}.weight", weight)]
         if bias is not None:
             parameters.append(self.add_parameter(f"{name}.bias", bias))
         with self.nodes.inserting_after(node):
             new = self.nodes.create_node("call_function", aten.linear.default, (node, *parameters), name=name)
         new.meta["val"] = node.meta["val"].new_empty((*node.meta["val"].shape[:-1], weight.shape[0]))
+        for reader in readers:
+            reader.replace_input_with(node, new)
+        self._shapes_stale = True
+        self.changed()
+        return self.op(new.name)
+
+    def _insert_experts(
+        self,
+        node: torch.fx.Node,
+        weight: torch.Tensor,
+        readers: list[torch.fx.Node],
+        name: str,
+        like: torch.fx.Node,
+    ) -> Op:
+        """The rows that ``like`` reads may be there before it is known where each expert's end: it stands beside."""
+        parameter = self.add_parameter(f"{name}.weight", weight)
+        behind = self.nodes.inserting_after(like) if node is like else self.nodes.inserting_before(like)
+        with behind:
+            turned = self.nodes.call_function(aten.transpose.int, (parameter, -2, -1))
+        turned.meta["val"] = parameter.meta["val"].mT
+        with self.nodes.inserting_after(turned):
+            arguments = (node, turned, *like.args[2:])
+            new = self.nodes.create_node("call_function", like.target, arguments, like.kwargs, name=name)
+        new.meta["val"] = node.meta["val"].new_empty((*node.meta["val"].shape[:-1], weight.shape[1]))
         for reader in readers:
             reader.replace_input_with(node, new)
         self._shapes_stale = True
@@ -172,10 +202,14 @@ class FxEdits(FxReading):
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
         node, start = self.node(last.name), self.node(source.name)
         arguments: Any = self.node(like.name).args
-        bias, _, weight = arguments
-        value = self._value(weight)
+        bias, _, weight = arguments if len(arguments) == 3 else (None, *arguments)
+        given = matrix_of(weight, self._parameter_targets)
+        assert given is not None
+        value = self._value(given)
         transposed = self.parameter(value).t()
-        if len(weight.users) == 1 and len(self.node(like.name).users) == 1:
+        if given is not weight:
+            stored = given  # (out, in) already
+        elif len(weight.users) == 1 and len(self.node(like.name).users) == 1:
             # Only the product that goes reads it: the transposed weight keeps the model's name for it.
             stored = weight
             self._store(value, transposed)
@@ -184,6 +218,35 @@ class FxEdits(FxReading):
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(aten.linear.default, (start, stored, bias))
         self._replace(node, new)
+
+    def drop_in_place(self) -> list[str]:
+        changed = []
+        for node in list(self.nodes.nodes):
+            pure = _out_of_place(node.target) if node.op == "call_function" else None
+            if pure is None or not isinstance(node.args[0], torch.fx.Node) or not _alone(node.args[0]):
+                continue
+            with self.nodes.inserting_before(node):
+                new = self.nodes.call_function(pure, node.args, node.kwargs)
+            changed.append(f"{node.name}: no longer in place")
+            self._replace(node, new)
+        return changed
+
+    def fold_constants(self, largest: int) -> list[str]:
+        folded = []
+        for node in list(self.nodes.nodes):
+            if node.op != "call_function" or not node.all_input_nodes or _has_effects(node.target):
+                continue
+            val, sources = node.meta.get("val"), node.all_input_nodes
+            small = isinstance(val, torch.Tensor) and val.ndim == 1 and val.is_floating_point() and len(val) <= largest
+            if not small or not all(source.name in self._parameter_targets for source in sources):
+                continue
+            arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.parameter(self._value(n)))
+            with torch.no_grad():
+                tensor = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            name = self.parameter_name(self._value(sources[0]))
+            node.replace_all_uses_with(self.add_parameter(f"{name}.{node.name}", tensor.detach().clone()))
+            folded.append(f"{node.name}: computed from {name}")
+        return folded
 
     def make_rms_norm(self, op: Op) -> None:
         node = self.node(op.name)
@@ -230,6 +293,31 @@ class FxEdits(FxReading):
         self.changed()
         self.__dict__.pop("_targets", None)
         return removed
+
+
+def _out_of_place(target: Any) -> Any:
+    """The op that computes what an op such as ``add_`` does; None for others."""
+    packet, overload = getattr(target, "overloadpacket", None), getattr(target, "_overloadname", "")
+    name = getattr(packet, "__name__", "")
+    if not name.endswith("_") or name.startswith("_") or str(target).partition(".")[0] != "aten":
+        return None
+    return getattr(getattr(aten, name[:-1], None), overload, None)
+
+
+def _alone(node: torch.fx.Node) -> bool:
+    """Whether a value has one user, and is no other value's memory that something else reads."""
+    while len(node.users) == 1:
+        if node.op != "call_function":
+            return False
+        schema = getattr(node.target, "_schema", None)
+        views = schema is not None and any(one.alias_info is not None for one in schema.arguments)
+        if not views:
+            return True
+        source = node.args[0]
+        if not isinstance(source, torch.fx.Node):
+            return False
+        node = source
+    return False
 
 
 def is_impure(node: torch.fx.Node) -> bool:

@@ -39,6 +39,10 @@ class Execution:
                 last[used] = i
         return last | dict.fromkeys(self.results, len(self.nodes))
 
+    def hold(self, nodes: Iterable[torch.fx.Node]) -> None:
+        """Never drop these values from an environment."""
+        self._last_use |= dict.fromkeys(nodes, len(self.nodes))
+
     def position(self, node: torch.fx.Node) -> int:
         """Which of the nodes it is; -1 for an input or a parameter, which is there from the start."""
         return self.index.get(node, -1)

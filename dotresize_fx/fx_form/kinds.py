@@ -38,9 +38,30 @@ POINTWISE: dict[Any, str] = {
     aten.reciprocal.default: "reciprocal",
     aten.pow.Tensor_Scalar: "pow",
     aten.rsub.Scalar: "rsub",
+    aten.expm1.default: "expm1",
+    aten.log.default: "log",
+    aten.log1p.default: "log1p",
+    aten.log_sigmoid.default: "log_sigmoid",
+    aten.sin.default: "sin",
+    aten.cos.default: "cos",
+    aten.gt.Scalar: "gt",
+    aten.ge.Scalar: "ge",
+    aten.lt.Scalar: "lt",
+    aten.le.Scalar: "le",
+    aten.min.other: "minimum",
+    aten.max.other: "maximum",
+    aten.minimum.default: "minimum",
+    aten.maximum.default: "maximum",
 }
 SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar}
-CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
+CASTS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
+    aten._to_copy.default,
+}
 KEEP = CASTS | {
     aten.dropout.default,
     aten.contiguous.default,
@@ -69,6 +90,44 @@ RESHAPE = FLATTEN | {
     aten.t.default,
 }
 _PLAIN_NUMBERS = (int, float)
+# Products of rows, ordered by expert, with each expert's own matrix: by name, since some are registered by others.
+GROUPED = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
+
+
+# Of a tensor with a matrix.
+PRODUCTS = {aten.matmul.default, aten.mm.default}
+_TURNS = {aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default}
+
+
+def matrix_of(node: Any, parameters: Container[str]) -> torch.fx.Node | None:
+    """The placeholder of a matrix that is given as it is stored, or turned round by an op of its own."""
+    if not isinstance(node, torch.fx.Node) or len(node.meta["val"].shape) != 2:
+        return None
+    source = node.args[0] if node.op != "placeholder" and node.target in _TURNS else node
+    return source if isinstance(source, torch.fx.Node) and source.name in parameters else None
+
+
+def _width(node: torch.fx.Node) -> Any:
+    shape = node.meta["val"].shape
+    return shape[-1] if len(shape) else None
+
+
+def is_turned_weight(node: torch.fx.Node, parameters: Container[str]) -> bool:
+    """Whether this only turns the experts' weights, (experts, out, in), round for the products that read it."""
+    source = node.args[0] if node.args else None
+    turns = node.target is aten.transpose.int and sorted(axis % 3 for axis in node.args[1:3]) == [1, 2]  # type: ignore
+    stored = isinstance(source, torch.fx.Node) and source.name in parameters and len(source.meta["val"].shape) == 3
+    return turns and stored and all(str(user.target) in GROUPED for user in node.users)
+
+
+def _expert_weight(node: torch.fx.Node, parameters: Container[str]) -> torch.fx.Node | None:
+    """The placeholder of a grouped product's weight."""
+    weight: Any = node.args[1]
+    if not isinstance(weight, torch.fx.Node):
+        return None
+    if weight.op != "placeholder":
+        return weight.args[0] if is_turned_weight(weight, parameters) else None  # type: ignore[return-value]
+    return weight if weight.name in parameters else None
 
 
 def classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, dict[str, Any]]:
@@ -87,8 +146,14 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         bias = args[2] if target is aten.linear.default and len(args) > 2 else None
         if all(isinstance(p, torch.fx.Node) and p.name in parameters for p in (weight, bias) if p):
             return (Kind.LINEAR if target is aten.linear.default else Kind.EMBEDDING), {}
+    if str(target) in GROUPED and _expert_weight(node, parameters) is not None:
+        return Kind.EXPERTS, {}
     if target is aten.addmm.default and len(node.kwargs) == 0:
         return Kind.ADDMM, {}
+    if target in PRODUCTS and matrix_of(node.args[1], parameters) is not None:
+        return Kind.ADDMM, {"bare": True}
+    if target is aten.where.self and all(_width(a) == _width(node) for a in args if isinstance(a, torch.fx.Node)):
+        return Kind.POINTWISE, {"function": "where", "number": None}
     if target in (aten.rms_norm.default, aten.layer_norm.default) and len(args[1]) == 1:  # type: ignore[arg-type]
         if any(isinstance(p, torch.fx.Node) and p.name not in parameters for p in args[2:4]):
             return Kind.OTHER, {}  # a computed gain (one plus a parameter) is none that can be folded
@@ -108,7 +173,7 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
     if target in POINTWISE:
         return Kind.POINTWISE, {
             "function": POINTWISE[target],
-            "number": args[1] if len(args) > 1 else None,
+            "number": args[1] if len(args) > 1 and not isinstance(args[1], torch.fx.Node) else None,
         }
     if target is aten.dropout.default and args[1] and args[2]:
         return Kind.OTHER, {}  # traced in training mode: random, and not to be dropped
@@ -120,6 +185,10 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.KEEP, {"no_op": not copies and _same_dtype(node), "cast": cast, "widens": cast and _widens(node)}
     if target in KEEP_UNLESS_LAST:
         return (Kind.OTHER if _acts_on_last(node) else Kind.KEEP), {"no_op": False}
+    if target is aten.index.Tensor and len(args[1]) < _rank(node):  # type: ignore[arg-type]
+        return Kind.KEEP, {"no_op": False, "moves_rows": True}
+    if target is aten.sum.dim_IntList and _rank(node) - 1 not in {axis % _rank(node) for axis in args[1]}:  # type: ignore
+        return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
     if target in FLATTEN and _keeps_width(node):

@@ -6,7 +6,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from dotresize_fx.fx_form.kinds import classify
+from dotresize_fx.fx_form.kinds import classify, is_turned_weight
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
 
@@ -74,10 +74,29 @@ class FxReading(Graph):
         return self._read_op(node) if node.op == "call_function" else None
 
     def users(self, value: Value) -> list[Op]:
-        return [self._read_op(user) for user in sorted(self.node(value.name).users) if user.op == "call_function"]
+        users = [user for user in self.node(value.name).users if user.op == "call_function"]
+        if value.is_parameter:
+            users = [reader for user in users for reader in (list(user.users) if self._is_turned(user) else [user])]
+        return [self._read_op(user) for user in sorted(users)]
 
     def _read_ops(self) -> list[Op]:
-        return [self._read_op(node) for node in self.nodes.nodes if node.op == "call_function"]
+        nodes = (node for node in self.nodes.nodes if node.op == "call_function")
+        return [self._read_op(node) for node in nodes if not self._is_turned(node)]
+
+    def _is_turned(self, node: torch.fx.Node) -> bool:
+        """Whether a node only turns experts' weights round; such are no ops of the view."""
+        return node.target is torch.ops.aten.transpose.int and is_turned_weight(node, self._parameter_targets)
+
+    def stored_expert_weight(self, op: Op, weight: torch.Tensor) -> tuple[torch.fx.Node, torch.Tensor]:
+        """The placeholder of an EXPERTS op's weight, and ``weight`` (experts, out, in) float64 as it would be stored."""
+        assert op.weight is not None
+        tensor = weight if self.stored_weight(op).op != "placeholder" else weight.mT
+        return self.node(op.weight.name), tensor.to(self.parameter(op.weight).dtype)
+
+    def stored_weight(self, op: Op) -> torch.fx.Node:
+        """The placeholder of an EXPERTS op's weight, or the node that turns it round."""
+        weight: torch.fx.Node = self.node(op.name).args[1]  # type: ignore[assignment]
+        return weight
 
     def _read_outputs(self) -> frozenset[Value]:
         return frozenset(self._value(node) for node in self.nodes.output_node().all_input_nodes)
@@ -90,6 +109,10 @@ class FxReading(Graph):
         if kind is Kind.LINEAR:
             inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]
             weight, bias = self._owned(node, 1, "weight"), self._owned(node, 2, "bias")
+        elif kind is Kind.EXPERTS:
+            rows, stored, *ends = node.all_input_nodes
+            inputs = (self._value(rows), *(self._value(end) for end in ends))
+            weight = self._value(stored if stored.op == "placeholder" else stored.args[0])  # type: ignore[arg-type]
         elif kind is Kind.EMBEDDING:
             inputs = (self._value(node.args[1]),)  # type: ignore[arg-type]
             weight = self._owned(node, 0, "weight")
@@ -117,7 +140,8 @@ class FxReading(Graph):
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None
-        return self.parameter(op.weight)
+        weight = self.parameter(op.weight)
+        return weight.mT if op.kind is Kind.EXPERTS and self.stored_weight(op).op == "placeholder" else weight
 
 
 def _in_order(node: torch.fx.Node) -> list[torch.fx.Node]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from dotresize_fx.expert_statistics import per_expert, per_expert_curve
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind
@@ -35,6 +36,7 @@ SOLVERS: dict[str, Solver] = {
     "value-rank": solve_value_rank,
 }
 CURVES: dict[RegionKind, Curve] = {
+    RegionKind.EXPERTS: per_expert_curve(obs_curve),
     RegionKind.FFN: obs_curve,
     RegionKind.HEADS: kv_heads_curve,
     RegionKind.QUERY_KEY: query_key_curve,
@@ -44,14 +46,24 @@ CURVES: dict[RegionKind, Curve] = {
 _HEADS = {RegionKind.HEADS: ("kv-heads",), RegionKind.QUERY_KEY: ("query-key",), RegionKind.VALUE: ("value-rank",)}
 # Of several, the sweep takes what held-out error says is best.
 METHODS: dict[str, dict[RegionKind, tuple[str, ...]]] = {
-    "auto": {RegionKind.FFN: ("obs", "dotresize"), RegionKind.RESIDUAL: ("pca",), **_HEADS},
-    "obs": {RegionKind.FFN: ("obs",), **_HEADS},
+    "auto": {
+        RegionKind.EXPERTS: ("obs",),
+        RegionKind.FFN: ("obs", "dotresize"),
+        RegionKind.RESIDUAL: ("pca",),
+        **_HEADS,
+    },
+    "obs": {RegionKind.EXPERTS: ("obs",), RegionKind.FFN: ("obs",), **_HEADS},
     "dotresize": {RegionKind.FFN: ("dotresize",), RegionKind.RESIDUAL: ("dotresize",), **_HEADS},
     "pca": {RegionKind.RESIDUAL: ("pca",)},
-    "magnitude": {RegionKind.FFN: ("magnitude",), RegionKind.RESIDUAL: ("magnitude",)},
+    "magnitude": {
+        RegionKind.EXPERTS: ("magnitude",),
+        RegionKind.FFN: ("magnitude",),
+        RegionKind.RESIDUAL: ("magnitude",),
+    },
 }
 
 
 def solvers_for(method: str, kind: RegionKind) -> tuple[tuple[str, Solver], ...]:
     """(name, solver) of what a method tries on regions of this kind; empty where it cuts none of them."""
-    return tuple((name, SOLVERS[name]) for name in METHODS[method].get(kind, ()))
+    found = [(name, SOLVERS[name]) for name in METHODS[method].get(kind, ())]
+    return tuple((name, per_expert(solver) if kind is RegionKind.EXPERTS else solver) for name, solver in found)

@@ -86,8 +86,9 @@ ESCAPES: dict[str, tuple[Forward, str]] = {
     "a slice of itself": (lambda m, x: m.front(m.up(x)[:, :4]) + m.down(m.up(x)), "goes into slice"),
     "a nonlinearity and a norm": (lambda m, x: m.down(m.norm(F.relu(m.up(x)))), "a nonlinearity and a norm"),
     "a weight used otherwise": (lambda m, x: m.down(m.up(x)) + m.up.weight.sum(), "weight is also used by sum"),
-    "post-norm": (lambda m, x: m.down(m.norm(h := m.up(x)) + h), "post-norm or sandwich norm"),
-    "two norms added": (lambda m, x: m.down(m.norm(h := m.up(x)) + m.other(h)), "two normalised values are added"),
+    "post-norm": (lambda m, x: m.down(m.norm(h := m.up(x)) + h), "sandwich norm"),
+    "a norm that is read and added": (lambda m, x: m.down(h := m.norm(m.up(x))) + m.down(h + m.up(x)), "post-norm"),
+    "two norms added": (lambda m, x: m.down(m.norm(h := m.up(x)) + m.other(h)), "sandwich norm"),
 }
 
 

@@ -1,0 +1,272 @@
+"""Every architecture of transformers, tiny and with random weights: what is captured, matched, proved, slimmed and run.
+
+    python benchmarks/architectures.py --json architectures.jsonl            # all, about an hour on two cores
+    python benchmarks/architectures.py --json some.jsonl --only causal:llama masked:bert image:vit
+    python benchmarks/architectures.py --table architectures.jsonl           # writes docs/architectures.md
+
+Each model is built in a process of its own. All parameters are re-drawn; the proof inserts and folds random admissible
+maps of full width into every region of a kind and compares with the model itself on a batch and length that were not
+traced, at real positions; a map that the symmetry does not admit must break the bound a hundredfold. Then a quarter of
+the block weights goes (``--ratio``), the slim program becomes ONNX, and ONNX Runtime must put out what the program does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench import append
+from tiny_models import TASKS, VOCABULARY, Architecture, architectures, tiny_model
+
+from dotresize_fx.errors import CaptureError, NothingToSlimError
+from dotresize_fx.export.capture import Captured, capture
+from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.fidelity import Inputs
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.options import Options
+from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.progress import Progress
+from dotresize_fx.region_map import random_admissible_map, random_wrong_map
+from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, RegionKind
+
+# Beyond these a result is wrong: of the ratio-0 proof, and of ONNX Runtime beside the slim program.
+WRONG_PROOF, WRONG_ONNX = 1e-4, 1e-3
+KINDS = (RegionKind.FFN, RegionKind.EXPERTS, *ATTENTION_KINDS, RegionKind.RESIDUAL)
+SECONDS = 240
+# A layer's own number stands in a parameter's name behind the name of a list.
+LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
+FFN_NAMES = re.compile(r"mlp|ffn|feed_forward|ff\b|fc|intermediate|expert|dense_h_to|output\.dense|moe|lin1|lin2")
+ROUTER_NAMES = re.compile(r"router|shared_expert_gate|\bgate\.(weight|wg)|gate\.linear|expert_bias|wg\b")
+ATTENTION_NAMES = re.compile(r"att|mixer|mamba|ssm|rnn|conv|crossattention", re.IGNORECASE)
+
+
+def batches(architecture: Architecture, count: int, seed: int) -> list[Inputs]:
+    """Random token ids of a shape that is not traced, one row of each padded; or random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    if architecture.task == "image":
+        return [{"pixel_values": torch.randn(3, 3, 32, 32, generator=generator)} for _ in range(count)]
+    found = []
+    for _ in range(count):
+        ids = torch.randint(3, VOCABULARY, (3, 24), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, :7] = 0
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor, batch: Inputs) -> float:
+    """Largest absolute difference at real positions, in units of the largest output; infinite for other shapes."""
+    if found.shape != expected.shape:
+        return float("inf")
+    mask = batch.get("attention_mask")
+    if mask is not None and found.shape[:2] == mask.shape:
+        found, expected = found[mask.bool()], expected[mask.bool()]
+    worst = float((found - expected).abs().max() / expected.abs().max())
+    return worst if worst == worst else float("inf")
+
+
+def first(outputs: Any) -> torch.Tensor:
+    return next(value for value in outputs.values() if isinstance(value, torch.Tensor))
+
+
+def used_parameters(graph: FxGraph) -> set[str]:
+    """Names of the parameters that the program reads: a vision tower, say, is none of a text model's."""
+    specs = {spec.arg.name: str(spec.target) for spec in graph.program.graph_signature.input_specs}
+    return {specs[node.name] for node in graph.nodes.nodes if node.op == "placeholder" and node.users}
+
+
+class Examination:
+    """One architecture; ``row`` holds what was found, up to the stage that failed."""
+
+    def __init__(self, architecture: Architecture, ratio: float) -> None:
+        self.architecture, self.ratio = architecture, ratio
+        self.row: dict[str, Any] = {"kind": "row", "key": architecture.key, "class": architecture.class_name}
+
+    def run(self) -> dict[str, Any]:
+        stages: list[tuple[str, Callable[[], None]]] = [("build", self.build), ("capture", self.capture)]
+        stages += [("match", self.match), ("prove", self.prove), ("slim", self.slim), ("onnx", self.onnx)]
+        seconds: dict[str, float] = {}
+        for name, stage in stages:
+            started = time.perf_counter()
+            try:
+                stage()
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+                self.row |= {"failed": name, "error": why, "at": f"{Path(place.filename).name}:{place.lineno}"}
+                break
+            finally:
+                seconds[name] = round(time.perf_counter() - started, 1)
+        return self.row | {"seconds": seconds}
+
+    def build(self) -> None:
+        self.model = tiny_model(self.architecture)
+        (self.batch,) = batches(self.architecture, 1, seed=1)
+        with torch.no_grad():
+            self.expected = first(self.model(**self.batch))
+        if not self.expected.isfinite().all():
+            raise ValueError("the model puts out NaN")
+
+    def capture(self) -> None:
+        self.captured: Captured = capture(self.model)
+        self.dense: FxGraph = self.captured.graph
+        self.used = used_parameters(self.dense)
+        canonicalise(self.dense, check=True)
+        self.row["capture"] = self.error(self.dense)
+        if self.row["capture"] > WRONG_PROOF:
+            raise CaptureError("the captured program does not compute what the model does")
+
+    def error(self, graph: FxGraph) -> float:
+        return difference(Execution(graph).outputs(self.batch)[0], self.expected, self.batch)
+
+    def match(self) -> None:
+        self.matches: MatchReport = find_regions(self.dense)
+        regions = self.matches.regions
+        self.row["regions"] = dict(Counter(str(region.kind) for region in regions))
+        ends: set[str] = set()
+        for region in self.matches.of_kind(RegionKind.FFN, RegionKind.EXPERTS):
+            ops = [self.dense.op(name) for name in (*region.writers, *region.readers)]
+            ends |= {self.dense.parameter_name(op.weight) for op in ops if op.weight is not None}
+        wanted = [
+            name for name in self.parameters() if name in self.used and (m := LAYER.match(name)) and _is_ffn(m[2])
+        ]
+        # A part of a packed weight has a name that begins as the whole's.
+        missing = [name for name in wanted if not any(end.startswith(name.removesuffix(".weight")) for end in ends)]
+        layers = {name: LAYER.match(name)[1] for name in wanted}  # type: ignore[index]
+        self.row["ffn_layers"] = len(set(layers.values()))
+        self.row["ffn_found"] = self.row["ffn_layers"] - len({layers[name] for name in missing})
+        self.row["ffn_missing"] = missing[:4]
+        self.row["linears"] = len(self.matches.linears)
+        self.row["unmatched"] = Counter(row.reason for row in self.matches.linears if row.reason).most_common(12)
+        self.row["refused"] = Counter(reason for _, reason in self.matches.refused).most_common(6)
+        self.row["attention"] = sum(op.kind == "attention" for op in self.dense.ops)
+
+    def parameters(self) -> list[str]:
+        """Names of the model's matrices and expert tensors."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.ndim > 1]
+
+    def prove(self) -> None:
+        """Largest difference by kind, of admissible maps and of wrong ones."""
+        self.row["proof"], self.row["wrong"], self.row["unproved"] = {}, {}, {}
+        for kind in KINDS:
+            if not self.row["regions"].get(str(kind)):
+                continue
+            try:
+                for draw, where in ((random_admissible_map, "proof"), (random_wrong_map, "wrong")):
+                    graph = self.dense.copy()
+                    map_regions(graph, (kind,), draw)
+                    self.row[where][str(kind)] = self.error(graph)
+            except Exception as error:
+                self.row["unproved"][str(kind)] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+    def slim(self) -> None:
+        options = Options(ratio=self.ratio, allocation="uniform")
+        calibrating = batches(self.architecture, 8, seed=2)
+        with torch.no_grad():
+            slimmed = slim_graph(self.dense, self.matches, calibrating, options, Progress(quiet=True))
+        self.graph = slimmed.graph
+        self.row["cut"] = dict(Counter(str(one.region.kind) for one in slimmed.swept))
+        self.row["notes"] = list(slimmed.notes)
+        self.row["slim"] = self.error(self.graph)
+
+    def onnx(self) -> None:
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = emit_onnx(self.model, self.captured, self.graph, Path(folder))
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            names = {value.name for value in session.get_inputs()}
+            feed = {name: value.numpy() for name, value in self.batch.items() if name in names}
+            found = torch.from_numpy(session.run([session.get_outputs()[0].name], feed)[0])
+        self.row["onnx"] = difference(found, Execution(self.graph).outputs(self.batch)[0], self.batch)
+
+
+def _is_ffn(name: str) -> bool:
+    """Whether a layer's parameter of this name belongs to a feed-forward part, as names tell."""
+    return bool(FFN_NAMES.search(name)) and not ATTENTION_NAMES.search(name) and not ROUTER_NAMES.search(name)
+
+
+def _child(architecture: Architecture, ratio: float, out: Connection) -> None:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    out.send(Examination(architecture, ratio).run())
+
+
+def examine(architecture: Architecture, ratio: float, seconds: float = SECONDS) -> dict[str, Any]:
+    """The row of one architecture, made in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(architecture, ratio, sending))
+    process.start()
+    sending.close()
+    row = {"kind": "row", "key": architecture.key, "class": architecture.class_name, "failed": "run"}
+    row["error"] = f"no answer within {seconds:.0f} s"
+    try:
+        if receiving.poll(seconds):
+            row = receiving.recv()
+    except EOFError:
+        row["error"] = "the process died"
+    process.kill()
+    process.join()
+    return row
+
+
+def warm_up() -> None:
+    """Have one architecture examined here, so that its processes need not import and register everything anew.
+
+    With one thread, since a process that has several must not fork.
+    """
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    Examination(next(a for a in architectures(("causal",)) if a.model_type == "llama"), 0.25).run()
+
+
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
+    parser.add_argument("--only", nargs="+", default=None, metavar="TASK:TYPE")
+    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append all rows to it")
+    return parser.parse_args(given)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row on the terminal."""
+    proof = " ".join(f"{kind} {error:.0e}" for kind, error in row.get("proof", {}).items())
+    end = f"FAILED in {row['failed']}: {row['error']}" if "failed" in row else f"onnx {row.get('onnx', -1):.0e}"
+    ffn = f"ffn {row.get('ffn_found', 0)}/{row.get('ffn_layers', 0)}"
+    return f"{row['key']:34} {ffn} | {proof} | {row.get('unproved') or ''} {end}"
+
+
+def main() -> None:
+    arguments = parse()
+    warm_up()
+    chosen = [a for a in architectures(tuple(arguments.tasks)) if arguments.only is None or a.key in arguments.only]
+    for architecture in chosen:
+        row = examine(architecture, arguments.ratio)
+        append(arguments.json, row)
+        print(line(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
