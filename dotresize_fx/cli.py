@@ -1,4 +1,8 @@
-"""The command line: export, inspect, eval. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C."""
+"""The command line: export, inspect, eval. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C.
+
+Under torchrun (``torchrun --nproc-per-node N -m dotresize_fx export ... --effort heal``) N processes heal together:
+rank 0 does all else and says all, the others leave with code 0 once healing is done.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
-from dotresize_fx.errors import DotresizeError, OutputError, UsageError
+from dotresize_fx.errors import DotresizeError, OutputError, RanksError, UsageError
+from dotresize_fx.launched import one_is_enough, rank_and_count
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -104,8 +109,10 @@ def _silence(stream: TextIO) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    """Of several ranks the first one says what all do wrong, and others only what went wrong with them alone."""
     try:
-        print(f"dotresize-fx: {' '.join(message.split())}", file=sys.stderr)
+        if rank_and_count()[0] == 0 or code == RanksError.exit_code:
+            print(f"dotresize-fx: {' '.join(message.split())}", file=sys.stderr)
     except OSError:  # nobody listens; the exit code still tells
         _silence(sys.stderr)
     raise SystemExit(code)
@@ -218,10 +225,12 @@ def _inspect(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.match_table import match_table
     from dotresize_fx.progress import Progress
 
+    progress = Progress(quiet=arguments.quiet, check=stop.check)
+    one_is_enough(progress.show)
     matches, reasons = inspect(
         arguments.model,
         trust_remote_code=arguments.trust_remote_code,
-        progress=Progress(quiet=arguments.quiet, check=stop.check),
+        progress=progress,
     )
     print(match_table(matches, reasons))
 
@@ -230,12 +239,14 @@ def _evaluate(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.export.evaluation import evaluate
     from dotresize_fx.progress import Progress
 
+    progress = Progress(quiet=arguments.quiet, check=stop.check)
+    one_is_enough(progress.show)
     value, tokens = evaluate(
         arguments.model,
         arguments.text,
         sequence_length=arguments.sequence_length,
         tokens=arguments.tokens,
         trust_remote_code=arguments.trust_remote_code,
-        progress=Progress(quiet=arguments.quiet, check=stop.check),
+        progress=progress,
     )
     print(f"perplexity {value:.4f} over {tokens} tokens")

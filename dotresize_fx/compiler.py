@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.export.model_source import LoadedModel, load_model
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.launched import Launched
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import why_not_cut
@@ -28,6 +30,7 @@ from dotresize_fx.sweep import SweptRegion, is_held_out
 from dotresize_fx.width_plan import WidthPlan
 
 if TYPE_CHECKING:
+    from dotresize_fx.healing.hand_out import Handed
     from dotresize_fx.report.contents import Report
 
 # Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
@@ -93,25 +96,45 @@ def slim(
         work: folder for finished blocks, if they are to be written.
         options: further fields of :class:`dotresize_fx.options.Options`.
 
+    In a script under torchrun every process calls this: rank 0 gets the result, which the others help to heal before
+    they leave the script here, with SystemExit(0).
+
     Raises:
         DotresizeError: whatever is wrong with model, text or options, one class a kind.
     """
     files = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
     chosen = Options(ratio=ratio, calibration=tuple(Path(file) for file in files), **options)
-    return slim_with(chosen, model, progress=progress or Progress(quiet=True), work=work)
+    progress = progress or Progress(quiet=True)
+    with _together(chosen, progress) as launched:
+        return slim_with(chosen, model, launched, progress=progress, work=work)
+
+
+@contextmanager
+def _together(options: Options, progress: Progress) -> Iterator[Launched]:
+    """Rank 0 goes on with the block; other ranks help it to heal and end here, with SystemExit(0)."""
+    device = compute_device(options)
+    with Launched(device, options.effort, progress.show) as launched:
+        if launched.rank > 0:
+            if launched.wait(progress.check):
+                from dotresize_fx.healing.hand_out import take
+
+                with launched.called():
+                    _heal(take(device), options, Progress(quiet=True, check=progress.check))
+            raise SystemExit(0)
+        yield launched
 
 
 def slim_with(
     chosen: Options,
     model: str | Path | LoadedModel,
+    launched: Launched,
     *,
     progress: Progress,
     work: Path | None = None,
     trust_remote_code: bool = False,
 ) -> SlimResult:
-    """:func:`slim` with its options checked and gathered."""
+    """:func:`slim` with its options checked and gathered, on rank 0."""
     started = time.perf_counter()
-    compute_device(chosen)
     torch.manual_seed(chosen.seed)
     text = load_text(chosen.calibration)  # what is wrong with these is said before the model is loaded
     plan = None if chosen.plan is None else read_plan(chosen.plan)
@@ -123,7 +146,7 @@ def slim_with(
     device = compute_device(chosen)
     data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest, device)
     own = _own_text(loaded, data, chosen, device, progress)
-    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task)
+    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task, launched)
     return SlimResult(
         loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=slimmed.notes, started=started
     )
@@ -154,6 +177,7 @@ def _slim_on_device(
     progress: Progress,
     work: Path | None,
     task: str,
+    launched: Launched,
 ) -> Slimmed:
     """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
     device = compute_device(options)
@@ -164,26 +188,25 @@ def _slim_on_device(
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
     slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan)
     if options.effort == "heal" and slimmed.swept:
-        healed = _heal(moved, slimmed.graph, (batches, own), options, progress, task)
+        from dotresize_fx.healing.hand_out import Handed, give
+
+        handed = Handed(moved, slimmed.graph, (batches, own), task)
+        with launched.called():
+            give(handed)
+            healed = _heal(handed, options, progress)
         slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
     if device != "cpu":
         slimmed.graph.to("cpu")
     return slimmed
 
 
-def _heal(
-    dense: FxGraph,
-    slim: FxGraph,
-    sources: Sequence[Sequence[Inputs]],
-    options: Options,
-    progress: Progress,
-    task: str,
-) -> tuple[str, ...]:
+def _heal(handed: Handed, options: Options, progress: Progress) -> tuple[str, ...]:
     """Distil end to end, measured on every eighth batch of each source; notes for the report."""
     from dotresize_fx.healing import PROGRESS_STEPS, HealOptions, heal
+    from dotresize_fx.healing.ranks import Ranks
 
-    held_out = [batch for source in sources for i, batch in enumerate(source) if is_held_out(i)]
-    training = [batch for source in sources for i, batch in enumerate(source) if not is_held_out(i)]
+    held_out = [batch for source in handed.sources for i, batch in enumerate(source) if is_held_out(i)]
+    training = [batch for source in handed.sources for i, batch in enumerate(source) if not is_held_out(i)]
     at_once = HealOptions.pass_tokens if training[0]["input_ids"].is_cuda else CPU_TOKENS
     chosen = HealOptions(
         seconds=60 * options.heal_minutes,
@@ -194,24 +217,25 @@ def _heal(
     )
     with progress.stage("heal", PROGRESS_STEPS) as step:
         found = heal(
-            dense,
-            slim,
+            handed.dense,
+            handed.slim,
             training,
             held_out or training,
             chosen,
-            task=task,
+            task=handed.task,
             checkpoint=options.heal_checkpoint,
             advanced=step,
         )
+    together = f" in {count} processes" if (count := Ranks().count) > 1 else ""
     return (
-        f"healed for {found.steps} steps in {found.seconds:.0f} s: held-out divergence {found.before:.4f} -> "
+        f"healed for {found.steps} steps in {found.seconds:.0f} s{together}: held-out divergence {found.before:.4f} -> "
         f"{found.after:.4f}; stopped because: {found.stopped}",
         *found.notes,
     )
 
 
 def compute_device(options: Options) -> str:
-    """``cpu`` or ``cuda``.
+    """``cpu`` or ``cuda``; of several, the one that torch takes for the current one.
 
     Raises:
         UsageError: CUDA was asked for and torch has none.
@@ -262,10 +286,14 @@ def export(
     from dotresize_fx.export.onnx_session import require_onnx_runtime
     from dotresize_fx.export.output_folder import OutputFolder
 
-    require_onnx_runtime()
-    with OutputFolder(out, force) as folder:
-        result = slim_with(options, name, trust_remote_code=trust_remote_code, progress=progress, work=folder.work)
-        return deliver(result, folder.partial, folder.work)
+    # Outermost, so that OUT is settled before this process ends for another's failure.
+    with _together(options, progress) as launched:
+        require_onnx_runtime()
+        with OutputFolder(out, force) as folder:
+            result = slim_with(
+                options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
+            )
+            return deliver(result, folder.partial, folder.work)
 
 
 def inspect(name: str, *, trust_remote_code: bool, progress: Progress) -> tuple[MatchReport, dict[str, str]]:

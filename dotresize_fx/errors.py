@@ -76,3 +76,9 @@ class OnnxRuntimeError(DotresizeError):
     """ONNX Runtime's process failed: it was killed, or the graph holds what this build cannot run."""
 
     exit_code = 12
+
+
+class RanksError(DotresizeError):
+    """One of several processes that heal together failed or is gone; the message says which, if it is known."""
+
+    exit_code = 13

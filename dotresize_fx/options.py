@@ -48,8 +48,9 @@ class Options:
     follow instead, they stay so, and none may be given. ``effort``: fast is
     closed forms alone; best refines each cut sublayer for ``repair_steps`` steps; heal also distils end to end for
     ``heal_minutes`` (or for ``heal_steps``, whatever the clock says), on calibration text and ``self_tokens`` tokens
-    that the dense model itself writes (None: as many as pay on this device). ``heal_checkpoint`` is a folder to go on
-    from. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    that the dense model itself writes (None: as many as pay on this device), in all processes that torchrun started.
+    ``heal_checkpoint`` is a folder to go on from. ``device`` is where calibration and solving run; conversion and ONNX
+    Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.

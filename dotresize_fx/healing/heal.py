@@ -92,7 +92,7 @@ class _Healing:
         self.best: list[torch.Tensor] | None = None
         mark = ""
         if checkpoint is not None:
-            words = (repr(options), task, str(dense.nodes), str(slim.nodes), str(self.ranks.count), str(device))
+            words = (repr(options), task, str(dense.nodes), str(slim.nodes), str(self.ranks.count), device.type)
             mark = fingerprint(words, self.weights.named(), batches, held_out)
         self.checkpoint = HealCheckpoint(checkpoint, mark)
 

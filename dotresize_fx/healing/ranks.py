@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dotresize_fx.errors import RanksError
+
+LOOK_EVERY = 1e-4  # seconds
+
 
 class Ranks:
-    """``rank`` of ``count``. Alone, every method leaves what it is given as it is."""
+    """``rank`` of ``count``. Alone, every method leaves what it is given as it is.
+
+    Others are waited for in Python, where signals are heard: nothing else ends the wait for a rank that is gone.
+    Together, every method raises RanksError when the connection to another rank breaks.
+    """
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
@@ -19,12 +29,16 @@ class Ranks:
         """Rank 0's values for everyone, in place."""
         if self.count > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+                # Bytes in the order of the indices: no two ranks need the same strides, and backends lack some types.
+                whole = tensor.detach().contiguous()
+                self._wait(lambda part: dist.broadcast(part, 0, async_op=True), whole.flatten().view(torch.uint8))
+                if whole.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(whole)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.count > 1:
-            dist.all_reduce(tensor)
+            self._wait(lambda part: dist.all_reduce(part, async_op=True), tensor)
         return tensor
 
     def sum_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -41,5 +55,16 @@ class Ranks:
         if self.count == 1:
             return number
         shared = torch.tensor([number], dtype=torch.float64, device=device)
-        dist.broadcast(shared, 0)
+        self.share_first([shared])
         return float(shared)
+
+    def _wait(self, start: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+        """Start a collective over ``tensor`` and wait until it is done."""
+        try:
+            work = start(tensor)
+            while not work.is_completed():
+                time.sleep(LOOK_EVERY)
+            work.wait()
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            raise RanksError(f"the connection to another process broke: {said}") from error
