@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,8 +23,8 @@ class ExpertGrams(GramAccumulator):
         self.counts = torch.zeros(experts, dtype=torch.int64)
 
     def add_routed(self, x: torch.Tensor, ends: torch.Tensor, real: torch.Tensor | None) -> None:
-        """x: (rows, n) in the order of the experts; ends: (experts,) where each one's rows end; real: (rows,) bool, which
-        of them are of real tokens, or None for all.
+        """x: (rows, n) in the order of the experts; ends: (experts,) where each one's rows end; real: (rows,) bool,
+        which of them are of real tokens, or None for all.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.tokens == 0:
@@ -100,11 +100,12 @@ def refit_experts(found: RegionMap, gram: torch.Tensor, reader_weight: torch.Ten
     kept = down.mT @ gram @ down
     size = kept.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(kept.dtype).tiny)
     kept = kept + ridge * size[:, None, None] * torch.eye(kept.shape[-1]).to(kept)
-    return torch.linalg.solve(kept, down.mT @ gram @ reader_weight.mT).mT
+    fitted: torch.Tensor = torch.linalg.solve(kept, down.mT @ gram @ reader_weight.mT).mT
+    return fitted
 
 
 def experts_error(gram: torch.Tensor, weight: torch.Tensor, reader_weight: torch.Tensor) -> float:
-    """||slim - dense|| / ||dense|| of what experts put out; weight: (experts, out, n), the slim reader at full width."""
+    """||slim - dense|| / ||dense|| of what experts put out; weight: (experts, out, n), the slim reader's."""
     energy = torch.einsum("eon,enm,eom->", reader_weight, gram, reader_weight)
     change = weight - reader_weight
     lost = torch.einsum("eon,enm,eom->", change, gram, change)

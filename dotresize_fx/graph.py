@@ -65,8 +65,8 @@ class Op:
     axis for each of the output's), ``view`` or ``expand`` (``sizes``: the sizes it states, None for computed ones),
     ``unsqueeze``, ``concat``, ``slice`` (``start``, ``stop``; None for the end) or ``split`` (``sizes``) along
     ``axis``, ``part`` (``index``, of what a split gives), ``where``, ``fill`` (``number``) or ``size`` (one axis'
-    size). Axes count from 0. An EXPERTS op's weight is (experts, out, in); its inputs are the rows, ordered by expert, and
-    where each expert's rows end. An ATTENTION op has ``scale`` (None: one over the root of the head size) and
+    size). Axes count from 0. An EXPERTS op's weight is (experts, out, in); its inputs are the rows, ordered by expert,
+    and where each expert's rows end. An ATTENTION op has ``scale`` (None: one over the root of the head size) and
     ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key and value.
     """
 
@@ -254,7 +254,7 @@ class Graph(ABC):
         return []
 
     def fold_constants(self, largest: int) -> list[str]:
-        """Store what ops compute from parameters alone as parameters: vectors of at most so many floating-point numbers.
+        """Store what ops compute from parameters alone as parameters: vectors of at most so many numbers.
 
         What reads parameters that were folded is folded in its turn. Returns what was; a form that stores nothing of
         the kind returns none.

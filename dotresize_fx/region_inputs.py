@@ -34,7 +34,10 @@ class RegionInputs:
         if self.reader is not None:
             self.hidden, self.output = graph.node(self.reader.inputs[0].name), graph.node(self.reader.name)
         self.biased = self.reader is not None and graph.bias(self.reader) is not None
-        self.ends, self.origin = self._routing() if region.kind is RegionKind.EXPERTS else (None, None)
+        self.ends: torch.fx.Node | None = None
+        self.origin: torch.fx.Node | None = None
+        if region.kind is RegionKind.EXPERTS:
+            self.ends, self.origin = self._routing()
         self.tables: tuple[torch.fx.Node, ...] = ()
         self.visible: torch.fx.Node | None = None
         if region.symmetry is Symmetry.ROTARY_PAIRS and region.layout is not None:
@@ -70,7 +73,7 @@ class RegionInputs:
         self, sums: GramAccumulator, values: Values, mask: torch.Tensor | None, **others: torch.Tensor
     ) -> None:
         """What the reader reads, with what goes with each row; rows of padding are left out."""
-        if not isinstance(sums, ExpertGrams):
+        if not isinstance(sums, ExpertGrams) or self.hidden is None or self.ends is None:
             sums.add(self.read_rows(values, mask), **others)
             return
         real = None

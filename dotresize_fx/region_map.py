@@ -21,10 +21,10 @@ class RegionMap:
     weight (out, k) outright, as a least-squares refit does. ``reader_biases`` go with them: a reader not named
     keeps its bias. All tensors are float64. ``notes`` are figures for the report.
 
-    Where each KV head, or each expert, has a basis of its own, down is (heads, n, k) and up (heads, k, n); two dimensions are then
-    one basis for all heads. ``key_down``, shaped like down, stands in for it on a region's ``key_writers``: the
-    inverse transpose of down where queries and keys meet. A weight of ``reader_weights`` is as wide as all heads
-    of its reader together. :func:`dotresize_fx.head_maps.over_heads` makes one matrix of such a map.
+    Where each KV head, or each expert, has a basis of its own, down is (heads, n, k) and up (heads, k, n); two
+    dimensions are then one basis for all heads. ``key_down``, shaped like down, stands in for it on a region's
+    ``key_writers``: the inverse transpose of down where queries and keys meet. A weight of ``reader_weights`` is as
+    wide as all heads of its reader together. :func:`dotresize_fx.head_maps.over_heads` makes one matrix of such a map.
 
     ``pairs``, for ROTARY_PAIRS and there required: (k/2,) int64, the support. Numbers j and j + k/2 of the narrow head
     are turned by the cosines and sines of the dense head's pair ``pairs[j]``, in all heads alike. down and key_down

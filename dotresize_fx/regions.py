@@ -46,10 +46,11 @@ class Region:
     or the reader's own output where nothing is added. ``crossed`` are the names of the ops between.
 
     Regions of an attention (``ATTENTION_KINDS``) have the rest. ``width`` is the size of one head, for HEADS the
-    number of KV heads. ``heads`` is the number of KV heads; of EXPERTS that of experts, each with a basis of its own. ``attention`` names the attention op,
-    ``attention_reader`` the linear that reads what it mixed (the target leads from there; a QUERY_KEY region has no
-    readers of its own). ``key_writers`` are those writers that write keys. ``layout`` says where the ops between
-    state the region's size. Regions of one attention share weights: after cutting HEADS, find the others anew.
+    number of KV heads. ``heads`` is the number of KV heads; of EXPERTS that of experts, each with a basis of its own.
+    ``attention`` names the attention op, ``attention_reader`` the linear that reads what it mixed (the target leads
+    from there; a QUERY_KEY region has no readers of its own). ``key_writers`` are those writers that write keys.
+    ``layout`` says where the ops between state the region's size. Regions of one attention share weights: after
+    cutting HEADS, find the others anew.
     """
 
     name: str

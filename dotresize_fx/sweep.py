@@ -183,7 +183,8 @@ class Sweep:
             inputs.add_rows(held_out if i in self.measuring else fitting, values, self.masks[i])
         statistics = inputs.statistics(fitting, GramAccumulator())
         weight = statistics.reader_weight
-        assert weight is not None and inputs.reader is not None
+        assert weight is not None
+        assert inputs.reader is not None
         (name, solver), *_ = solvers
         found, error = solver(region, statistics, width), None
         if self.refit:

@@ -1,4 +1,4 @@
-"""Capture: a Hugging Face model becomes a torch.export program, dynamic in batch and length.
+"""Capture: a Hugging Face model becomes a torch.export program, dynamic in batch and, if it reads text, in length.
 
 The program is traced through transformers' own ONNX exporter, whose patches make it convertible later; the
 exporter is stopped once it has the program, and :mod:`dotresize_fx.export.emit_onnx` lets it go on from there.
@@ -33,7 +33,7 @@ _SOURCE_LINE = re.compile(r'File "(.+)", line (\d+)')
 class Captured:
     """A captured model: the editable graph, the sample it was traced with, and what converting it needs.
 
-    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids. ``doubt`` is what
+    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids (0: it reads none). ``doubt`` is what
     torch.export said against a free batch and length, if it did: such a program may hold for the sample's shape only.
     """
 
@@ -54,8 +54,10 @@ def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def capture(model: torch.nn.Module) -> Captured:
+def capture(model: torch.nn.Module, sample: Mapping[str, torch.Tensor] | None = None) -> Captured:
     """Trace the model's forward pass without a cache.
+
+    ``sample``: two of what it reads, by name, for a model that reads no token ids; the first axis of each is dynamic.
 
     Raises:
         CaptureError: torch.export refused; the message quotes what it said.
@@ -63,20 +65,21 @@ def capture(model: torch.nn.Module) -> Captured:
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = int(getattr(text_config, "max_position_embeddings", None) or 2048)
-    vocabulary = int(text_config.vocab_size)
-    sample = sample_inputs(vocabulary)
+    vocabulary = int(text_config.vocab_size) if sample is None else 0
+    reads_text = sample is None
+    chosen = sample_inputs(vocabulary) if sample is None else dict(sample)
     named = torch.export.Dim("batch", min=1, max=LARGEST_BATCH), torch.export.Dim("length", min=1, max=longest)
     # Older tracers cannot prove bounds of a named dimension that hold anyway; left to themselves they need not.
     free = torch.export.Dim.AUTO, torch.export.Dim.AUTO
     refusal: Exception | None = None
     for batch, length in (named, free):
-        shapes = {name: {0: batch, 1: length} for name in sample}
+        shapes = {name: {0: batch, 1: length} if reads_text else {0: batch} for name in chosen}
         try:
             with quiet_libraries():
-                _StoppedOnnxExporter().export(model, dict(sample), OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+                _StoppedOnnxExporter().export(model, dict(chosen), OnnxConfig(dynamic=True, dynamic_shapes=shapes))
         except _Captured as captured:
             doubt = "" if refusal is None else _what_it_said(refusal)
-            return Captured(FxGraph(captured.program), sample, captured.metadata, longest, vocabulary, doubt)
+            return Captured(FxGraph(captured.program), chosen, captured.metadata, longest, vocabulary, doubt)
         except Exception as error:
             refusal = refusal or error
             if "Constraints violated" not in str(error):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
-
 NORMS = (Kind.RMS_NORM, Kind.LAYER_NORM)
 
 

@@ -38,6 +38,7 @@ class FoldChannelScales(Pass):
 
     @staticmethod
     def _fold(graph: Graph, linear: Op, op: Op, value: Value) -> str:
+        name = graph.parameter_name(value)
         vector, weight, bias = graph.parameter(value).double(), graph.weight(linear), graph.bias(linear)
         if op.kind is Kind.MUL:
             graph.set_weight(linear, (vector[:, None] * weight.double()).to(weight.dtype))
@@ -48,4 +49,4 @@ class FoldChannelScales(Pass):
             graph.set_bias(linear, moved.to(weight.dtype))
         graph.redirect(graph.op(op.name), linear.output)
         graph.remove_dead()
-        return f"{op.name}: {graph.parameter_name(value)} folded into {linear.name}"
+        return f"{op.name}: {name} folded into {linear.name}"

@@ -32,6 +32,8 @@ class FoldNormGains(Pass):
         gain = graph.weight(norm).double() if norm.weight is not None else None
         bias = graph.bias(norm)
         scales = _readers(graph, norm.output)
+        by_row = bias is not None and any(op.scales_rows for op in _between(graph, norm.output))
+        promise(not by_row, f"{norm.name}: its bias is scaled from row to row before it is read")
         readers = list(scales)
         tied = [op for op in readers if len(graph.users(_weight_of(op))) > 1]
         for op in (op for op in readers if op not in tied):
@@ -71,6 +73,12 @@ def _weight_of(op: Op) -> Value:
     return op.weight
 
 
+def _between(graph: Graph, value: Value) -> list[Op]:
+    """The ops that pass ``value`` on to the linears that read it."""
+    passed = [op for op in graph.users(value) if not op.is_linear]
+    return passed + [op for one in passed for op in _between(graph, one.output)]
+
+
 def _readers(graph: Graph, value: Value, scale: float = 1.0) -> dict[Op, float]:
     """The linears that read ``value``, behind nothing but ops that pass it on, and the number that scales it there."""
     readers: dict[Op, float] = {}
@@ -78,7 +86,7 @@ def _readers(graph: Graph, value: Value, scale: float = 1.0) -> dict[Op, float]:
         if op.is_linear:
             readers[op] = scale
         else:
-            promise(op.kind in (Kind.KEEP, Kind.SCALE), f"{op.name} between a norm and its readers")
+            promise(op.kind in (Kind.KEEP, Kind.SCALE) or op.scales_rows, f"{op.name} between a norm and its readers")
             number = float(op.attributes["number"]) if op.kind is Kind.SCALE else 1.0
             readers |= _readers(graph, op.output, scale * number)
     return readers

@@ -23,7 +23,7 @@ def stream_behind(graph: Graph, reader: Op) -> str:
     value, routed = reader.output, reader.kind is Kind.EXPERTS
     while len(users := graph.users(value)) == 1 and (users[0].kind in (Kind.ADD, Kind.KEEP) or users[0].scales_rows):
         op = users[0]
-        # What experts put out is weighted, brought back in order and summed; elsewhere such an op takes some of the rows.
+        # What experts put out is weighted, put back in order and summed; elsewhere such an op takes some of the rows.
         moved = op.attributes.get("reshape") or (routed and op.attributes.get("moves_rows"))
         reshaped = op.kind is Kind.KEEP and op.output.shape != value.shape and not moved
         if op.scales_rows and not routed:

@@ -242,7 +242,7 @@ class FxEdits(FxReading):
                 continue
             arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.parameter(self._value(n)))
             with torch.no_grad():
-                tensor = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+                tensor = node.target(*arguments[0], **arguments[1])
             name = self.parameter_name(self._value(sources[0]))
             node.replace_all_uses_with(self.add_parameter(f"{name}.{node.name}", tensor.detach().clone()))
             folded.append(f"{node.name}: computed from {name}")

@@ -88,7 +88,7 @@ class FxReading(Graph):
         return node.target is torch.ops.aten.transpose.int and is_turned_weight(node, self._parameter_targets)
 
     def stored_expert_weight(self, op: Op, weight: torch.Tensor) -> tuple[torch.fx.Node, torch.Tensor]:
-        """The placeholder of an EXPERTS op's weight, and ``weight`` (experts, out, in) float64 as it would be stored."""
+        """The placeholder of an EXPERTS op's weight, and ``weight`` (experts, out, in) as it would be stored there."""
         assert op.weight is not None
         tensor = weight if self.stored_weight(op).op != "placeholder" else weight.mT
         return self.node(op.weight.name), tensor.to(self.parameter(op.weight).dtype)

@@ -237,6 +237,7 @@ class OnnxGraph(NoHeadEdits, Graph):
         *,
         users: Iterable[Op] | None = None,
         name: str = "inserted",
+        like: Op | None = None,
     ) -> Op:
         """See :meth:`Graph.insert_linear`; where ``source`` is an output of the graph, the output stays ``source``."""
         start = self._values[source.name]
