@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from dotresize_fx.options import Options
 from dotresize_fx.text import (
     Tokenizer,
     default_text,
+    library_docstrings,
+    new_paragraphs,
     read_text,
     sentence_batches,
     split_text,
@@ -29,18 +31,24 @@ BATCHES_AT_LEAST = 16
 EVALUATION_BATCH = 1
 SENTENCES_PER_BATCH = 16
 LONGEST_SENTENCE = 128  # tokens
+# Paragraphs spread over a text hold only about as many tokens as were asked for: no reason to read another one.
+LACKING = 0.1
 
 Inputs = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Text:
-    """Calibration and evaluation text, which share nothing. ``names`` are their sources, ``description`` is both."""
+    """Calibration and evaluation text, two parts of one. ``names`` are their sources, ``description`` is both.
+
+    ``supplement`` gives text that calibrates an encoder where ``calibration`` has too little.
+    """
 
     calibration: str
     evaluation: str
     names: str
     description: str
+    supplement: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,8 @@ def load_text(files: Sequence[Path]) -> Text:
     """
     if not files:
         names = "pydoc_data.topics"
-        return Text(*default_text(), names, f"{names}, first 80 % calibrates, last 20 % measures")
+        description = f"{names}, first 80 % calibrates, last 20 % measures"
+        return Text(*default_text(), names, description, library_docstrings)
     parts = [split_text(read_text([file])) for file in files]
     names = ", ".join(Path(file).name for file in files)
     return Text(
@@ -77,14 +86,19 @@ def prepare_data(
 ) -> CalibrationData:
     """Tokenise calibration and evaluation text as the options ask.
 
+    An encoder calibrates on no paragraph twice, and on none that measures.
+
     Raises:
         TextError: the text cannot be used or is too short.
         UsageError: the model came without a tokenizer.
     """
     if tokenizer is None:
         raise UsageError("the model has no tokenizer, which calibration text needs: add its files to the folder")
-    hashes = {"calibration text": text_sha256(text.calibration), "evaluation text": text_sha256(text.evaluation)}
     length = min(options.sequence_length, longest)
+    wanted = options.tokens_that_calibrate(task)
+    calibration, description = text.calibration, text.description
+    if task == "encoder":
+        calibration = new_paragraphs(text.calibration, [text.evaluation])
 
     def batches(part: str, tokens: int, batch: int) -> list[Inputs]:
         if task == "encoder":
@@ -106,11 +120,22 @@ def prepare_data(
     # The part is named: a text may do for calibration and have too little left to measure on.
     part = "the first 80 %, which calibrates"
     try:
-        many = max(1, min(GPU_TOKENS, options.calibration_tokens // BATCHES_AT_LEAST) // length)
+        many = max(1, min(GPU_TOKENS, wanted // BATCHES_AT_LEAST) // length)
         at_once = CALIBRATION_BATCH if device == "cpu" else many
-        calibrating = batches(text.calibration, options.calibration_tokens, at_once)
+        calibrating = batches(calibration, wanted, at_once)
+        lacking = wanted - _real_tokens(calibrating)
+        if task == "encoder" and text.supplement is not None and lacking > LACKING * wanted:
+            more = new_paragraphs(text.supplement(), [text.calibration, text.evaluation])
+            calibrating += batches(more, lacking, at_once)
+            calibration, description = f"{calibration}\n\n{more}", f"{description}; docstrings calibrate too"
         part = "the last 20 %, which measures"
         measured = batches(text.evaluation, options.evaluation_tokens, EVALUATION_BATCH)
     except TextError as error:
         raise TextError(f"{text.names}, {part}: {error}") from error
-    return CalibrationData(calibrating, measured, text.description, hashes)
+    hashes = {"calibration text": text_sha256(calibration), "evaluation text": text_sha256(text.evaluation)}
+    return CalibrationData(calibrating, measured, description, hashes)
+
+
+def _real_tokens(batches: Sequence[Inputs]) -> int:
+    """Without padding."""
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)

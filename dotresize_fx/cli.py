@@ -146,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
     export.add_argument("--allocation", help="measured, or uniform over the regions (measured)")
     export.add_argument("--head-sizes", help="free, or equal: query, key and value heads of one size (free)")
-    export.add_argument("--repair-steps", type=int, default=400, metavar="N", help="of best and heal, a sublayer (400)")
+    export.add_argument(
+        "--repair-steps", type=int, metavar="N", help="of best and heal, a sublayer (400; 1200 for an encoder)"
+    )
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
     export.add_argument("--heal-steps", type=int, metavar="N", help="a count instead of minutes: the same bytes again")
     export.add_argument("--heal-checkpoint", type=Path, metavar="DIR", help="where healing is kept, to go on from")
@@ -166,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help=".txt or .jsonl, repeatable; 80 %% calibrates, 20 %% measures (default: a text that Python carries)",
     )
-    export.add_argument("--calibration-tokens", type=int, default=24_576, metavar="N", help="(24576)")
+    export.add_argument("--calibration-tokens", type=int, metavar="N", help="(24576; 98304 for an encoder)")
     export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
     export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")
     export.add_argument("--device", default="auto", help="where to calibrate and solve: auto, cpu, cuda (auto)")

@@ -144,6 +144,8 @@ def slim_with(
         )
     captured, dense, matches = analyse(loaded, progress, check=chosen.check)
     device = compute_device(chosen)
+    tokens, steps = chosen.tokens_that_calibrate(loaded.task), chosen.steps_that_repair(loaded.task)
+    chosen = replace(chosen, calibration_tokens=tokens, repair_steps=steps)
     data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest, device)
     own = _own_text(loaded, data, chosen, device, progress)
     slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task, launched)

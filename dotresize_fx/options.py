@@ -35,6 +35,10 @@ PLANNED: dict[str, object] = {
 }
 # A few minutes of distillation see so much once or twice; text of few sources alone is learnt by heart.
 SELF_TOKENS = 393_216
+# Calibration text where nothing is said. An encoder is small, and what it loses it loses to text that it did not see.
+CALIBRATION_TOKENS = {"decoder": 24_576, "encoder": 98_304}
+# Steps that repair each cut sublayer, likewise.
+REPAIR_STEPS = {"decoder": 400, "encoder": 1200}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +49,12 @@ class Options:
     "equal" cuts query, key and value heads of an attention to one size, a multiple of 8. ``multiple``: every width that
     is cut becomes a multiple of it, heads are counted one by one; None is 16, with a finer grid for small widths. These
     and ``allocation`` are None (or no regions) to take their defaults, of PLANNED; with a ``plan``, a file of widths to
-    follow instead, they stay so, and none may be given. ``effort``: fast is
-    closed forms alone; best refines each cut sublayer for ``repair_steps`` steps; heal also distils end to end for
-    ``heal_minutes`` (or for ``heal_steps``, whatever the clock says), on calibration text and ``self_tokens`` tokens
-    that the dense model itself writes (None: as many as pay on this device), in all processes that torchrun started.
-    ``heal_checkpoint`` is a folder to go on from. ``device`` is where calibration and solving run; conversion and ONNX
-    Runtime stay on the CPU.
+    follow instead, they stay so, and none may be given. ``calibration_tokens`` and ``repair_steps`` None are what
+    CALIBRATION_TOKENS and REPAIR_STEPS say of the task. ``effort``: fast is closed forms alone; best refines each cut
+    sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
+    whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
+    as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
+    from. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -64,14 +68,14 @@ class Options:
     cost: str | None = None
     head_sizes: str | None = None
     plan: Path | None = None
-    repair_steps: int = 400
+    repair_steps: int | None = None
     heal_minutes: float = 5.0
     heal_steps: int | None = None
     heal_checkpoint: Path | None = None
     self_tokens: int | None = None
     multiple: int | None = None
     calibration: tuple[Path, ...] = ()
-    calibration_tokens: int = 24_576
+    calibration_tokens: int | None = None
     sequence_length: int = 512
     evaluation_tokens: int = 8_192
     latency_length: int = 128
@@ -142,6 +146,14 @@ class Options:
             return tuple(METHODS[self.method])
         names = self.regions or DEFAULT_REGIONS
         return tuple(kind for name in names for kind in REGION_NAMES[name] if kind in METHODS[self.method])
+
+    def tokens_that_calibrate(self, task: str) -> int:
+        """How much text calibrates; an encoder's without padding."""
+        return CALIBRATION_TOKENS[task] if self.calibration_tokens is None else self.calibration_tokens
+
+    def steps_that_repair(self, task: str) -> int:
+        """How many steps each cut sublayer takes, where the effort repairs."""
+        return REPAIR_STEPS[task] if self.repair_steps is None else self.repair_steps
 
     def own_tokens(self, task: str, device: str) -> int:
         """How much text the dense model writes for its slim self; an encoder writes none."""

@@ -84,8 +84,9 @@ class Sweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
     ``basis`` (d, k) takes the dense stream into the slim one's coordinates where the stream itself was cut.
-    ``repair_steps``: how long each cut sublayer's weights are refined; 0 for not at all. ``pull``: how strongly readers
-    are held to what they make of the slim activations themselves, see :func:`dotresize_fx.least_squares.refit_reader`.
+    ``repair_steps``: how long each cut sublayer's weights are refined, 0 for not at all, at ``repair_rate``, see
+    :func:`dotresize_fx.repair.repair`. ``pull``: how strongly readers are held to what they make of the slim
+    activations themselves, see :func:`dotresize_fx.least_squares.refit_reader`.
     """
 
     def __init__(
@@ -98,12 +99,13 @@ class Sweep:
         refit: bool = True,
         basis: torch.Tensor | None = None,
         repair_steps: int = 0,
+        repair_rate: float | None = None,
         pull: float = PULL,
         seed: int = 0,
     ) -> None:
         self.slim_graph = slim
         self.apply, self.refit, self.basis = apply, refit, basis
-        self.repair_steps, self.pull, self.seed = repair_steps, pull, seed
+        self.repair_steps, self.repair_rate, self.pull, self.seed = repair_steps, repair_rate, pull, seed
         self.masks = [padding_mask(batch) for batch in batches]
         self.dense = _Stream(execution := Execution(dense), [execution.start(batch) for batch in batches])
         self.slim = _Stream(execution := Execution(slim), [execution.start(batch) for batch in batches])
@@ -294,7 +296,14 @@ class Sweep:
             stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks
         )
         nodes = {graph.node(value.name): (value, op) for value, op in owned.items()}
-        repaired = repair(sublayer, list(nodes), sorted(self.measuring), steps=self.repair_steps, seed=self.seed)
+        repaired = repair(
+            sublayer,
+            list(nodes),
+            sorted(self.measuring),
+            steps=self.repair_steps,
+            rate=self.repair_rate,
+            seed=self.seed,
+        )
         for node, weight in repaired.weights.items():
             value, op = nodes[node]
             op = graph.op(op.name)

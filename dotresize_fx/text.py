@@ -5,8 +5,10 @@ Everything here is deterministic: the same text and tokenizer give the same batc
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
+import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ Tokenizer = Callable[..., Any]
 """A Hugging Face tokenizer (``PreTrainedTokenizerBase``); this package's core uses nothing but its call."""
 
 _MIN_CHUNKS = 2
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Folders of the standard library whose modules are not of it, or whose docstrings are data.
+_NOT_DOCUMENTATION = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def read_text(paths: Iterable[Path | str]) -> str:
@@ -80,6 +85,37 @@ def default_text() -> tuple[str, str]:
     from pydoc_data.topics import topics  # 0.7 MB that only this needs
 
     return split_text("\n\n".join(topics[name] for name in sorted(topics)))
+
+
+def library_docstrings(folder: Path | None = None) -> str:
+    """The docstrings of Python's standard library, or of another folder's modules, parted by blank lines.
+
+    Modules are read, not imported, in the order of their paths; files that do not parse are left out. It takes some
+    seconds. What is installed differs between Python versions and distributions, so record ``text_sha256`` here too.
+    """
+    folder = folder or Path(sysconfig.get_path("stdlib"))
+    found: list[str] = []
+    for file in sorted(folder.rglob("*.py")):
+        if not _NOT_DOCUMENTATION.isdisjoint(file.relative_to(folder).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            continue
+        texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+        found += [text for text in texts if text]
+    return "\n\n".join(found)
+
+
+def paragraphs(text: str) -> list[str]:
+    """Those of three words or more; white space inside one becomes single blanks."""
+    return [" ".join(words) for part in text.split("\n\n") if len(words := part.split()) >= 3]
+
+
+def new_paragraphs(text: str, seen: Iterable[str]) -> str:
+    """``paragraphs`` of the text that occur in none of the texts ``seen``, each once, parted by blank lines."""
+    known = {paragraph for other in seen for paragraph in paragraphs(other)}
+    return "\n\n".join(paragraph for paragraph in dict.fromkeys(paragraphs(text)) if paragraph not in known)
 
 
 def split_text(text: str, share: float = 0.8) -> tuple[str, str]:
@@ -150,7 +186,7 @@ def sentence_batches(
     Raises:
         TextError: the text has fewer than two such paragraphs, or the tokenizer has no padding token.
     """
-    sentences = [" ".join(words) for part in text.split("\n\n") if len(words := part.split()) >= 3]
+    sentences = paragraphs(text)
     if len(sentences) < _MIN_CHUNKS:
         raise TextError(
             f"the text has {len(sentences)} paragraphs of three words or more, "

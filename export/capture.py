@@ -33,8 +33,9 @@ _SOURCE_LINE = re.compile(r'File "(.+)", line (\d+)')
 class Captured:
     """A captured model: the editable graph, the sample it was traced with, and what converting it needs.
 
-    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids (0: it reads none). ``doubt`` is what
-    torch.export said against a free batch and length, if it did: such a program may hold for the sample's shape only.
+    ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids (0: it reads none).
+    ``doubt`` is what torch.export said against a free batch and length, if it did: such a program may hold for the
+    sample's shape only.
     """
 
     graph: FxGraph

@@ -21,6 +21,7 @@ from dotresize_fx.passes.plan_widths import plan_widths
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
+from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.width_plan import WidthPlan
@@ -98,8 +99,7 @@ def slim_graph(
     planned = regions if rest or plan else []
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
-        pull = ENCODER_PULL if task == "encoder" else PULL
-        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, pull)
+        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, task)
     slimmed.refresh_shapes()
     if plan is None and cost.kind != "weights":
         notes += (f"the ratio is of the {cost.name}: {1 - cost.total(slimmed) / total:.1%} of them went",)
@@ -116,7 +116,7 @@ def _sweep(
     progress: Progress,
     work: Path | None,
     basis: torch.Tensor | None,
-    pull: float,
+    task: str,
 ) -> list[SweptRegion]:
     sweep = Sweep(
         dense,
@@ -125,8 +125,9 @@ def _sweep(
         lambda region, found: apply_map(slimmed, region, found, options.check),
         refit=options.method != "magnitude",
         basis=basis,
-        repair_steps=0 if options.effort == "fast" else options.repair_steps,
-        pull=pull,
+        repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
+        repair_rate=ENCODER_LEARNING_RATE if task == "encoder" else None,
+        pull=ENCODER_PULL if task == "encoder" else PULL,
         seed=options.seed,
     )
     swept: list[SweptRegion] = []

@@ -105,3 +105,37 @@ def test_which_part_is_too_short(tokenizer: Any) -> None:
 def test_a_model_without_tokenizer_cannot_read(files: list[Path]) -> None:
     with pytest.raises(UsageError, match="has no tokenizer"):
         prepare_data(load_text(files), Options(), None, "decoder", longest=64)
+
+
+def supplemented(supplement: Callable[[], str] | None) -> Text:
+    """Thirty paragraphs calibrate, one of them twice, and ten measure, one of which is among the thirty."""
+    parts = [*PARAGRAPHS[:30], PARAGRAPHS[3]], [*PARAGRAPHS[30:39], PARAGRAPHS[5]]
+    return Text(*("\n\n".join(part) for part in parts), "a text", "a text", supplement)
+
+
+def test_an_encoder_sees_no_paragraph_twice_and_none_that_measures(tokenizer: Any) -> None:
+    data = prepare_data(supplemented(None), Options(calibration_tokens=10_000), tokenizer, "encoder", longest=64)
+    calibrating = [tokenizer.decode(row, skip_special_tokens=True) for row in rows(data.calibration)]
+    measured = [tokenizer.decode(row, skip_special_tokens=True) for row in rows(data.evaluation)]
+    assert (len(calibrating), len(set(calibrating)), len(measured)) == (29, 29, 10)
+    assert not set(calibrating) & set(measured)
+
+
+def test_an_encoder_with_too_little_text_gets_more(tokenizer: Any) -> None:
+    text = supplemented(lambda: "\n\n".join(PARAGRAPHS))
+    data = prepare_data(text, Options(calibration_tokens=10_000), tokenizer, "encoder", longest=64)
+    assert data.description == "a text; docstrings calibrate too"
+    calibrating = [tokenizer.decode(row, skip_special_tokens=True) for row in rows(data.calibration)]
+    assert sorted(calibrating) == sorted([*PARAGRAPHS[:5], *PARAGRAPHS[6:30], *PARAGRAPHS[39:]])
+    alone = prepare_data(supplemented(None), Options(calibration_tokens=10_000), tokenizer, "encoder", longest=64)
+    assert rows(data.evaluation) == rows(alone.evaluation)
+    assert data.sha256["calibration text"] != alone.sha256["calibration text"]
+
+
+@pytest.mark.parametrize(("task", "tokens"), [("encoder", 250), ("decoder", 10_000)])
+def test_who_has_enough_or_is_no_encoder_gets_no_more(tokenizer: Any, task: str, tokens: int) -> None:
+    def unread() -> str:
+        raise AssertionError("read")
+
+    options = Options(calibration_tokens=tokens, sequence_length=16)
+    assert prepare_data(supplemented(unread), options, tokenizer, task, longest=64).description == "a text"

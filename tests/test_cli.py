@@ -17,7 +17,7 @@ import pytest
 import dotresize_fx.errors
 from dotresize_fx.cli import INTERRUPTED, TERMINATED, _parser, main
 from dotresize_fx.errors import DotresizeError
-from dotresize_fx.options import PLANNED, Options
+from dotresize_fx.options import CALIBRATION_TOKENS, PLANNED, REPAIR_STEPS, Options
 from dotresize_fx.width_plan import MULTIPLE, STEPS_AT_LEAST, grid
 
 
@@ -68,10 +68,13 @@ def test_the_help_states_the_defaults(capsys: pytest.CaptureFixture[str]) -> Non
     run("export", "--help")
     text = " ".join(capsys.readouterr().out.split())
     assert f"({MULTIPLE}, finer below {MULTIPLE * STEPS_AT_LEAST}: {grid(64)} for heads of 64)" in text
-    names = ["ratio", "cost", "method", "effort", "allocation", "head_sizes", "calibration_tokens", "sequence_length"]
-    for name in [*names, "evaluation_tokens", "repair_steps", "device"]:
+    names = ["ratio", "cost", "method", "effort", "allocation", "head_sizes", "sequence_length", "evaluation_tokens"]
+    defaults = {name: str(getattr(Options(), name)) for name in [*names, "device"]}
+    for name, of_task in (("calibration_tokens", CALIBRATION_TOKENS), ("repair_steps", REPAIR_STEPS)):
+        defaults[name] = f"{of_task['decoder']}; {of_task['encoder']} for an encoder"
+    for name, default in defaults.items():
         described = re.split(rf" --{name.replace('_', '-')} (?=[A-Z])", text)[-1].partition(" --")[0]
-        assert described.endswith(f"({getattr(Options(), name)})"), name
+        assert described.endswith(f"({default})"), name
 
 
 def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:

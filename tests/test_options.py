@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
-from dotresize_fx.options import ALLOCATIONS, EFFORTS, HEAD_SIZES, PLANNED, REGION_NAMES, SELF_TOKENS, Options
+from dotresize_fx.options import (
+    ALLOCATIONS,
+    CALIBRATION_TOKENS,
+    EFFORTS,
+    HEAD_SIZES,
+    PLANNED,
+    REGION_NAMES,
+    REPAIR_STEPS,
+    SELF_TOKENS,
+    Options,
+)
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
 
@@ -45,7 +55,8 @@ def test_a_ratio_is_a_share(ratio: float) -> None:
 def test_regions(regions: tuple[str, ...]) -> None:
     options = Options(regions=regions)
     assert options.regions == regions
-    assert options.kinds == tuple(RegionKind(name) for name in regions)
+    found = {"ffn": (RegionKind.FFN, RegionKind.EXPERTS), "residual": (RegionKind.RESIDUAL,)}
+    assert options.kinds == tuple(kind for name in regions for kind in found[name])
 
 
 def test_every_kind_of_a_head_can_be_asked_for_alone() -> None:
@@ -150,6 +161,14 @@ def test_text_that_the_model_writes_itself() -> None:
     assert Options(effort="heal", self_tokens=99).own_tokens("decoder", "cpu") == 99
     assert healing.own_tokens("encoder", "cuda") == 0
     assert Options(effort="best", self_tokens=99).own_tokens("decoder", "cuda") == 0
+
+
+@pytest.mark.parametrize("task", ["decoder", "encoder"])
+def test_how_much_calibrates_and_repairs_depends_on_the_task_unless_it_is_said(task: str) -> None:
+    usual, said = Options(), Options(calibration_tokens=7, repair_steps=8)
+    assert usual.tokens_that_calibrate(task) == CALIBRATION_TOKENS[task]
+    assert usual.steps_that_repair(task) == REPAIR_STEPS[task]
+    assert (said.tokens_that_calibrate(task), said.steps_that_repair(task)) == (7, 8)
 
 
 def test_devices() -> None:

@@ -115,6 +115,12 @@ def test_a_seed_gives_the_same_bytes(dense: FxGraph, cut: tuple[FxGraph, Region]
     assert not same(first, repaired(dense, cut, batches, seed=4))
 
 
+def test_the_rate_is_how_far_a_step_goes(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
+    usual = repaired(dense, cut, batches)
+    assert same(usual, repaired(dense, cut, batches, rate=module.LEARNING_RATE))
+    assert not same(usual, repaired(dense, cut, batches, rate=module.ENCODER_LEARNING_RATE))
+
+
 def test_padding_has_no_influence(dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch]) -> None:
     first = repaired(dense, cut, batches)
     for padded in (True, False):

@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from dotresize_fx.errors import TextError
 from dotresize_fx.text import (
     default_text,
+    library_docstrings,
+    new_paragraphs,
+    paragraphs,
     read_text,
     sentence_batches,
     split_text,
@@ -70,6 +73,29 @@ def test_default_text_is_split_at_a_paragraph_near_four_fifths() -> None:
     assert calibration.endswith("\n\n")
     assert abs(len(calibration) / len(whole) - 0.8) < 0.01  # paragraphs there are far below 1 % of the text
     assert default_text() == (calibration, evaluation)
+
+
+def test_docstrings_are_read_without_importing(tmp_path: Path) -> None:
+    method = 'def f():\n        """Of\n        f."""'
+    (tmp_path / "b.py").write_text(f"'Of b.'\nraise SystemExit\nclass C:\n    {method}")
+    (tmp_path / "a.py").write_text("'Of a.'\nasync def g(): 'Of g.'\n'none'")
+    (tmp_path / "broken.py").write_text("'Of broken.'\nprint 1")
+    (tmp_path / "bytes.py").write_bytes(b"'\xff'")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.py").write_text("'Of a test.'")
+    assert library_docstrings(tmp_path) == "Of a.\n\nOf g.\n\nOf b.\n\nOf\nf."
+
+
+def test_the_standard_library_is_documented() -> None:
+    text = library_docstrings()
+    assert len(text) > 1_000_000
+    assert "Heap queue algorithm" in text
+
+
+def test_paragraphs_that_are_new() -> None:
+    text = "one  two\nthree\n\ntoo few\n\nfour five six\n\none two three\n\nseven eight nine"
+    assert paragraphs(text) == ["one two three", "four five six", "one two three", "seven eight nine"]
+    assert new_paragraphs(text, ["a b c\n\nfour  five six", ""]) == "one two three\n\nseven eight nine"
 
 
 @given(st.text(alphabet="ab \n", min_size=1, max_size=200), st.floats(0.1, 0.9))
