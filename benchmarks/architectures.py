@@ -53,7 +53,7 @@ SECONDS = 240
 # A layer's own number stands in a parameter's name behind the name of a list.
 LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 FFN_NAMES = re.compile(r"mlp|ffn|feed_forward|ff\b|fc|intermediate|expert|dense_h_to|output\.dense|moe|lin1|lin2")
-ROUTER_NAMES = re.compile(r"router|shared_expert_gate|\bgate\.(weight|wg)|gate\.linear|expert_bias|wg\b")
+ROUTER_NAMES = re.compile(r"router|shared_expert_gate|\bgate\.(weight|wg)|gate\.linear|_bias$|wg\b")
 ATTENTION_NAMES = re.compile(r"att|mixer|mamba|ssm|rnn|conv|crossattention", re.IGNORECASE)
 
 

@@ -49,6 +49,8 @@ def count_cost(graph: Graph, length: int) -> Cost:
 
 def _attention_macs(op: Op, length: int) -> int:
     """Scores and mixing of one query position against ``length`` keys, all heads; no causal half is saved."""
+    if op.attributes.get("mixes"):  # of its scores nothing is known here; they are taken to cost what mixing does
+        return 2 * _query_heads(op) * length * (op.inputs[1].width or 0)
     query, _, value = op.inputs[:3]
     return _query_heads(op) * length * ((query.width or 0) + (value.width or 0))
 

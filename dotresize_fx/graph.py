@@ -64,10 +64,12 @@ class Op:
     Ops that move axes say so in ``attributes``, whatever their kind: ``form`` is ``permute`` (``order``: the input's
     axis for each of the output's), ``view`` or ``expand`` (``sizes``: the sizes it states, None for computed ones),
     ``unsqueeze``, ``concat``, ``slice`` (``start``, ``stop``; None for the end) or ``split`` (``sizes``) along
-    ``axis``, ``part`` (``index``, of what a split gives), ``where``, ``fill`` (``number``) or ``size`` (one axis'
-    size). Axes count from 0. An EXPERTS op's weight is (experts, out, in); its inputs are the rows, ordered by expert,
-    and where each expert's rows end. An ATTENTION op has ``scale`` (None: one over the root of the head size) and
-    ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key and value.
+    ``axis``, ``part`` (``index``, of what a split gives), ``choice`` (``index`` on an ``axis`` that goes), ``where``,
+    ``fill`` (``number``), ``size`` (one axis' size) or ``shaped like`` (reads nothing but shape and dtype). Axes count
+    from 0. An EXPERTS op's weight is (experts, out, in); its inputs are the rows, ordered by expert, and where each
+    expert's rows end. An ATTENTION op has ``scale`` (None: one over the root of the head size) and ``grouped`` (it
+    shares KV heads among query heads by itself); its inputs begin with query, key and value. One that ``mixes`` is
+    spelled op by op: the product of weights and values, its inputs.
     """
 
     name: str
@@ -245,6 +247,23 @@ class Graph(ABC):
     @abstractmethod
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
         """Compute ``last.output`` as a linear of ``source`` with the weight and bias of the ADDMM op ``like``."""
+
+    def replace_with_layer_norm(self, last: Op, source: Value, gain: Value | None, epsilon: float) -> bool:
+        """Compute ``last.output`` as one layer norm of ``source``, as :meth:`replace_with_rms_norm` does.
+
+        Returns whether it did: not every form can.
+        """
+        return False
+
+    states_views = False  # whether the form can repeat a view of a value, see :meth:`insert_like`
+
+    def insert_like(self, op: Op, source: Value, last: tuple[int, ...] = (), replaced: int = 0) -> Value:
+        """Repeat ``op``, a view or a permutation, on ``source``; a view's last ``replaced`` axes become ``last``."""
+        raise NotImplementedError
+
+    def reread(self, op: Op, value: Value) -> None:
+        """Let ``op`` read ``value`` in place of its first input."""
+        raise NotImplementedError
 
     def drop_in_place(self) -> list[str]:
         """Let ops that write into their input compute a new value instead, where nothing else sees what they write to.

@@ -37,7 +37,11 @@ def find_heads(graph: Graph) -> FoundHeads:
     """The regions of every attention whose form the view knows (``scale`` among its attributes), in graph order."""
     found = FoundHeads()
     for op in graph.ops:
-        if op.kind is Kind.ATTENTION and "scale" in op.attributes and len(op.inputs) >= 3:
+        if (
+            op.kind is Kind.ATTENTION
+            and "scale" in op.attributes
+            and len(op.inputs) >= (2 if op.attributes.get("mixes") else 3)
+        ):
             _Attention(graph, op, found).find()
     return found
 
@@ -47,8 +51,14 @@ class _Attention:
         self.graph, self.op, self.found = graph, op, found
         self.ways: dict[str, Way] = {}
         self.reasons: dict[str, str] = {}
-        for role, value in zip(ROLES, op.inputs, strict=False):
-            self._try(role, value)
+        self.inputs = (
+            {"value": op.inputs[1]} if op.attributes.get("mixes") else dict(zip(ROLES, op.inputs, strict=False))
+        )
+        for role in ROLES:
+            if role in self.inputs:
+                self._try(role, self.inputs[role])
+            else:
+                self.reasons[role] = "its scores are computed op by op"
         self._try("output", None)
 
     def _try(self, role: str, value: Value | None) -> None:
@@ -176,8 +186,7 @@ class _Attention:
         """Each of the attention's linears gets its own reason, or else that of the region it would be in."""
         region = {"query": RegionKind.QUERY_KEY, "key": RegionKind.QUERY_KEY}
         packed = {role for role in ROLES if self.reasons.get(role) in (PACKED, INTERLEAVED)}
-        inputs = zip(ROLES, self.op.inputs, strict=False)
-        for role, value in sorted(inputs, key=lambda pair: pair[0] not in packed):
+        for role, value in sorted(self.inputs.items(), key=lambda pair: pair[0] not in packed):
             linear = self.ways[role].linear if role in self.ways else _linear_behind(self.graph, value)
             reason = self.reasons.get(role, refused.get(region.get(role, RegionKind.VALUE), ""))
             if linear is not None and reason:

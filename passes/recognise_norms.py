@@ -1,4 +1,4 @@
-"""See a decomposed RMSNorm as one op."""
+"""See a decomposed RMSNorm or layer norm as one op."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dotresize_fx.passes.pass_base import Pass, PassResult
 
 
 class RecogniseNorms(Pass):
-    """``x * rsqrt(mean(x**2, -1) + eps)``, with casts and with or without a gain, becomes one RMSNorm.
+    """``x * rsqrt(mean(x**2, -1) + eps)``, with casts and with or without a gain, becomes one RMSNorm; a layer norm
+    where x is ``v - mean(v, -1)``.
 
     Matched backwards from the product: one factor must be the inverse root of the mean square of the other.
     Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
@@ -25,9 +26,14 @@ class RecogniseNorms(Pass):
                 continue
             source, epsilon = match
             last, gain = self._gain(graph, product)
-            graph.replace_with_rms_norm(last, source, gain, epsilon)
+            whole = self._centred(graph, source)
+            if whole is None:
+                graph.replace_with_rms_norm(last, source, gain, epsilon)
+            elif not graph.replace_with_layer_norm(last, whole, gain, epsilon):
+                continue
             replaced.add(last.name)
-            records.append(f"{last.name}: RMSNorm of {source.name}" + ("" if gain is None else " with its gain"))
+            name = "RMSNorm" if whole is None else "layer norm"
+            records.append(f"{last.name}: {name} of {source.name}" + ("" if gain is None else " with its gain"))
         graph.remove_dead()
         return PassResult(tuple(records))
 
@@ -45,9 +51,19 @@ class RecogniseNorms(Pass):
                 continue
             squared = self._square(graph, mean.inputs[0])
             source = _uncast(graph, x)
-            if squared is not None and _uncast(graph, squared) == source:
+            if squared is not None and _same(graph, _uncast(graph, squared), source):
                 return source, epsilon
         return None
+
+    @staticmethod
+    def _centred(graph: Graph, source: Value) -> Value | None:
+        """v when ``source`` is ``v - mean(v, -1)``."""
+        op = graph.producer(source)
+        if op is None or op.kind is not Kind.ADD or not op.attributes.get("subtract") or len(op.inputs) != 2:
+            return None
+        whole, mean = op.inputs[0], graph.producer(op.inputs[1])
+        taken = mean is not None and mean.kind is Kind.MEAN and mean.attributes["keepdim"]
+        return whole if taken and mean is not None and mean.inputs[0] == whole else None
 
     @staticmethod
     def _inverse_root(graph: Graph, value: Value) -> tuple[Value, float] | None:
@@ -87,6 +103,16 @@ class RecogniseNorms(Pass):
                 if value.is_parameter and len(value.shape) == 1 and value.width == product.output.width:
                     return users[0], value
         return product, None
+
+
+def _same(graph: Graph, one: Value, other: Value) -> bool:
+    """Whether they are one value, or the same difference computed twice."""
+    if one == other:
+        return True
+    first, second = graph.producer(one), graph.producer(other)
+    if first is None or second is None or not (first.attributes.get("subtract") and second.attributes.get("subtract")):
+        return False
+    return first.inputs == second.inputs
 
 
 def _uncast(graph: Graph, value: Value) -> Value:

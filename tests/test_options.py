@@ -51,11 +51,14 @@ def test_a_ratio_is_a_share(ratio: float) -> None:
         assert refusal(ratio=ratio) == f"--ratio is {ratio}: it is a share, at least 0 and below 1"
 
 
+FFNS = (RegionKind.FFN, RegionKind.EXPERTS)
+
+
 @pytest.mark.parametrize("regions", [("ffn",), ("residual",), ("ffn", "residual"), ("residual", "ffn")])
 def test_regions(regions: tuple[str, ...]) -> None:
     options = Options(regions=regions)
     assert options.regions == regions
-    found = {"ffn": (RegionKind.FFN, RegionKind.EXPERTS), "residual": (RegionKind.RESIDUAL,)}
+    found = {"ffn": FFNS, "residual": (RegionKind.RESIDUAL,)}
     assert options.kinds == tuple(kind for name in regions for kind in found[name])
 
 
@@ -86,8 +89,8 @@ def test_a_method_and_the_regions_it_cuts(method: str, name: str) -> None:
 
 
 def test_without_regions_a_method_cuts_what_it_can_of_the_default() -> None:
-    assert Options().kinds == Options(method="obs").kinds == (RegionKind.FFN, *ATTENTION_KINDS)
-    assert Options(method="magnitude").kinds == (RegionKind.FFN,)
+    assert Options().kinds == Options(method="obs").kinds == (*FFNS, *ATTENTION_KINDS)
+    assert Options(method="magnitude").kinds == FFNS
     assert refusal(method="pca").endswith("does not cut what is cut by default: choose --regions from residual")
 
 

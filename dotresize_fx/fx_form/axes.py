@@ -71,6 +71,13 @@ def _split(node: torch.fx.Node) -> dict[str, Any]:
     return {"form": "split", "axis": axis, "sizes": tuple(part.shape[axis] for part in parts)}
 
 
+def _choice(node: torch.fx.Node) -> dict[str, Any]:
+    axis, index = node.args[1], node.args[2]
+    if not isinstance(index, int):
+        return {}
+    return {"form": "choice", "axis": axis % (_rank(node) + 1), "index": index}  # type: ignore[operator]
+
+
 def _part(node: torch.fx.Node) -> dict[str, Any]:
     return {"form": "part", "index": node.args[1]}
 
@@ -102,6 +109,10 @@ _READERS: dict[Any, Callable[[torch.fx.Node], dict[str, Any]]] = {
     aten.chunk.default: _split,
     operator.getitem: _part,
     aten.where.self: _form("where"),
+    aten.select.int: _choice,
+    aten.new_empty.default: _form("shaped like"),
+    aten.new_zeros.default: _form("shaped like"),
+    aten.empty_like.default: _form("shaped like"),
     aten.zeros.default: _fill(None),
     aten.zeros_like.default: _fill(None),
     aten.full.default: _fill(1),

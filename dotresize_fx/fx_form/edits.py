@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from dotresize_fx.fx_form.axes import axes_form
 from dotresize_fx.fx_form.kinds import matrix_of
 from dotresize_fx.fx_form.reading import FxReading
 from dotresize_fx.graph import Kind, Op, Value
@@ -199,6 +200,14 @@ class FxEdits(FxReading):
             new = self.nodes.call_function(aten.rms_norm.default, (start, [width], weight, epsilon))
         self._replace(node, new)
 
+    def replace_with_layer_norm(self, last: Op, source: Value, gain: Value | None, epsilon: float) -> bool:
+        node, start = self.node(last.name), self.node(source.name)
+        weight = None if gain is None else self.node(gain.name)
+        with self.nodes.inserting_before(node):
+            new = self.nodes.call_function(aten.layer_norm.default, (start, [source.width], weight, None, epsilon))
+        self._replace(node, new)
+        return True
+
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
         node, start = self.node(last.name), self.node(source.name)
         arguments: Any = self.node(like.name).args
@@ -218,6 +227,28 @@ class FxEdits(FxReading):
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(aten.linear.default, (start, stored, bias))
         self._replace(node, new)
+
+    states_views = True
+
+    def insert_like(self, op: Op, source: Value, last: tuple[int, ...] = (), replaced: int = 0) -> Value:
+        node, start = self.node(op.name), self.node(source.name)
+        rest: Any = node.args[1:]
+        if replaced:
+            rest = ([*rest[0][:-replaced], *last],)
+            shape = [*node.meta["val"].shape[:-replaced], *last]
+        else:
+            shape = [start.meta["val"].shape[axis] for axis in axes_form(node)["order"]]
+        with self.nodes.inserting_before(node):
+            new = self.nodes.call_function(node.target, (start, *rest))
+        new.meta["val"] = start.meta["val"].new_empty(shape)
+        self._shapes_stale = True
+        self.changed()
+        return self._value(new)
+
+    def reread(self, op: Op, value: Value) -> None:
+        node = self.node(op.name)
+        node.args = (self.node(value.name), *node.args[1:])
+        self.changed()
 
     def drop_in_place(self) -> list[str]:
         changed = []

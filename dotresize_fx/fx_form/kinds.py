@@ -62,6 +62,7 @@ CASTS = {
     aten.type_as.default,
     aten._to_copy.default,
 }
+_COPIES = {aten.dropout.default, aten.contiguous.default, aten.clone.default}
 KEEP = CASTS | {
     aten.dropout.default,
     aten.contiguous.default,
@@ -105,6 +106,15 @@ def matrix_of(node: Any, parameters: Container[str]) -> torch.fx.Node | None:
         return None
     source = node.args[0] if node.op != "placeholder" and node.target in _TURNS else node
     return source if isinstance(source, torch.fx.Node) and source.name in parameters else None
+
+
+def _comes_from_softmax(node: Any) -> bool:
+    """Whether a value is a softmax's over the last axis, cast or copied at most."""
+    while isinstance(node, torch.fx.Node) and (node.target in CASTS or node.target in _COPIES):
+        node = node.args[0]
+    if not isinstance(node, torch.fx.Node) or node.target not in (aten.softmax.int, aten._softmax.default):
+        return False
+    return node.args[1] in (-1, len(node.meta["val"].shape) - 1)
 
 
 def _width(node: torch.fx.Node) -> Any:
@@ -152,6 +162,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.ADDMM, {}
     if target in PRODUCTS and matrix_of(node.args[1], parameters) is not None:
         return Kind.ADDMM, {"bare": True}
+    if target in PRODUCTS and _rank(node) == 4 and _comes_from_softmax(args[0]):
+        return Kind.ATTENTION, {"scale": None, "grouped": False, "mixes": True}
     if target is aten.where.self and all(_width(a) == _width(node) for a in args if isinstance(a, torch.fx.Node)):
         return Kind.POINTWISE, {"function": "where", "number": None}
     if target in (aten.rms_norm.default, aten.layer_norm.default) and len(args[1]) == 1:  # type: ignore[arg-type]
