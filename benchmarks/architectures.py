@@ -48,6 +48,7 @@ from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, RegionKind
 
 # Beyond these a result is wrong: of the ratio-0 proof, and of ONNX Runtime beside the slim program.
 WRONG_PROOF, WRONG_ONNX = 1e-4, 1e-3
+STAGES = ("build", "capture", "match", "prove", "slim", "onnx")
 KINDS = (RegionKind.FFN, RegionKind.EXPERTS, *ATTENTION_KINDS, RegionKind.RESIDUAL)
 SECONDS = 240
 # A layer's own number stands in a parameter's name behind the name of a list.
@@ -99,11 +100,11 @@ class Examination:
         self.architecture, self.ratio = architecture, ratio
         self.row: dict[str, Any] = {"kind": "row", "key": architecture.key, "class": architecture.class_name}
 
-    def run(self) -> dict[str, Any]:
-        stages: list[tuple[str, Callable[[], None]]] = [("build", self.build), ("capture", self.capture)]
-        stages += [("match", self.match), ("prove", self.prove), ("slim", self.slim), ("onnx", self.onnx)]
+    def run(self, stages: Sequence[str] = STAGES) -> dict[str, Any]:
+        """The stages in their order, each of which needs those before it but for "prove"."""
         seconds: dict[str, float] = {}
-        for name, stage in stages:
+        for name in stages:
+            stage: Callable[[], None] = getattr(self, name)
             started = time.perf_counter()
             try:
                 stage()

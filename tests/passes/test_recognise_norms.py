@@ -77,6 +77,42 @@ def test_spellings(
     assert difference(run(graph, x=X), before) <= ROUNDING
 
 
+def as_in_cohere(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """A layer norm without a bias; the difference is computed twice."""
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return m.gain * ((x - mean) * torch.rsqrt(variance + 1e-3))
+
+
+def as_in_t5(m: Any, x: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return m.gain * (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-3))
+
+
+def of_another_mean(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Not the mean of what it is subtracted from: an RMSNorm of a difference."""
+    centred = x - (x + 1).mean(-1, keepdim=True)
+    return m.gain * (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind"),
+    [(as_in_cohere, Kind.LAYER_NORM), (as_in_t5, Kind.LAYER_NORM), (of_another_mean, Kind.RMS_NORM)],
+)
+def test_layer_norms(
+    trace: Callable[..., FxGraph],
+    run: Callable[..., list[torch.Tensor]],
+    difference: Callable[..., float],
+    forward: Any,
+    kind: Kind,
+) -> None:
+    graph = trace(forward, (2, 5, 4), gain=gain())
+    before = run(graph, x=X)
+    RecogniseNorms()(graph)
+    assert [op.kind for op in graph.ops if op.kind in (Kind.LAYER_NORM, Kind.RMS_NORM)] == [kind]
+    assert difference(run(graph, x=X), before) <= ROUNDING
+
+
 def test_without_a_gain(trace: Callable[..., FxGraph], text: Callable[[FxGraph], str]) -> None:
     graph = trace(lambda m, x: torch.relu(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)), (2, 5, 4))
     RecogniseNorms()(graph)

@@ -1,0 +1,82 @@
+"""Tiny models of many architectures, as benchmarks/architectures.py examines all of them: a choice for variety.
+
+What each must have in every layer is written down: fewer would be a match lost. The proof's bound is the design's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dotresize_fx.passes.prove_exactness import BOUND, BROKEN
+
+FFN, EXPERTS = {"ffn": 2}, {"experts": 2}
+VALUE, QUERY_KEY, KV_HEADS = {"value": 2}, {"query_key": 2}, {"kv_heads": 2}
+HEADS = VALUE | QUERY_KEY | KV_HEADS
+STREAM = {"residual": 1}
+# Behind a sandwich norm, or a norm of latent attention, lie streams of their own.
+MATCHED: dict[str, dict[str, int]] = {
+    "causal:apertus": FFN | VALUE | KV_HEADS | STREAM,  # an activation spelled with comparisons and a choice
+    "causal:cohere": FFN | VALUE | STREAM,  # layer norms spelled out, attention beside the FFN
+    "causal:deepseek_v3": FFN | {"experts": 1} | VALUE | {"residual": 5},  # latent attention
+    "causal:falcon": FFN | STREAM,  # products with a transposed weight, sums in place
+    "causal:gemma": FFN | HEADS | STREAM,  # gains of one plus a weight
+    "causal:gemma2": FFN | VALUE | STREAM,  # sandwich norms, soft-capped scores
+    "causal:gpt2": FFN | HEADS | STREAM,
+    "causal:gpt_neo": FFN | VALUE | STREAM,  # attention spelled op by op
+    "causal:gpt_neox": FFN | VALUE | KV_HEADS | STREAM,  # packed head by head, partial rotary embedding
+    "causal:llama": FFN | HEADS | STREAM,
+    "causal:mixtral": EXPERTS | HEADS | STREAM,
+    "causal:opt": FFN | HEADS | STREAM,
+    "causal:phi": FFN | VALUE | STREAM,
+    "causal:phi3": FFN | HEADS | STREAM,
+    "causal:qwen3": FFN | VALUE | KV_HEADS | STREAM,  # QK-norm
+    "masked:bert": FFN | HEADS,  # post-norm
+    "masked:distilbert": FFN | HEADS,
+    "image:convnext": FFN,
+    "image:dinov2": FFN | HEADS,
+    "image:vit": FFN | HEADS,
+}
+RUN = ("causal:deepseek_v3", "causal:mixtral", "image:vit")
+
+
+@pytest.fixture(scope="module")
+def architectures() -> ModuleType:
+    """benchmarks/architectures.py, which is no part of the installed package."""
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("architectures")
+    finally:
+        sys.path.remove(folder)
+
+
+def examined(architectures: ModuleType, key: str, *stages: str) -> dict[str, Any]:
+    (architecture,) = (a for a in architectures.architectures() if a.key == key)
+    row: dict[str, Any] = architectures.Examination(architecture, 0.25).run(stages)
+    assert "failed" not in row, row
+    return row
+
+
+@pytest.mark.parametrize("key", MATCHED)
+def test_what_is_matched_and_proved(architectures: ModuleType, key: str) -> None:
+    row = examined(architectures, key, "build", "capture", "match", "prove")
+    assert row["regions"] == MATCHED[key]
+    assert row["ffn_found"] == row["ffn_layers"]
+    assert not row["unproved"]
+    assert set(row["proof"]) == set(row["wrong"]) == set(MATCHED[key])
+    assert max(row["proof"].values()) <= BOUND
+    assert min(row["wrong"].values()) >= BROKEN
+
+
+@pytest.mark.parametrize("key", RUN)
+def test_a_quarter_goes_and_onnx_runtime_agrees(architectures: ModuleType, key: str) -> None:
+    row = examined(architectures, key, "build", "capture", "match", "slim", "onnx")
+    assert row["cut"]
+    assert row["slim"] > 1e-3  # something went
+    assert row["onnx"] <= 1e-5  # float32, two layers
