@@ -29,8 +29,10 @@ class CentreLayerNorms(Pass):
             promise(norm.weight is None and norm.bias is None, f"{name} has a gain: fold it first")
         if not any(graph.op(name).kind is Kind.LAYER_NORM for name in self.region.norms):
             return
+        tied = self._tied_readers(graph)
+        bare = set(self.region.readers) - set(self.region.normed_readers)
         promise(
-            set(self.region.readers) - set(self.region.normed_readers) <= set(self._tied_readers(graph)),
+            bare <= set(tied) and all(self._reads_its_own(graph, graph.op(name), tied) for name in bare),
             "a reader sees the stream without a norm, and would miss its mean",
         )
 
@@ -66,6 +68,13 @@ class CentreLayerNorms(Pass):
         bias = graph.bias(op)
         if bias is not None:
             graph.set_bias(graph.op(op.name), (bias.double() - bias.double().mean()).to(bias.dtype))
+
+    def _reads_its_own(self, graph: Graph, reader: Op, tied: list[str]) -> bool:
+        """Whether what a tied head reads is written for tied heads alone, and so keeps its mean."""
+        writer = graph.producer(reader.inputs[0])
+        if writer is None or writer.name not in self.region.writers:
+            return False
+        return {user.name for user in graph.users(writer.output)} <= set(tied)
 
     def _tied_readers(self, graph: Graph) -> list[str]:
         embeddings = {graph.op(name).weight for name in self.region.writers if graph.op(name).kind is Kind.EMBEDDING}

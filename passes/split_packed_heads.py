@@ -115,11 +115,36 @@ def _packed(graph: Graph, linear: Op) -> _Packed | None:
     parts = _taken_apart(graph, users, axis, count)
     if len(parts) < 2 or [p.start for p in parts] != [0, *(p.end for p in parts[:-1])] or parts[-1].end != count:
         return None
+    if _come_together(graph, parts):
+        return None
     if taken == 2 and any(part.op.output.shape != (*shape[:-2], inner) for part in parts):
         return None  # a slice of several keeps the axis: it is no part of one size
     return _Packed(
         linear, view, permute, heads, 1 + taken, [_Part(o, s * inner, e * inner) for o, s, e in parts], shaped
     )
+
+
+def _come_together(graph: Graph, parts: list[_Part]) -> bool:
+    """Whether all parts go into the same inputs of attentions: then they are parts of one head, as where only some of
+    its numbers are rotated.
+    """
+    reached = [frozenset(_attended(graph, part.op)) for part in parts]
+    return bool(reached[0]) and len(set(reached)) == 1
+
+
+def _attended(graph: Graph, start: Op) -> set[tuple[str, int]]:
+    """The attentions that an op's result goes into, and as which of their inputs."""
+    found: set[tuple[str, int]] = set()
+    seen, waiting = {start.output}, [start.output]
+    while waiting:
+        value = waiting.pop()
+        for op in graph.users(value):
+            if op.kind is Kind.ATTENTION:
+                found |= {(op.name, i) for i, read in enumerate(op.inputs) if read == value}
+            elif not op.is_linear and op.output not in seen:
+                seen.add(op.output)
+                waiting.append(op.output)
+    return found
 
 
 def _heads_of(shape: tuple[int | str, ...], width: int) -> tuple[int, int]:

@@ -99,4 +99,5 @@ class Execution:
         """Run everything; returns the program's outputs in their order."""
         environment = self.start(inputs)
         values = self.run(environment, 0, len(self.nodes), keep=self.results)
-        return [values[node] for node in self.results]
+        # A result may be a constant that nothing computes.
+        return [values[node] if node in values else self.parameter(node) for node in self.results]

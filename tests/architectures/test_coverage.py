@@ -33,7 +33,7 @@ MATCHED: dict[str, dict[str, int]] = {
     "causal:llama": FFN | HEADS | STREAM,
     "causal:mixtral": EXPERTS | HEADS | STREAM,
     "causal:opt": FFN | HEADS | STREAM,
-    "causal:phi": FFN | VALUE | STREAM,
+    "causal:phi": FFN | VALUE | KV_HEADS | STREAM,  # partial rotary embedding
     "causal:phi3": FFN | HEADS | STREAM,
     "causal:qwen3": FFN | VALUE | KV_HEADS | STREAM,  # QK-norm
     "masked:bert": FFN | HEADS,  # post-norm

@@ -182,12 +182,12 @@ def test_a_head_that_cannot_be_narrowed_can_be_moved(tiny_graph: Any, error: Any
     assert error(model, graph) >= BROKEN
 
 
-def test_weights_packed_head_by_head_are_left_alone(tiny_graph: Any) -> None:
-    report = find_regions(tiny_graph("neox")[1])
-    assert list(report.of_kind(*HEADS)) == []
-    packed = [row for row in report.linears if row.shape == (96, 32)]
-    assert len(packed) == 2
-    assert {row.writes_reason for row in packed} == {"query, key and value are packed in one weight, head by head"}
+def test_weights_packed_head_by_head_are_taken_apart(tiny_graph: Any, error: Any) -> None:
+    model, graph = tiny_graph("neox")
+    kinds = [region.kind for region in find_regions(graph).of_kind(*HEADS)]
+    assert kinds == ["kv_heads", "value"] * 2
+    assert map_regions(graph, HEADS, random_admissible_map) == 4
+    assert error(model, graph) <= BOUND
 
 
 @pytest.mark.parametrize("kind", GATED)
