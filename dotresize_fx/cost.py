@@ -29,7 +29,7 @@ class Cost:
 
 
 def count_cost(graph: Graph, length: int) -> Cost:
-    """Count from shapes; nothing is run.
+    """Count from shapes; nothing is run. Experts' weights all count, their MACs as often as a token is routed.
 
     Elementwise ops, norms, rotary embeddings and attention that is spelled without the fused op are not counted, nor
     are buffers parameters.
@@ -41,10 +41,18 @@ def count_cost(graph: Graph, length: int) -> Cost:
     owned = {v for op in graph.ops for v in (op.weight, op.bias) if v is not None}
     owned |= {v for op in graph.ops for v in op.inputs if v.is_parameter}
     parameters = sum(graph.parameter(v).numel() for v in owned if not graph.is_buffer(v))
-    block_macs = sum(weights[op.weight] for op in blocks if op.weight is not None)
-    linear_macs = sum(weights[op.weight] for op in linears if op.weight is not None)
+    block_macs = sum(_linear_macs(graph, op) for op in blocks)
+    linear_macs = sum(_linear_macs(graph, op) for op in linears)
     attention = sum(_attention_macs(op, length) for op in graph.ops if op.kind is Kind.ATTENTION)
     return Cost(parameters, sum(block_weights.values()), block_macs, attention, linear_macs + attention, length)
+
+
+def _linear_macs(graph: Graph, op: Op) -> int:
+    """Per token. Of experts those count that a token is routed to."""
+    weight = graph.weight(op)
+    if op.kind is not Kind.EXPERTS:
+        return weight.numel()
+    return round(weight[0].numel() * float(op.attributes.get("rows_per_token", len(weight))))
 
 
 def _attention_macs(op: Op, length: int) -> int:
@@ -96,7 +104,9 @@ def macs_per_unit(graph: Graph, region: Region, length: int) -> int:
     """MACs per token that one unit of the region's width accounts for: in block linears, and in the scores or the
     mixing of ``length`` keys.
     """
-    linears = weights_per_unit(graph, region)
+    blocks = {op.name for op in block_linears(graph)}
+    ends = [graph.op(name) for name in (*region.writers, *region.readers) if name in blocks]
+    linears = sum(_linear_macs(graph, op) // region.width for op in ends)
     if not region.attention or (op := graph.op(region.attention)).kind is not Kind.ATTENTION:
         return linears
     if region.kind is RegionKind.HEADS:

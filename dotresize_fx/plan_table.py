@@ -9,6 +9,7 @@ from dotresize_fx.regions import Region, RegionKind
 
 _COLUMNS = {
     RegionKind.FFN: "FFN",
+    RegionKind.EXPERTS: "experts",
     RegionKind.VALUE: "value head",
     RegionKind.QUERY_KEY: "query/key head",
     RegionKind.HEADS: "KV heads",

@@ -184,6 +184,9 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**grouped, tie_word_embeddings=False))
     elif kind == "qwen3":
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**grouped, head_dim=8))
+    elif kind == "mixtral":
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**grouped, **experts))
     elif kind == "gemma":
         model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**grouped, head_dim=8))
     elif kind == "phi":

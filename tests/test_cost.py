@@ -56,6 +56,17 @@ def test_macs_by_formula(tiny_graph: Any) -> None:
     assert cost.length == 100
 
 
+def test_experts_cost_what_a_token_is_routed_to(tiny_graph: Any) -> None:
+    graph = tiny_graph("mixtral")[1]
+    cost = count_cost(graph, 100)
+    attention, router = 2 * 32 * 32 + 2 * 16 * 32, 4 * 32
+    assert cost.block_linear_weights == 2 * (attention + router + 4 * 3 * 32 * 64)
+    assert cost.block_macs_per_token == 2 * (attention + router + 2 * 3 * 32 * 64)
+    region = next(find_regions(graph).of_kind("experts"))
+    assert weights_per_unit(graph, region) == 4 * 3 * 32
+    assert macs_per_unit(graph, region, 100) == 2 * 3 * 32
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_count_once_even_where_they_are_tied(tiny_graph: Any, kind: str) -> None:
     model, graph = tiny_graph(kind)

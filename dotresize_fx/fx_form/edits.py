@@ -241,6 +241,9 @@ class FxEdits(FxReading):
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(node.target, (start, *rest))
         new.meta["val"] = start.meta["val"].new_empty(shape)
+        # What was a view of the old memory may be none of the new.
+        for view in self.nodes.find_nodes(op="call_function", target=aten.view.default):
+            view.target = aten.reshape.default
         self._shapes_stale = True
         self.changed()
         return self._value(new)

@@ -108,6 +108,12 @@ def matrix_of(node: Any, parameters: Container[str]) -> torch.fx.Node | None:
     return source if isinstance(source, torch.fx.Node) and source.name in parameters else None
 
 
+def _mixes_heads(node: torch.fx.Node) -> bool:
+    """Whether it multiplies weights of attention, (batch, heads, length, keys), with values."""
+    shape = node.meta["val"].shape
+    return len(shape) == 4 and isinstance(shape[1], int) and _comes_from_softmax(node.args[0])
+
+
 def _comes_from_softmax(node: Any) -> bool:
     """Whether a value is a softmax's over the last axis, cast or copied at most."""
     while isinstance(node, torch.fx.Node) and (node.target in CASTS or node.target in _COPIES):
@@ -162,7 +168,7 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.ADDMM, {}
     if target in PRODUCTS and matrix_of(node.args[1], parameters) is not None:
         return Kind.ADDMM, {"bare": True}
-    if target in PRODUCTS and _rank(node) == 4 and _comes_from_softmax(args[0]):
+    if target in PRODUCTS and _mixes_heads(node):
         return Kind.ATTENTION, {"scale": None, "grouped": False, "mixes": True}
     if target is aten.where.self and all(_width(a) == _width(node) for a in args if isinstance(a, torch.fx.Node)):
         return Kind.POINTWISE, {"function": "where", "number": None}

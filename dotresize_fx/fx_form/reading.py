@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -113,6 +118,7 @@ class FxReading(Graph):
             rows, stored, *ends = node.all_input_nodes
             inputs = (self._value(rows), *(self._value(end) for end in ends))
             weight = self._value(stored if stored.op == "placeholder" else stored.args[0])  # type: ignore[arg-type]
+            attributes = attributes | {"rows_per_token": _hint(rows.meta["val"].shape[:-1]) / self._traced_tokens}
         elif kind is Kind.EMBEDDING:
             inputs = (self._value(node.args[1]),)  # type: ignore[arg-type]
             weight = self._owned(node, 0, "weight")
@@ -124,6 +130,13 @@ class FxReading(Graph):
             inputs = tuple(self._value(n) for n in _in_order(node))
         spelling = str(getattr(node.target, "__name__", node.target))
         return Op(node.name, kind, inputs, output, weight, bias, attributes, spelling)
+
+    @cached_property
+    def _traced_tokens(self) -> int:
+        """Of the sample that the program was traced with."""
+        inputs = {s.arg.name for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
+        shapes = [node.meta["val"].shape for node in self.nodes.nodes if node.name in inputs]
+        return max((_hint(shape[:2]) for shape in shapes if len(shape) > 1), default=1)
 
     def _owned(self, node: torch.fx.Node, position: int, keyword: str) -> Value | None:
         argument = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
@@ -142,6 +155,11 @@ class FxReading(Graph):
         assert op.weight is not None
         weight = self.parameter(op.weight)
         return weight.mT if op.kind is Kind.EXPERTS and self.stored_weight(op).op == "placeholder" else weight
+
+
+def _hint(sizes: Iterable[Any]) -> int:
+    """The product of sizes, those that are free as they were traced."""
+    return math.prod(size if isinstance(size, int) else int(size.node.hint) for size in sizes)
 
 
 def _in_order(node: torch.fx.Node) -> list[torch.fx.Node]:
