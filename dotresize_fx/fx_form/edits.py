@@ -278,7 +278,8 @@ class FxEdits(FxReading):
             with torch.no_grad():
                 tensor = node.target(*arguments[0], **arguments[1])
             name = self.parameter_name(self._value(sources[0]))
-            node.replace_all_uses_with(self.add_parameter(f"{name}.{node.name}", tensor.detach().clone()))
+            # Not with a dot: what is a parameter cannot hold another, and exporters go by the names.
+            node.replace_all_uses_with(self.add_parameter(f"{name}_{node.name}", tensor.detach().clone()))
             folded.append(f"{node.name}: computed from {name}")
         return folded
 
