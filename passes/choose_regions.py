@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dotresize_fx.cost import block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind
-from dotresize_fx.passes.close_dimension import NORMS
+from dotresize_fx.passes.close_dimension import NORMS, is_entry_norm
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, counted
 
 # What the sweep takes, in its order within a sublayer. Scores first: what the values' reader is refitted to then
@@ -92,7 +92,8 @@ def _why_no_head_goes(graph: Graph, region: Region) -> str:
 
 def _why_not_opened(graph: Graph, region: Region) -> str:
     """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
-    branches = sum(graph.op(name).kind in NORMS for name in region.writers)
+    writing = [graph.op(name) for name in region.writers if graph.op(name).kind in NORMS]
+    branches = sum(not is_entry_norm(graph, op) for op in writing)
     if branches:
         return f"{branches} norms write it (sandwich norms): each would need an adapter of its full width"
     kinds = {graph.op(name).kind for name in region.norms}

@@ -119,7 +119,7 @@ class _Walk:
             self.ends["writers"].add(op)
             self._couple_parameter(op, 0 if op.is_linear else 1)
         elif op.kind in NORMS:
-            if not normed and is_branch_norm(self.graph, op):
+            if not normed and (is_branch_norm(self.graph, op) or is_entry_norm(self.graph, op)):
                 self.ends["writers"].add(op)
             else:
                 self._norm(op)
@@ -139,8 +139,8 @@ class _Walk:
                 self.ends["readers"].add(op)
                 self._couple_parameter(op, 1)
             elif op.kind in NORMS and op.inputs[0] == value:
-                if is_branch_norm(self.graph, op):
-                    raise Escape("a norm acts on it on its way back to the stream (sandwich norm)")
+                if is_branch_norm(self.graph, op) or is_entry_norm(self.graph, op):
+                    raise Escape("a norm acts on it on its way to the stream (sandwich norm, or one behind embeddings)")
                 self._norm(op)
             elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
                 self._cross(op, self.values[value])
@@ -187,6 +187,21 @@ def is_branch_norm(graph: Graph, op: Op) -> bool:
     while len(users) == 1 and users[0].kind in (Kind.KEEP, Kind.SCALE):
         users = graph.users(users[0].output)
     return bool(users) and all(user.kind is Kind.ADD for user in users)
+
+
+def is_entry_norm(graph: Graph, op: Op) -> bool:
+    """Whether a norm acts on nothing but embeddings and their sums: what it puts out is where a stream begins."""
+    return _embeds(graph, op.inputs[0], op)
+
+
+def _embeds(graph: Graph, value: Value, reader: Op) -> bool:
+    producer = graph.producer(value)
+    if producer is None or any(user.name != reader.name for user in graph.users(value)):
+        return False
+    if producer.kind is Kind.EMBEDDING:
+        return True
+    passes = producer.kind in (Kind.ADD, Kind.KEEP, Kind.SCALE)
+    return passes and all(_embeds(graph, part, producer) for part in producer.inputs if part.width == value.width)
 
 
 def is_nonlinear(op: Op) -> bool:
