@@ -65,11 +65,12 @@ class Op:
     axis for each of the output's), ``view`` or ``expand`` (``sizes``: the sizes it states, None for computed ones),
     ``unsqueeze``, ``concat``, ``slice`` (``start``, ``stop``; None for the end) or ``split`` (``sizes``) along
     ``axis``, ``part`` (``index``, of what a split gives), ``choice`` (``index`` on an ``axis`` that goes), ``where``,
-    ``fill`` (``number``), ``size`` (one axis' size) or ``shaped like`` (reads nothing but shape and dtype). Axes count
-    from 0. An EXPERTS op's weight is (experts, out, in); its inputs are the rows, ordered by expert, and where each
-    expert's rows end, ``rows_per_token`` how many a token has. An ATTENTION op has ``scale`` (None: one over the root
-    of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
-    and value. One that ``mixes`` is spelled op by op: the product of weights and values, its inputs.
+    ``fill`` (``number``), ``size`` (one axis' size), ``strided`` (from ``start`` each ``step``-th along ``axis``) or
+    ``shaped like`` (reads nothing but shape and dtype). Axes count from 0. An EXPERTS op's weight is (experts, out,
+    in); its inputs are the rows, ordered by expert, and where each expert's rows end, ``rows_per_token`` how many a
+    token has. An ATTENTION op has ``scale`` (None: one over the root of the head size) and ``grouped`` (it shares KV
+    heads among query heads by itself); its inputs begin with query, key and value. One that ``mixes`` is spelled op by
+    op: the product of weights and values, its inputs.
     """
 
     name: str

@@ -10,7 +10,7 @@ import torch
 from dotresize_fx.expert_statistics import ExpertGrams, expert_statistics
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows, with_ones
-from dotresize_fx.graph import Op
+from dotresize_fx.graph import Kind, Op
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.rotary_coherence import coherence
 
@@ -60,7 +60,8 @@ class RegionInputs:
     def _routing(self) -> tuple[torch.fx.Node, torch.fx.Node | None]:
         """Of experts: where each one's rows end, and of which token each row is, where a gather says so."""
         assert self.reader is not None
-        rows = self.graph.node(self.writers[0].inputs[0].name)
+        first = next(op for op in self.writers if op.kind is Kind.EXPERTS)  # their biases are looked up
+        rows = self.graph.node(first.inputs[0].name)
         index: Any = rows.args[1] if rows.target is torch.ops.aten.index.Tensor else ()
         origin = index[0] if len(index) == 1 and isinstance(index[0], torch.fx.Node) else None
         return self.graph.node(self.reader.inputs[1].name), origin

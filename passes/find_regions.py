@@ -58,7 +58,7 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
     experts = {int(graph.weight(op).shape[0]) for op in (*writers, *readers) if op.kind is Kind.EXPERTS}
     if closed.norms:
         kind, symmetry = RegionKind.RESIDUAL, Symmetry.ORTHOGONAL
-    elif pointwise and all(op.kind is Kind.EXPERTS for op in (*writers, *readers)):
+    elif pointwise and experts and all(op.kind in (Kind.EXPERTS, Kind.EMBEDDING) for op in (*writers, *readers)):
         kind, symmetry = RegionKind.EXPERTS, Symmetry.PERMUTATION
     elif pointwise and not experts:
         kind, symmetry = RegionKind.FFN, Symmetry.PERMUTATION

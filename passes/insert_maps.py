@@ -43,12 +43,15 @@ class InsertMaps(Pass):
         # Asked for first: behind a map of another width a reshape does not look like one that keeps its width.
         reshapes = [name for name in region.crossed if graph.op(name).attributes.get("reshape")]
         for name in region.writers:
-            down = self.map.down
+            writer, down = graph.op(name), self.map.down
             if self.map.branch_down is not None and name in region.linear_branch:
                 down = self.map.branch_down
             if self.map.key_down is not None and name in region.key_writers:
                 down = self.map.key_down
-            writer = graph.op(name)
+            if writer.kind is Kind.EMBEDDING and down.ndim > 2:  # each expert's bias, by its own map
+                mixed = torch.einsum("en,enk->ek", graph.weight(writer).double(), down)
+                graph.set_weight(writer, mixed.to(_dtype(graph, writer)))
+                continue
             down = over_heads(region, down, _size(graph, writer, -2 if writer.is_linear else 1))
             weight = down.mT.to(_dtype(graph, writer))
             self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down", like=writer).name)

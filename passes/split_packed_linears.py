@@ -10,11 +10,12 @@ from dotresize_fx.passes.pass_base import Pass, PassResult, promise
 
 
 class _Part(NamedTuple):
-    """The op that takes the outputs from ``start`` to ``end`` (exclusive) of a packed linear."""
+    """The op that takes the outputs from ``start`` to ``end`` (exclusive), each ``step``-th, of a packed linear."""
 
     op: Op
     start: int
     end: int
+    step: int = 1
 
 
 class SplitPackedLinears(Pass):
@@ -39,8 +40,8 @@ class SplitPackedLinears(Pass):
         for index, part in reversed(list(enumerate(parts))):  # each goes right behind what they read: so in order
             rows = graph.insert_linear(
                 linear.inputs[0],
-                weight[..., part.start : part.end, :].clone(),
-                None if bias is None else bias[part.start : part.end].clone(),
+                weight[..., part.start : part.end : part.step, :].clone(),
+                None if bias is None else bias[part.start : part.end : part.step].clone(),
                 users=(),
                 name=f"{name.removesuffix('.weight')}.{index}",
                 like=linear,
@@ -59,8 +60,11 @@ def _parts(graph: Graph, linear: Op) -> list[_Part]:
         return []
     assert linear.weight is not None
     users = graph.users(linear.output)
-    sliced = all(op.attributes.get("form") == "slice" for op in users)
-    parts = _slices(linear, users) if sliced else _split_parts(graph, linear, users)
+    forms = {op.attributes.get("form") for op in users}
+    if forms == {"slice"}:
+        parts = _slices(linear, users)
+    else:
+        parts = _strided(linear, users) if forms == {"strided"} else _split_parts(graph, linear, users)
     return parts if parts and len(graph.users(linear.weight)) == 1 else []
 
 
@@ -88,6 +92,16 @@ def _slices(linear: Op, users: list[Op]) -> list[_Part]:
     parts = sorted((_slice(op, width) for op in users), key=lambda part: part.start)
     apart = all(one.end <= other.start for one, other in pairwise(parts))
     return parts if apart and all(part.start < part.end for part in parts) else []
+
+
+def _strided(linear: Op, users: list[Op]) -> list[_Part]:
+    """Gate and up by turns: every step-th output from each start."""
+    last, width, step = len(linear.output.shape) - 1, linear.output.width, users[0].attributes["step"]
+    assert width is not None
+    apart = sorted(op.attributes["start"] for op in users) == list(range(step))
+    if not apart or any(op.attributes["axis"] != last or op.attributes["step"] != step for op in users):
+        return []
+    return [_Part(op, op.attributes["start"], width, step) for op in users]
 
 
 def _slice(op: Op, width: int) -> _Part:

@@ -59,6 +59,8 @@ def _concat(node: torch.fx.Node) -> dict[str, Any]:
 def _slice(node: torch.fx.Node) -> dict[str, Any]:
     start, stop, step = (_argument(node, i + 2, name, None) for i, name in enumerate(("start", "end", "step")))
     start, step = start or 0, 1 if step is None else step
+    if isinstance(step, int) and step > 1 and isinstance(start, int) and stop in (None, _OPEN):
+        return {"form": "strided", "axis": _argument(node, 1, "dim", 0) % _rank(node), "start": start, "step": step}
     if step != 1 or not isinstance(start, int) or not (stop is None or isinstance(stop, int)):
         return {}
     axis = _argument(node, 1, "dim", 0) % _rank(node)

@@ -128,6 +128,13 @@ def _width(node: torch.fx.Node) -> Any:
     return shape[-1] if len(shape) else None
 
 
+def is_lookup(node: torch.fx.Node, parameters: Container[str]) -> bool:
+    """Whether rows of a table are looked up by index: an embedding, or the bias of the expert a row was routed to."""
+    source, places = node.args[:2]
+    stored = isinstance(source, torch.fx.Node) and source.name in parameters and len(source.meta["val"].shape) == 2
+    return stored and len(places) == 1 and isinstance(places[0], torch.fx.Node)  # type: ignore
+
+
 def is_turned_weight(node: torch.fx.Node, parameters: Container[str]) -> bool:
     """Whether this only turns the experts' weights, (experts, out, in), round for the products that read it."""
     source = node.args[0] if node.args else None
@@ -203,6 +210,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.KEEP, {"no_op": not copies and _same_dtype(node), "cast": cast, "widens": cast and _widens(node)}
     if target in KEEP_UNLESS_LAST:
         return (Kind.OTHER if _acts_on_last(node) else Kind.KEEP), {"no_op": False}
+    if target is aten.index.Tensor and is_lookup(node, parameters):
+        return Kind.EMBEDDING, {}
     if target is aten.index.Tensor and len(args[1]) < _rank(node):  # type: ignore[arg-type]
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.sum.dim_IntList and _rank(node) - 1 not in {axis % _rank(node) for axis in args[1]}:  # type: ignore

@@ -120,7 +120,8 @@ class FxReading(Graph):
             weight = self._value(stored if stored.op == "placeholder" else stored.args[0])  # type: ignore[arg-type]
             attributes = attributes | {"rows_per_token": _hint(rows.meta["val"].shape[:-1]) / self._traced_tokens}
         elif kind is Kind.EMBEDDING:
-            inputs = (self._value(node.args[1]),)  # type: ignore[arg-type]
+            places: Any = node.args[1]  # of an index a list of one
+            inputs = (self._value(places[0] if isinstance(places, (list, tuple)) else places),)
             weight = self._owned(node, 0, "weight")
         elif kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
             inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]

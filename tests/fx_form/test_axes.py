@@ -21,7 +21,7 @@ FORMS: dict[str, tuple[Callable[[Any, torch.Tensor], Any], dict[str, Any]]] = {
     "concatenation of rows": (lambda m, x: torch.cat([x, x]), {"form": "concat", "axis": 0}),
     "slice": (lambda m, x: x[..., 1:3], {"form": "slice", "axis": 2, "start": 1, "stop": 3}),
     "slice to the end": (lambda m, x: x[:, 2:], {"form": "slice", "axis": 1, "start": 2, "stop": None}),
-    "slice in steps": (lambda m, x: x[..., ::2], {}),
+    "slice in steps": (lambda m, x: x[..., ::2], {"form": "strided", "axis": 2, "start": 0, "step": 2}),
     "choice": (lambda m, x: torch.where(x > 0, x, x.exp()), {"form": "where"}),
     "zeros": (lambda m, x: torch.zeros(2), {"form": "fill", "number": 0}),
     "ones": (lambda m, x: torch.full((2,), 1.0), {"form": "fill", "number": 1.0}),

@@ -294,3 +294,24 @@ def test_redirecting_moves_users_and_outputs(trace: Trace) -> None:
     found = graph.program.module()(X)
     for tensor, expected in zip(found, (X.sin() + 1, X.sin(), X.sin().exp()), strict=True):
         assert torch.equal(tensor, expected)
+
+
+def test_rows_looked_up_by_index_are_an_embedding(trace: Callable[..., FxGraph]) -> None:
+    """So the bias of the expert that a row was routed to is spelled."""
+    graph = trace(lambda m, ids: m.table[ids] + m.square[:, ids].T, (4,), dtype=torch.int64, **tables())
+    lookups = [op for op in graph.ops if op.kind is Kind.EMBEDDING]
+    assert [(graph.parameter_name(op.weight), op.inputs[0].name) for op in lookups] == [("table", "ids")]  # type: ignore[arg-type]
+
+
+def tables() -> dict[str, torch.nn.Parameter]:
+    return {"table": torch.nn.Parameter(torch.empty(5, 3)), "square": torch.nn.Parameter(torch.empty(3, 3))}
+
+
+def test_sums_in_place_become_sums_where_nothing_else_sees_it(trace: Callable[..., FxGraph], run: Any) -> None:
+    x = torch.randn(3, 4)
+    graph = trace(lambda m, x: (x * 2).add_(1) + 1, (2, 4))
+    before = run(graph, x=x)
+    assert len(graph.drop_in_place()) == 1
+    assert not any("add_" in str(node.target) for node in graph.nodes.nodes)
+    assert torch.equal(run(graph, x=x)[0], before[0])
+    assert not trace(lambda m, x: (y := x * 2)[:1].add_(1).sum() + y, (2, 4)).drop_in_place()

@@ -70,6 +70,7 @@ SPELLINGS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "a part that nothing reads": lambda m, x: (t := m.qkv(x).split(2, -1))[0] * t[2],
     "parts that are outputs": lambda m, x: m.qkv(x).split(2, -1),
     "sliced": lambda m, x: (t := m.qkv(x))[..., :3] * t[..., 3:],
+    "by turns": lambda m, x: (t := m.qkv(x))[..., ::2] * t[..., 1::2],
     "sliced with a gap": lambda m, x: (t := m.qkv(x))[..., :2] * t[..., -2:],
 }
 
@@ -90,6 +91,8 @@ NOT_PACKED: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "its weight used twice": lambda m, x: sum(m.qkv(x).split(2, -1)).sum() + m.qkv(2 * x),
     "split behind a function": lambda m, x: sum(torch.relu(m.qkv(x)).split(2, -1)),
     "slices that overlap": lambda m, x: (t := m.qkv(x))[..., :4] * t[..., 2:],
+    "every other number alone": lambda m, x: m.qkv(x)[..., ::2],
+    "by turns of unlike steps": lambda m, x: (t := m.qkv(x))[..., ::3].sum() * t[..., 1::2],
     "one slice": lambda m, x: m.qkv(x)[..., :3],
     "sliced along the batch": lambda m, x: (t := m.qkv(x))[:1] * t[1:2],
 }
