@@ -49,7 +49,7 @@ def expert_statistics(sums: ExpertGrams, reader_weight: torch.Tensor) -> RegionS
     n = sums.gram.shape[-1]
     gram = sums.gram / max(sums.tokens, 1)
     missing = (1 - sums.counts.to(gram) / n).clamp_min(0)
-    even = sums.gram.diagonal(dim1=-2, dim2=-1).mean() * len(gram) / max(sums.tokens, 1) / len(gram)
+    even = gram.diagonal(dim1=-2, dim2=-1).mean()
     gram = gram + (missing * even)[:, None, None] * torch.eye(n).to(gram)
     return RegionStatistics(tokens=sums.tokens, gram=gram, reader_weight=reader_weight, expert_rows=sums.counts)
 

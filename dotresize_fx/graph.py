@@ -33,8 +33,8 @@ class Kind(StrEnum):
     ADD = "add"  # x + y or x - y, broadcast
     MUL = "mul"  # x * y, broadcast
     SCALE = "scale"  # x times a number
-    POINTWISE = "pointwise"  # any other function of one tensor, element by element
-    KEEP = "keep"  # passes the last dimension on untouched: cast, dropout, a reshape of other dimensions
+    POINTWISE = "pointwise"  # any other function, element by element, of one tensor or of several of one width
+    KEEP = "keep"  # passes the last dimension on untouched: cast, dropout, reshape, choice or sum of others
     MEAN = "mean"  # over the last dimension
     ADDMM = "addmm"  # x @ weight, on a matrix x also bias + x @ weight: a linear before RecogniseLinears
     RESHAPE = "reshape"  # splits or joins dimensions
@@ -90,7 +90,11 @@ class Op:
     @property
     def scales_rows(self) -> bool:
         """Whether it multiplies each row by a number of its own, and so is linear in the width."""
-        return self.kind is Kind.MUL and sum(value.width != 1 and value.shape != () for value in self.inputs) == 1
+        return (
+            self.kind is Kind.MUL
+            and len(self.inputs) == 2
+            and sum(value.width != 1 and value.shape != () for value in self.inputs) == 1
+        )
 
     @property
     def function(self) -> str:

@@ -49,17 +49,17 @@ class Launched:
     """
 
     # They help one run of a script: what rank 0 does after it, it does alone.
-    _others_left = False
+    others_left = False
 
     def __init__(self, device: str, effort: str, show: Callable[[str], None]) -> None:
-        self.rank, self.count = (0, 1) if Launched._others_left else rank_and_count()
+        self.rank, self.count = (0, 1) if Launched.others_left else rank_and_count()
         self._device, self._effort, self._show = device, effort, show
         self._store: Any = None
 
     def __enter__(self) -> Self:
         if self.count > 1 and self._effort != "heal":
             one_is_enough(self._show)
-            Launched._others_left, self.count = True, 1
+            Launched.others_left, self.count = True, 1
         if self.count == 1:
             return self
         self._choose_card()
@@ -121,7 +121,7 @@ class Launched:
     ) -> None:
         if self.count == 1:
             return
-        Launched._others_left = True
+        Launched.others_left = True
         if error is None or (isinstance(error, SystemExit) and not error.code):
             if self.rank == 0 and not self._store.check([CALLED]):
                 self._store.set(CALLED, TO_LEAVE)

@@ -9,6 +9,7 @@ from dotresize_fx.cost import block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind
 from dotresize_fx.passes.close_dimension import NORMS, is_entry_norm
+from dotresize_fx.passes.fold_norm_gains import between
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, counted
 
 # What the sweep takes, in its order within a sublayer. Scores first: what the values' reader is refitted to then
@@ -75,6 +76,8 @@ def why_not_cut(graph: Graph, region: Region) -> str:
     blocks = {op.name for op in block_linears(graph)}
     if not {op.name for op in ops} <= blocks:
         return "it is not part of a block"
+    if region.kind is RegionKind.FFN and any(op.kind is Kind.EXPERTS for op in ops):
+        return "experts share it with a linear of all tokens"
     if region.kind in ATTENTION_KINDS:
         return _why_no_head_goes(graph, region)
     if any(graph.op(name).attributes.get("reshape") for name in region.crossed):
@@ -90,12 +93,25 @@ def _why_no_head_goes(graph: Graph, region: Region) -> str:
     return ""
 
 
+def _why_no_bias_folds(graph: Graph, region: Region) -> str:
+    """Why a norm's bias cannot be folded into what reads it; empty where none has one or it can."""
+    for norm in (graph.op(name) for name in region.norms):
+        behind = between(graph, norm.output) if norm.bias is not None else []
+        if any(op.scales_rows or op.attributes.get("sums_rows") for op in behind):
+            return f"the bias of {norm.name} is scaled from row to row, or summed, before it is read"
+        if any(user.kind is Kind.EXPERTS for op in (norm, *behind) for user in graph.users(op.output)) and norm.bias:
+            return f"experts read {norm.name}, whose bias they have no place for"
+    return ""
+
+
 def _why_not_opened(graph: Graph, region: Region) -> str:
     """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
     writing = [graph.op(name) for name in region.writers if graph.op(name).kind in NORMS]
     branches = sum(not is_entry_norm(graph, op) for op in writing)
     if branches:
         return f"{branches} norms write it (sandwich norms): each would need an adapter of its full width"
+    if why := _why_no_bias_folds(graph, region):
+        return why
     kinds = {graph.op(name).kind for name in region.norms}
     if Kind.LAYER_NORM not in kinds:
         return ""

@@ -142,6 +142,8 @@ class _Walk:
                 if is_branch_norm(self.graph, op) or is_entry_norm(self.graph, op):
                     raise Escape("a norm acts on it on its way to the stream (sandwich norm, or one behind embeddings)")
                 self._norm(op)
+            elif op.kind is Kind.KEEP and op.inputs[0] != value:
+                raise Escape(in_words(op, "says which rows are taken by"))
             elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
                 self._cross(op, self.values[value])
             else:
@@ -191,7 +193,7 @@ def is_branch_norm(graph: Graph, op: Op) -> bool:
 
 def is_entry_norm(graph: Graph, op: Op) -> bool:
     """Whether a norm acts on nothing but embeddings and their sums: what it puts out is where a stream begins."""
-    return _embeds(graph, op.inputs[0], op)
+    return any(user.kind is Kind.ADD for user in graph.users(op.output)) and _embeds(graph, op.inputs[0], op)
 
 
 def _embeds(graph: Graph, value: Value, reader: Op) -> bool:

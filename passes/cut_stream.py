@@ -89,6 +89,8 @@ def _price_of_ties(graph: FxGraph, known: set[str]) -> tuple[str, ...]:
     shapes = " and ".join("{} x {}".format(*graph.weight(op).shape) for op in added)
     weights = sum(graph.weight(op).numel() for op in added)
     heads = {op.weight: op for op in graph.ops if op.kind is Kind.LINEAR}
-    table = next(op for op in graph.ops if op.kind is Kind.EMBEDDING and op.weight in heads)
+    table = next((op for op in graph.ops if op.kind is Kind.EMBEDDING and op.weight in heads), None)
+    if table is None:
+        return (f"a norm writes the stream: {shapes} behind it ({weights} weights)",)
     size = "{} x {}".format(*graph.weight(table).shape)
     return (f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights)",)

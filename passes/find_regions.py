@@ -58,9 +58,9 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
     experts = {int(graph.weight(op).shape[0]) for op in (*writers, *readers) if op.kind is Kind.EXPERTS}
     if closed.norms:
         kind, symmetry = RegionKind.RESIDUAL, Symmetry.ORTHOGONAL
-    elif pointwise and experts and all(op.kind in (Kind.EXPERTS, Kind.EMBEDDING) for op in (*writers, *readers)):
+    elif pointwise and len(experts) == 1 and all(_of_experts(graph, op, experts) for op in (*writers, *readers)):
         kind, symmetry = RegionKind.EXPERTS, Symmetry.PERMUTATION
-    elif pointwise and not experts:
+    elif pointwise:
         kind, symmetry = RegionKind.FFN, Symmetry.PERMUTATION
     else:
         kind, symmetry = RegionKind.PLAIN, Symmetry.GENERAL_LINEAR
@@ -81,6 +81,11 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
         heads=max(experts, default=1) if kind is RegionKind.EXPERTS else 1,
         crossed=tuple(op.name for op in closed.crossed),
     )
+
+
+def _of_experts(graph: Graph, op: Op, experts: set[int]) -> bool:
+    """Whether an end is each expert's own: a product, or a bias in a table of so many rows."""
+    return op.kind is Kind.EXPERTS or (op.kind is Kind.EMBEDDING and len(graph.weight(op)) in experts)
 
 
 def _name(graph: Graph, writers: list[Op], readers: list[Op], kind: RegionKind) -> str:

@@ -34,7 +34,10 @@ class FoldChannelScales(Pass):
         values = [value for value in op.inputs if value != linear.output]
         if len(values) != 1 or not values[0].is_parameter or graph.is_buffer(values[0]):
             return None
-        return (op, values[0]) if values[0].shape == (linear.output.width,) else None
+        fits = (
+            values[0].shape == (linear.output.width,) and graph.parameter(values[0]).dtype == graph.weight(linear).dtype
+        )
+        return (op, values[0]) if fits else None
 
     @staticmethod
     def _fold(graph: Graph, linear: Op, op: Op, value: Value) -> str:

@@ -32,8 +32,10 @@ class FoldNormGains(Pass):
         gain = graph.weight(norm).double() if norm.weight is not None else None
         bias = graph.bias(norm)
         scales = _readers(graph, norm.output)
-        by_row = bias is not None and any(op.scales_rows for op in _between(graph, norm.output))
-        promise(not by_row, f"{norm.name}: its bias is scaled from row to row before it is read")
+        by_row = any(op.scales_rows or op.attributes.get("sums_rows") for op in between(graph, norm.output))
+        promise(bias is None or not by_row, f"{norm.name}: its bias is scaled or summed before it is read")
+        experts = any(op.kind is Kind.EXPERTS for op in scales)
+        promise(bias is None or not experts, f"{norm.name}: experts read it, and have no place for its bias")
         readers = list(scales)
         tied = [op for op in readers if len(graph.users(_weight_of(op))) > 1]
         for op in (op for op in readers if op not in tied):
@@ -73,10 +75,10 @@ def _weight_of(op: Op) -> Value:
     return op.weight
 
 
-def _between(graph: Graph, value: Value) -> list[Op]:
+def between(graph: Graph, value: Value) -> list[Op]:
     """The ops that pass ``value`` on to the linears that read it."""
     passed = [op for op in graph.users(value) if not op.is_linear]
-    return passed + [op for one in passed for op in _between(graph, one.output)]
+    return passed + [op for one in passed for op in between(graph, one.output)]
 
 
 def _readers(graph: Graph, value: Value, scale: float = 1.0) -> dict[Op, float]:

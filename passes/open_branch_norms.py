@@ -28,16 +28,17 @@ class OpenBranchNorms(Pass):
                 continue
             width = norm.output.width
             assert width is not None
-            like = next(graph.weight(graph.op(other)) for other in self.region.readers)
+            like = graph.weight(graph.op(self.region.readers[0]))
             gain = torch.ones(width).to(like) if norm.weight is None else graph.weight(norm)
             bias = graph.bias(norm)
-            name = f"{norm.name}_gain"
-            graph.insert_linear(norm.output, torch.diag(gain), None if bias is None else bias.clone(), name=name)
+            bias = None if bias is None else bias.clone()
+            graph.insert_linear(norm.output, torch.diag(gain), bias, name=f"{norm.name}_gain")
             graph.drop_affine(graph.op(norm.name))
             records.append(f"{norm.name}: its gain made a linear that writes the stream")
         graph.remove_dead()
         return PassResult(tuple(records))
 
     def ensures(self, graph: Graph) -> None:
-        left = [name for name in self.region.writers if graph.op(name).kind in NORMS and graph.op(name).weight]
+        norms = [op for op in map(graph.op, self.region.writers) if op.kind in NORMS]
+        left = [op.name for op in norms if op.weight is not None or op.bias is not None]
         promise(not left, f"norms that write the stream keep gains: {left}")

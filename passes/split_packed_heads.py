@@ -39,10 +39,12 @@ class SplitPackedHeads(Pass):
     """
 
     def call(self, graph: Graph) -> PassResult:
-        records = []
+        records: list[str] = []
+        if not graph.states_views:
+            return PassResult()
         for name in [op.name for op in graph.ops if op.kind is Kind.LINEAR]:
             packed = _packed(graph, graph.op(name))
-            if packed is not None and graph.states_views:
+            if packed is not None:
                 records.append(self._split(graph, packed))
         graph.remove_dead()
         return PassResult(tuple(records))
@@ -117,8 +119,11 @@ def _packed(graph: Graph, linear: Op) -> _Packed | None:
         return None
     if _come_together(graph, parts):
         return None
+    # Slices keep the axis that they take from, and choices do not: of parts with several numbers only these are parts.
     if taken == 2 and any(part.op.output.shape != (*shape[:-2], inner) for part in parts):
-        return None  # a slice of several keeps the axis: it is no part of one size
+        return None
+    if taken == 1 and any(part.op.output.shape != (*value.shape[:-1], part.end - part.start) for part in parts):
+        return None
     return _Packed(
         linear, view, permute, heads, 1 + taken, [_Part(o, s * inner, e * inner) for o, s, e in parts], shaped
     )

@@ -18,11 +18,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Make:
     """``launched(rank, effort="heal", device="cpu")``: one of two processes."""
     store = torch.distributed.HashStore()
     monkeypatch.setattr("torch.distributed.rendezvous", lambda url: iter([(store, 0, 2)]))
-    monkeypatch.setattr(Launched, "_others_left", False)
+    monkeypatch.setattr(Launched, "others_left", False)
     monkeypatch.setenv("WORLD_SIZE", "2")
 
     def make(rank: int, effort: str = "heal", device: str = "cpu") -> Launched:
-        monkeypatch.setattr(Launched, "_others_left", False)
+        monkeypatch.setattr(Launched, "others_left", False)
         monkeypatch.setenv("RANK", str(rank))
         return Launched(device, effort, lambda said: None)
 

@@ -114,7 +114,6 @@ _READERS: dict[Any, Callable[[torch.fx.Node], dict[str, Any]]] = {
     aten.select.int: _choice,
     aten.new_empty.default: _form("shaped like"),
     aten.new_zeros.default: _form("shaped like"),
-    aten.empty_like.default: _form("shaped like"),
     aten.zeros.default: _fill(None),
     aten.zeros_like.default: _fill(None),
     aten.full.default: _fill(1),

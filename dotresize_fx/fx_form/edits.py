@@ -61,8 +61,8 @@ class FxEdits(FxReading):
         store[key] = _as_parameter(tensor)
         node.meta["val"] = _fake_like(node, tuple(tensor.shape))
 
-    def add_parameter(self, name: str, tensor: torch.Tensor) -> torch.fx.Node:
-        """A new placeholder and state-dict entry, a buffer where it holds integers; ``name`` is made unique."""
+    def add_parameter(self, name: str, tensor: torch.Tensor, *, buffer: bool = False) -> torch.fx.Node:
+        """A new placeholder and state-dict entry, a buffer if told or if it holds integers; ``name`` is made unique."""
         taken, key = self.program.state_dict, name
         counter = 1
         while key in taken or key in self.program.constants:
@@ -72,12 +72,12 @@ class FxEdits(FxReading):
         with self.nodes.inserting_before(first):
             node = self.nodes.placeholder("p_" + key.replace(".", "_"))
         node.meta["val"] = _fake_like(first, tuple(tensor.shape), tensor.dtype)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not buffer:
             spec = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), key)
         else:
             spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), key, persistent=True)
         specs.insert(0, spec)
-        self.program.state_dict[key] = _as_parameter(tensor)
+        self.program.state_dict[key] = tensor.detach().contiguous() if buffer else _as_parameter(tensor)
         self.changed()
         self.__dict__.pop("_targets", None)
         return node
@@ -198,14 +198,14 @@ class FxEdits(FxReading):
         weight = None if gain is None else self.node(gain.name)
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(aten.rms_norm.default, (start, [width], weight, epsilon))
-        self._replace(node, new)
+        self.replace(node, new)
 
     def replace_with_layer_norm(self, last: Op, source: Value, gain: Value | None, epsilon: float) -> bool:
         node, start = self.node(last.name), self.node(source.name)
         weight = None if gain is None else self.node(gain.name)
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(aten.layer_norm.default, (start, [source.width], weight, None, epsilon))
-        self._replace(node, new)
+        self.replace(node, new)
         return True
 
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
@@ -214,7 +214,7 @@ class FxEdits(FxReading):
         bias, _, weight = arguments if len(arguments) == 3 else (None, *arguments)
         given = matrix_of(weight, self._parameter_targets)
         assert given is not None
-        value = self._value(given)
+        value = self.value(given)
         transposed = self.parameter(value).t()
         if given is not weight:
             stored = given  # (out, in) already
@@ -226,7 +226,7 @@ class FxEdits(FxReading):
             stored = self.add_parameter(self.parameter_name(value), transposed)
         with self.nodes.inserting_before(node):
             new = self.nodes.call_function(aten.linear.default, (start, stored, bias))
-        self._replace(node, new)
+        self.replace(node, new)
 
     states_views = True
 
@@ -246,51 +246,22 @@ class FxEdits(FxReading):
             view.target = aten.reshape.default
         self._shapes_stale = True
         self.changed()
-        return self._value(new)
+        return self.value(new)
 
     def reread(self, op: Op, value: Value) -> None:
         node = self.node(op.name)
         node.args = (self.node(value.name), *node.args[1:])
         self.changed()
 
-    def drop_in_place(self) -> list[str]:
-        changed = []
-        for node in list(self.nodes.nodes):
-            pure = _out_of_place(node.target) if node.op == "call_function" else None
-            if pure is None or not isinstance(node.args[0], torch.fx.Node) or not _alone(node.args[0]):
-                continue
-            with self.nodes.inserting_before(node):
-                new = self.nodes.call_function(pure, node.args, node.kwargs)
-            changed.append(f"{node.name}: no longer in place")
-            self._replace(node, new)
-        return changed
-
-    def fold_constants(self, largest: int) -> list[str]:
-        folded = []
-        for node in list(self.nodes.nodes):
-            if node.op != "call_function" or not node.all_input_nodes or _has_effects(node.target):
-                continue
-            val, sources = node.meta.get("val"), node.all_input_nodes
-            small = isinstance(val, torch.Tensor) and val.ndim == 1 and val.is_floating_point() and len(val) <= largest
-            if not small or not all(source.name in self._parameter_targets for source in sources):
-                continue
-            arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self.parameter(self._value(n)))
-            with torch.no_grad():
-                tensor = node.target(*arguments[0], **arguments[1])
-            name = self.parameter_name(self._value(sources[0]))
-            # Not with a dot: what is a parameter cannot hold another, and exporters go by the names.
-            node.replace_all_uses_with(self.add_parameter(f"{name}_{node.name}", tensor.detach().clone()))
-            folded.append(f"{node.name}: computed from {name}")
-        return folded
-
     def make_rms_norm(self, op: Op) -> None:
         node = self.node(op.name)
         with self.nodes.inserting_before(node):
             args = (node.args[0], node.args[1], None, op.attributes["epsilon"])
             new = self.nodes.call_function(aten.rms_norm.default, args)
-        self._replace(node, new)
+        self.replace(node, new)
 
-    def _replace(self, node: torch.fx.Node, new: torch.fx.Node) -> None:
+    def replace(self, node: torch.fx.Node, new: torch.fx.Node) -> None:
+        """Let ``new`` stand where ``node`` did."""
         new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         self.nodes.erase_node(node)
@@ -330,39 +301,14 @@ class FxEdits(FxReading):
         return removed
 
 
-def _out_of_place(target: Any) -> Any:
-    """The op that computes what an op such as ``add_`` does; None for others."""
-    packet, overload = getattr(target, "overloadpacket", None), getattr(target, "_overloadname", "")
-    name = getattr(packet, "__name__", "")
-    if not name.endswith("_") or name.startswith("_") or str(target).partition(".")[0] != "aten":
-        return None
-    return getattr(getattr(aten, name[:-1], None), overload, None)
-
-
-def _alone(node: torch.fx.Node) -> bool:
-    """Whether a value has one user, and is no other value's memory that something else reads."""
-    while len(node.users) == 1:
-        if node.op != "call_function":
-            return False
-        schema = getattr(node.target, "_schema", None)
-        views = schema is not None and any(one.alias_info is not None for one in schema.arguments)
-        if not views:
-            return True
-        source = node.args[0]
-        if not isinstance(source, torch.fx.Node):
-            return False
-        node = source
-    return False
-
-
 def is_impure(node: torch.fx.Node) -> bool:
     """Asserts that tracing left in and shape queries count as removable; what is returned stays."""
     if node.op in ("placeholder", "output"):
         return True
-    return node.op == "call_function" and node.target not in (operator.getitem,) and _has_effects(node.target)
+    return node.op == "call_function" and node.target not in (operator.getitem,) and has_effects(node.target)
 
 
-def _has_effects(target: Any) -> bool:
+def has_effects(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return schema is not None and schema.is_mutable
 

@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from dotresize_fx.fx_form.edits import FxEdits
+from dotresize_fx.fx_form.functional import drop_in_place, fold_constants
 
 
 class FxGraph(FxEdits):
@@ -35,6 +36,12 @@ class FxGraph(FxEdits):
             FakeTensorProp(self.program.graph_module, mode).propagate_dont_convert_inputs(*placeholders)
         self._shapes_stale = False
         self.changed()
+
+    def drop_in_place(self) -> list[str]:
+        return drop_in_place(self)
+
+    def fold_constants(self, largest: int) -> list[str]:
+        return fold_constants(self, largest)
 
     def to(self, device: str) -> None:
         """Move parameters, constants and the devices that tracing baked in, in place."""

@@ -104,7 +104,8 @@ def matrix_of(node: Any, parameters: Container[str]) -> torch.fx.Node | None:
     """The placeholder of a matrix that is given as it is stored, or turned round by an op of its own."""
     if not isinstance(node, torch.fx.Node) or len(node.meta["val"].shape) != 2:
         return None
-    source = node.args[0] if node.op != "placeholder" and node.target in _TURNS else node
+    turned = node.op != "placeholder" and node.target in _TURNS and axes_form(node).get("order", (1, 0)) == (1, 0)
+    source = node.args[0] if turned else node
     return source if isinstance(source, torch.fx.Node) and source.name in parameters else None
 
 
@@ -214,8 +215,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.EMBEDDING, {}
     if target is aten.index.Tensor and len(args[1]) < _rank(node):  # type: ignore[arg-type]
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
-    if target is aten.sum.dim_IntList and _rank(node) - 1 not in {axis % _rank(node) for axis in args[1]}:  # type: ignore
-        return Kind.KEEP, {"no_op": False, "moves_rows": True}
+    if target is aten.sum.dim_IntList and args[1] and _rank(node) - 1 not in {a % _rank(node) for a in args[1]}:  # type: ignore
+        return Kind.KEEP, {"no_op": False, "moves_rows": True, "sums_rows": True}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
     if target in FLATTEN and _keeps_width(node):

@@ -41,7 +41,8 @@ class FxReading(Graph):
         super().changed()
         self._nodes_by_name = {}
 
-    def _value(self, node: torch.fx.Node) -> Value:
+    def value(self, node: torch.fx.Node) -> Value:
+        """What the view has for a node."""
         val = node.meta.get("val")
         shape: tuple[int | str, ...] = ()
         if isinstance(val, torch.Tensor):
@@ -104,31 +105,33 @@ class FxReading(Graph):
         return weight
 
     def _read_outputs(self) -> frozenset[Value]:
-        return frozenset(self._value(node) for node in self.nodes.output_node().all_input_nodes)
+        return frozenset(self.value(node) for node in self.nodes.output_node().all_input_nodes)
 
     def _read_op(self, node: torch.fx.Node) -> Op:
-        inputs = tuple(self._value(n) for n in node.all_input_nodes)
-        output = self._value(node)
+        inputs = tuple(self.value(n) for n in node.all_input_nodes)
+        output = self.value(node)
         kind, attributes = classify(node, self._parameter_targets)
         weight = bias = None
         if kind is Kind.LINEAR:
-            inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]
+            inputs = (self.value(node.args[0]),)  # type: ignore[arg-type]
             weight, bias = self._owned(node, 1, "weight"), self._owned(node, 2, "bias")
         elif kind is Kind.EXPERTS:
             rows, stored, *ends = node.all_input_nodes
-            inputs = (self._value(rows), *(self._value(end) for end in ends))
-            weight = self._value(stored if stored.op == "placeholder" else stored.args[0])  # type: ignore[arg-type]
+            inputs = (self.value(rows), *(self.value(end) for end in ends))
+            weight = self.value(stored if stored.op == "placeholder" else stored.args[0])  # type: ignore[arg-type]
             attributes = attributes | {"rows_per_token": _hint(rows.meta["val"].shape[:-1]) / self._traced_tokens}
         elif kind is Kind.EMBEDDING:
             places: Any = node.args[1]  # of an index a list of one
-            inputs = (self._value(places[0] if isinstance(places, (list, tuple)) else places),)
+            inputs = (self.value(places[0] if isinstance(places, (list, tuple)) else places),)
             weight = self._owned(node, 0, "weight")
         elif kind in (Kind.RMS_NORM, Kind.LAYER_NORM):
-            inputs = (self._value(node.args[0]),)  # type: ignore[arg-type]
+            inputs = (self.value(node.args[0]),)  # type: ignore[arg-type]
             weight = self._owned(node, 2, "weight")
             bias = self._owned(node, 3, "bias") if kind is Kind.LAYER_NORM else None
+        elif attributes.get("cast"):
+            inputs = inputs[:1]  # another tells the dtype
         elif kind is Kind.ATTENTION or attributes.get("form") in ("concat", "where"):
-            inputs = tuple(self._value(n) for n in _in_order(node))
+            inputs = tuple(self.value(n) for n in _in_order(node))
         spelling = str(getattr(node.target, "__name__", node.target))
         return Op(node.name, kind, inputs, output, weight, bias, attributes, spelling)
 
@@ -141,7 +144,7 @@ class FxReading(Graph):
 
     def _owned(self, node: torch.fx.Node, position: int, keyword: str) -> Value | None:
         argument = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
-        return self._value(argument) if isinstance(argument, torch.fx.Node) else None
+        return self.value(argument) if isinstance(argument, torch.fx.Node) else None
 
     def parameter(self, value: Value) -> torch.Tensor:
         return self.stored(self._parameter_targets[value.name]).detach()

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dotresize_fx.errors import RanksError
+from dotresize_fx.launched import Launched
 
 LOOK_EVERY = 1e-4  # seconds
 
@@ -22,7 +23,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
+        together = dist.is_available() and dist.is_initialized() and not Launched.others_left
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
     def share_first(self, tensors: Iterable[torch.Tensor]) -> None:

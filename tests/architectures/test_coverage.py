@@ -13,7 +13,11 @@ from typing import Any
 
 import pytest
 
+from dotresize_fx.graph import Kind
+from dotresize_fx.options import Options
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.progress import Progress
 
 FFN, EXPERTS = {"ffn": 2}, {"experts": 2}
 VALUE, QUERY_KEY, KV_HEADS = {"value": 2}, {"query_key": 2}, {"kv_heads": 2}
@@ -72,6 +76,24 @@ def test_what_is_matched_and_proved(architectures: ModuleType, key: str) -> None
     assert set(row["proof"]) == set(row["wrong"]) == set(MATCHED[key])
     assert max(row["proof"].values()) <= BOUND
     assert min(row["wrong"].values()) >= BROKEN
+
+
+def test_experts_that_are_stored_the_other_way_round_are_repaired(architectures: ModuleType) -> None:
+    """What was trained is as it is stored; the view has it turned."""
+    (architecture,) = (a for a in architectures.architectures() if a.key == "causal:aria_text")
+    examination = architectures.Examination(architecture, 0.25)
+    assert "failed" not in examination.run(("build", "capture", "match"))
+    options = Options(ratio=0.25, regions=("ffn",), effort="best", repair_steps=20, allocation="uniform")
+    calibrating = architectures.batches(architecture, 9, seed=2)
+    found = slim_graph(examination.dense, examination.matches, calibrating, options, Progress(quiet=True))
+    experts = [op for op in found.graph.ops if op.kind is Kind.EXPERTS]
+    assert any(found.graph.stored_weight(op).op == "placeholder" for op in experts)
+    for op in experts:
+        assert found.graph.weight(op).shape[1:] == (op.output.width, op.inputs[0].width)
+    losses = [one.notes for one in found.swept if "loss after repair" in one.notes]
+    assert losses
+    assert all(note["loss after repair"] < note["loss before repair"] for note in losses)
+    assert examination.error(found.graph) < 1
 
 
 @pytest.mark.parametrize("key", RUN)

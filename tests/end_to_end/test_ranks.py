@@ -168,7 +168,7 @@ def test_what_needs_one_process_runs_in_one(
     command: list[str],
 ) -> None:
     """The others leave at once; the first one says so and goes on, here to what is wrong with its model."""
-    monkeypatch.setattr(Launched, "_others_left", False)
+    monkeypatch.setattr(Launched, "others_left", False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = [tmp_path / "out"] if command[0] == "export" else []
     said = "only export --effort heal uses several processes: one of the 2 works, the others leave\n"

@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[Callable[[Any, torch.Tensor], Any], dict[str, Any]]] = {
 def test_forms(trace: Callable[..., FxGraph], name: str) -> None:
     forward, expected = FORMS[name]
     attributes = trace(forward, (2, 3, 4)).ops[-1].attributes
-    known = ("form", "axis", "order", "sizes", "start", "stop", *(("number",) if "number" in expected else ()))
+    known = ("form", "axis", "order", "sizes", "start", "stop", "step", *(("number",) if "number" in expected else ()))
     assert {key: attributes[key] for key in known if key in attributes} == expected
 
 

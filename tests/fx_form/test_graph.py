@@ -305,13 +305,3 @@ def test_rows_looked_up_by_index_are_an_embedding(trace: Callable[..., FxGraph])
 
 def tables() -> dict[str, torch.nn.Parameter]:
     return {"table": torch.nn.Parameter(torch.empty(5, 3)), "square": torch.nn.Parameter(torch.empty(3, 3))}
-
-
-def test_sums_in_place_become_sums_where_nothing_else_sees_it(trace: Callable[..., FxGraph], run: Any) -> None:
-    x = torch.randn(3, 4)
-    graph = trace(lambda m, x: (x * 2).add_(1) + 1, (2, 4))
-    before = run(graph, x=x)
-    assert len(graph.drop_in_place()) == 1
-    assert not any("add_" in str(node.target) for node in graph.nodes.nodes)
-    assert torch.equal(run(graph, x=x)[0], before[0])
-    assert not trace(lambda m, x: (y := x * 2)[:1].add_(1).sum() + y, (2, 4)).drop_in_place()

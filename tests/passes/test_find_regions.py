@@ -169,3 +169,11 @@ def test_a_linear_that_nothing_matches_says_why_on_both_sides(trace: Callable[..
     assert row.reason == (
         "input: it comes from an input of the graph; output: it goes into softmax.int, which is not understood"
     )
+
+
+def test_a_square_is_no_scale_of_rows(trace: Callable[..., FxGraph]) -> None:
+    """A product of a value with itself has one input, and mixes with nothing but permutations."""
+    graph = trace(lambda m, x: m.down((h := torch.relu(m.up(x))) * h), (2, 4), up=nn.Linear(4, 8), down=nn.Linear(8, 4))
+    (region,) = find_regions(graph).of_kind("ffn")
+    assert region.symmetry is Symmetry.PERMUTATION
+    assert not region.positive_scale

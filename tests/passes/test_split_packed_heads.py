@@ -55,6 +55,14 @@ OTHERS = {
     "a part that nothing takes": lambda m, x: m.packed(x).view(x.shape[0], 5, HEADS, 9)[..., :3],
     "parts that overlap": lambda m, x: (w := m.packed(x).view(x.shape[0], 5, HEADS, 9))[..., :6] + w[..., 3:],
     "read as a whole": lambda m, x: (w := m.packed(x).view(x.shape[0], 5, HEADS, 9))[..., :6] * w.sum(),
+    "numbers chosen one by one": lambda m, x: (
+        (w := m.packed(x).view(x.shape[0], 5, 6, 3))[..., 0] * w[..., 1] + w[..., 2]
+    ),
+    "its shape is read": lambda m, x: (
+        (w := m.packed(x).view(x.shape[0], 5, HEADS, 9))[..., :4].sum()
+        + w[..., 4:].sum()
+        + torch.zeros_like(torch.empty_like(w))
+    ),
     "not packed": lambda m, x: m.packed(x).view(x.shape[0], 5, HEADS, 9).transpose(1, 2),
 }
 
