@@ -239,7 +239,7 @@ class FxEdits(FxReading):
         else:
             shape = [start.meta["val"].shape[axis] for axis in axes_form(node)["order"]]
         with self.nodes.inserting_before(node):
-            new = self.nodes.call_function(node.target, (start, *rest))
+            new = self.nodes.create_node("call_function", node.target, (start, *rest))
         new.meta["val"] = start.meta["val"].new_empty(shape)
         # What was a view of the old memory may be none of the new.
         for view in self.nodes.find_nodes(op="call_function", target=aten.view.default):

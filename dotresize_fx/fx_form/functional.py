@@ -42,7 +42,7 @@ def fold_constants(graph: FxEdits, largest: int) -> list[str]:
             continue
         arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: graph.parameter(graph.value(n)))
         with torch.no_grad():
-            tensor = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            tensor = node.target(*arguments[0], **arguments[1])
         name = graph.parameter_name(values[0])
         # Not with a dot: what is a parameter cannot hold another, and exporters go by the names.
         buffer = all(graph.is_buffer(value) for value in values)
