@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 WRONG_PROOF, WRONG_ONNX, BROKEN = 1e-4, 1e-3, 1e-3
 LONGEST = 160
+COLOURS = re.compile(r"\x1b?\[\d+m")
 Row = Mapping[str, Any]
 
 HEAD = """# Architectures
@@ -122,7 +124,7 @@ def _of_the_stream(row: Row) -> list[str]:
 
 
 def _said(text: str) -> str:
-    text = " ".join(text.replace("|", "/").split())
+    text = " ".join(COLOURS.sub("", text).replace("|", "/").split())
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

@@ -90,7 +90,8 @@ def spread(latency: Latency | None) -> str:
         return NOT_MEASURED
     half = (latency.p75 - latency.p25) / 2
     scale = max(latency.median, half)
-    factor, unit = (1.0, "s") if scale >= 1 else (1e3, "ms") if scale >= 1e-3 else (1e6, "µs")
+    # Not by the whole second: what is nearly one would be shown as 1000.0 of the smaller unit.
+    factor, unit = (1.0, "s") if scale >= 0.99995 else (1e3, "ms") if scale >= 0.99995e-3 else (1e6, "µs")
     return f"{latency.median * factor:.1f} ± {half * factor:.1f} {unit}"
 
 

@@ -24,19 +24,20 @@ HEADS = ("value", "query_key", "kv_heads")
 UNPACKED = {
     "phi3": {"self_attn.qkv_proj.0", "self_attn.qkv_proj.1", "self_attn.qkv_proj.2", "mlp.gate_up_proj.0"},
     "gpt2": {"attn.c_attn.0", "attn.c_attn.1", "attn.c_attn.2"},
-    "neox": set(),
+    "neox": {"attention.query_key_value.0", "attention.query_key_value.1", "attention.query_key_value.2"},
 }
+
+PARTLY = {"only a part of the head is rotated (partial rotary embedding), which is not supported yet"}
 
 
 @pytest.mark.parametrize("kind", UNPACKED)
 def test_what_is_seen_apart(tiny_graph: Any, kind: str) -> None:
-    """Phi-3 slices and chunks, GPT-2 splits; GPT-NeoX lays them out head by head, which the report says."""
+    """Phi-3 slices and chunks, GPT-2 splits; GPT-NeoX goes head by head, and rotates a part of one alone."""
     report = find_regions(tiny_graph(kind)[1])
     apart = {row.parameter.removesuffix(".weight").split(".0.", 1)[-1] for row in report.linears if row.matched}
     assert apart >= UNPACKED[kind]
-    assert len(list(report.of_kind(*HEADS))) == (0 if kind == "neox" else 6)
-    reasons = {row.writes_reason for row in report.linears if "lm_head" not in row.parameter} - {""}
-    assert reasons == ({"query, key and value are packed in one weight, head by head"} if kind == "neox" else set())
+    assert len(list(report.of_kind(*HEADS))) == (4 if kind == "neox" else 6)
+    assert {reason for _, reason in report.refused} == (PARTLY if kind == "neox" else set())
 
 
 @pytest.mark.parametrize("kind", UNPACKED)
