@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+from architectures_table import WRONG_ONNX, WRONG_PROOF
 from bench import append
 from tiny_models import TASKS, VOCABULARY, Architecture, architectures, tiny_model
 
@@ -46,8 +47,6 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import random_admissible_map, random_wrong_map
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, RegionKind
 
-# Beyond these a result is wrong: of the ratio-0 proof, and of ONNX Runtime beside the slim program.
-WRONG_PROOF, WRONG_ONNX = 1e-4, 1e-3
 STAGES = ("build", "capture", "match", "prove", "slim", "onnx")
 KINDS = (RegionKind.FFN, RegionKind.EXPERTS, *ATTENTION_KINDS, RegionKind.RESIDUAL)
 SECONDS = 240

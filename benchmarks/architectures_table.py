@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Beyond these a result is wrong: of the ratio-0 proof, and of ONNX Runtime beside the slim program. BROKEN is what a
+# wrong map must reach.
 WRONG_PROOF, WRONG_ONNX, BROKEN = 1e-4, 1e-3, 1e-3
 LONGEST = 160
 COLOURS = re.compile(r"\x1b?\[\d+m")

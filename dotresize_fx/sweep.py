@@ -15,7 +15,6 @@ from dotresize_fx.expert_statistics import experts_error, refit_experts
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
-from dotresize_fx.graph import Kind
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
@@ -308,9 +307,10 @@ class Sweep:
         for node, weight in repaired.weights.items():
             value, op = nodes[node]
             op = graph.op(op.name)
-            if op.kind is Kind.EXPERTS and graph.stored_weight(op).op == "placeholder":
-                weight = weight.mT  # it was trained as it is stored
-            (graph.set_weight if value == op.weight else graph.set_bias)(op, weight)
+            if value == op.weight:
+                graph.set_weight(op, graph.oriented(op, weight))  # it was trained as it is stored
+            else:
+                graph.set_bias(op, weight)
         notes: dict[str, float | str] = {"loss before repair": repaired.before, "loss after repair": repaired.after}
         return notes | ({"repair": repaired.note} if repaired.note else {})
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.pass_base import Pass, PassResult
+from dotresize_fx.passes.split_packed_linears import parts_of_split
 
 
 class _Part(NamedTuple):
@@ -177,12 +177,10 @@ def _taken_apart(graph: Graph, users: list[Op], axis: int, size: int) -> list[_P
         elif form == "choice" and attributes["axis"] == axis:
             parts.append(_Part(op, attributes["index"] % size, attributes["index"] % size + 1))
         elif form == "split" and attributes["axis"] == axis:
-            ends = tuple(accumulate(attributes["sizes"]))
-            for part in graph.users(op.output):
-                if part.attributes.get("form") != "part":
-                    return []
-                index = part.attributes["index"]
-                parts.append(_Part(part, ends[index] - attributes["sizes"][index], ends[index]))
+            found = parts_of_split(graph, op)
+            if not found:
+                return []
+            parts += [_Part(*part) for part in found]
         else:
             return []
     return sorted(parts, key=lambda part: part.start)

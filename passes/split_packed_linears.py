@@ -74,13 +74,18 @@ def _split_parts(graph: Graph, linear: Op, users: list[Op]) -> list[_Part]:
     split = users[0]
     if split.attributes["axis"] != len(linear.output.shape) - 1:
         return []
+    return [_Part(*part) for part in parts_of_split(graph, split)]
+
+
+def parts_of_split(graph: Graph, split: Op) -> list[tuple[Op, int, int]]:
+    """What takes each part of a split, and where on the axis it starts and ends; empty if something else reads it."""
     parts = graph.users(split.output)
     if not all(op.attributes.get("form") == "part" for op in parts):
         return []
     sizes = split.attributes["sizes"]
     ends = tuple(accumulate(sizes))
     indices = [op.attributes["index"] for op in parts]
-    return [_Part(op, ends[i] - sizes[i], ends[i]) for op, i in zip(parts, indices, strict=True)]
+    return [(op, ends[i] - sizes[i], ends[i]) for op, i in zip(parts, indices, strict=True)]
 
 
 def _slices(linear: Op, users: list[Op]) -> list[_Part]:

@@ -25,9 +25,7 @@ class FxEdits(FxReading):
         chosen = [ops] if isinstance(ops, Op) else list(ops)
         value = chosen[0].weight
         assert value is not None
-        if chosen[0].kind is Kind.EXPERTS and self.stored_weight(chosen[0]).op == "placeholder":
-            tensor = tensor.mT
-        self._set_parameter(chosen, value, tensor)
+        self._set_parameter(chosen, value, self.oriented(chosen[0], tensor))
 
     def set_bias(self, op: Op, tensor: torch.Tensor | None) -> None:
         if tensor is not None and op.bias is not None:

@@ -63,14 +63,7 @@ CASTS = {
     aten._to_copy.default,
 }
 _COPIES = {aten.dropout.default, aten.contiguous.default, aten.clone.default}
-KEEP = CASTS | {
-    aten.dropout.default,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-}
+KEEP = CASTS | _COPIES | {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 # Ops that keep the last dimension when the one they act on (argument 1) is another.
 KEEP_UNLESS_LAST = {
     aten.slice.Tensor,
@@ -131,15 +124,17 @@ def _width(node: torch.fx.Node) -> Any:
 
 def is_lookup(node: torch.fx.Node, parameters: Container[str]) -> bool:
     """Whether rows of a table are looked up by index: an embedding, or the bias of the expert a row was routed to."""
-    source, places = node.args[:2]
+    source: Any = node.args[0]
+    places: Any = node.args[1]
     stored = isinstance(source, torch.fx.Node) and source.name in parameters and len(source.meta["val"].shape) == 2
-    return stored and len(places) == 1 and isinstance(places[0], torch.fx.Node)  # type: ignore
+    return stored and len(places) == 1 and isinstance(places[0], torch.fx.Node)
 
 
 def is_turned_weight(node: torch.fx.Node, parameters: Container[str]) -> bool:
     """Whether this only turns the experts' weights, (experts, out, in), round for the products that read it."""
     source = node.args[0] if node.args else None
-    turns = node.target is aten.transpose.int and sorted(axis % 3 for axis in node.args[1:3]) == [1, 2]  # type: ignore
+    axes: Any = node.args[1:3]
+    turns = node.target is aten.transpose.int and sorted(axis % 3 for axis in axes) == [1, 2]
     stored = isinstance(source, torch.fx.Node) and source.name in parameters and len(source.meta["val"].shape) == 3
     return turns and stored and all(str(user.target) in GROUPED for user in node.users)
 
@@ -215,7 +210,7 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.EMBEDDING, {}
     if target is aten.index.Tensor and len(args[1]) < _rank(node):  # type: ignore[arg-type]
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
-    if target is aten.sum.dim_IntList and args[1] and _rank(node) - 1 not in {a % _rank(node) for a in args[1]}:  # type: ignore
+    if target is aten.sum.dim_IntList and not _sums_last(node):
         return Kind.KEEP, {"no_op": False, "moves_rows": True, "sums_rows": True}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
@@ -264,6 +259,12 @@ def _widens(node: torch.fx.Node) -> bool:
 def _rank(node: torch.fx.Node) -> int:
     source = node.args[0]
     return len(source.meta["val"].shape) if isinstance(source, torch.fx.Node) else 0
+
+
+def _sums_last(node: torch.fx.Node) -> bool:
+    """Whether a sum is over the last axis, or over all."""
+    axes: Any = node.args[1]
+    return not axes or _rank(node) - 1 in {axis % _rank(node) for axis in axes}
 
 
 def _acts_on_last(node: torch.fx.Node) -> bool:

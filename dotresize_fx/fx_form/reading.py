@@ -96,13 +96,19 @@ class FxReading(Graph):
     def stored_expert_weight(self, op: Op, weight: torch.Tensor) -> tuple[torch.fx.Node, torch.Tensor]:
         """The placeholder of an EXPERTS op's weight, and ``weight`` (experts, out, in) as it would be stored there."""
         assert op.weight is not None
-        tensor = weight if self.stored_weight(op).op != "placeholder" else weight.mT
-        return self.node(op.weight.name), tensor.to(self.parameter(op.weight).dtype)
+        return self.node(op.weight.name), self.oriented(op, weight).to(self.parameter(op.weight).dtype)
 
     def stored_weight(self, op: Op) -> torch.fx.Node:
         """The placeholder of an EXPERTS op's weight, or the node that turns it round."""
         weight: torch.fx.Node = self.node(op.name).args[1]  # type: ignore[assignment]
         return weight
+
+    def oriented(self, op: Op, weight: torch.Tensor) -> torch.Tensor:
+        """An op's weight as it is stored from the view's orientation, and the other way round.
+
+        Only experts may be stored turned round, (experts, in, out): where no op of the program turns them.
+        """
+        return weight.mT if op.kind is Kind.EXPERTS and self.stored_weight(op).op == "placeholder" else weight
 
     def _read_outputs(self) -> frozenset[Value]:
         return frozenset(self.value(node) for node in self.nodes.output_node().all_input_nodes)
@@ -157,8 +163,7 @@ class FxReading(Graph):
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None
-        weight = self.parameter(op.weight)
-        return weight.mT if op.kind is Kind.EXPERTS and self.stored_weight(op).op == "placeholder" else weight
+        return self.oriented(op, self.parameter(op.weight))
 
 
 def _hint(sizes: Iterable[Any]) -> int:
