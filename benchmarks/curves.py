@@ -19,7 +19,7 @@ from pathlib import Path
 METHODS = ("magnitude", "fast", "best", "heal")
 SOURCES = {"same_source": "text of the calibration's sources", "other_source": "text of other sources"}
 FLOOR = 0.01
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 860, 400, 64, 48, 88, 40
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 880, 400, 64, 48, 88, 60
 LIGHT = ("#1f2328", "#d0d7de", "#8250df", "#0969da", "#bc4c00", "#1a7f37", "#bf3989")
 DARK = ("#e6edf3", "#3d444d", "#bc8cff", "#58a6ff", "#f0883e", "#56d364", "#ff7bbd")
 COLOURS = len(LIGHT) - 2

@@ -2,6 +2,7 @@
 
     python benchmarks/encoders.py                                   # minilm-l6 at 10, 20 and 30 %
     python benchmarks/encoders.py --rows fast best --calibration-tokens 98304
+    python benchmarks/encoders.py --rows fast best --text DIR/*.txt  # first 80 % of each calibrates, last 20 % measures
 
 The slim program is measured, with the code of export's report; seconds are calibration and solving alone.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +40,9 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="minilm-l6")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="calibration; export's own without it")
     parser.add_argument("--calibration-tokens", type=int, help="those of export where not given")
+    parser.add_argument("--repair-steps", type=int, help="those of export where not given")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(given)
 
@@ -57,7 +61,7 @@ def main() -> None:
     before = count_cost(dense, 1).block_linear_weights
     dense.to(device)
     options = Options(calibration_tokens=arguments.calibration_tokens)
-    data = prepare_data(load_text(()), options, loaded.tokenizer, loaded.task, captured.longest, device)
+    data = prepare_data(load_text(arguments.text), options, loaded.tokenizer, loaded.task, captured.longest, device)
     calibrating, measured = (
         [{name: value.to(device) for name, value in batch.items()} for batch in part]
         for part in (data.calibration, data.evaluation)
@@ -69,7 +73,8 @@ def main() -> None:
     print("| weights off | row | mean cosine | 5th percentile | seconds |\n|---|---|---|---|---|")
     for ratio in arguments.ratios:
         for row in arguments.rows:
-            chosen = Options(ratio=ratio, calibration_tokens=arguments.calibration_tokens, **ROWS[row])
+            steps = {} if arguments.repair_steps is None else {"repair_steps": arguments.repair_steps}
+            chosen = Options(ratio=ratio, calibration_tokens=arguments.calibration_tokens, **steps, **ROWS[row])
             with spending(device) as spent:
                 slim = slim_graph(dense, matches, calibrating, chosen, Progress(quiet=True), task=loaded.task).graph
             found = torch.nn.functional.cosine_similarity(expected, embeddings(runs(slim), measured))
