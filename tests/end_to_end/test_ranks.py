@@ -64,6 +64,37 @@ def test_two_ranks_write_what_one_process_finds(
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
 
+HEALS = """
+import json, sys
+import dotresize_fx
+result = dotresize_fx.slim(
+    sys.argv[1], 0.25, calibration=sys.argv[2], effort="heal", repair_steps=5, self_tokens=256, heal_steps=20,
+    calibration_tokens=2048, sequence_length=32, evaluation_tokens=512, device="cuda",
+)
+print(json.dumps({"widths": dict(result.slimmed.plan.widths), "notes": result.notes}))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cards_heal_as_one_does(tmp_path: Path, model_folder: Callable[[str], Path], text_file: Path) -> None:
+    """Through NCCL."""
+    script = tmp_path / "heals.py"
+    script.write_text(HEALS)
+    found = []
+    for start in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        command = [sys.executable, *start, str(script), str(model_folder("llama")), str(text_file)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    alone, together = found
+    assert together["widths"] == alone["widths"]
+    (none, *expected), (processes, *both) = healed(alone["notes"]), healed(together["notes"])
+    assert (none, processes) == ("", " in 2 processes")
+    # Sums over cards in another order, in bfloat16.
+    assert both == pytest.approx(expected, abs=2e-3)
+
+
 def healed(notes: Sequence[str]) -> tuple[str, float, float]:
     """(in how many processes, where there were several; held-out divergence before; after), as a run's notes say."""
     (note,) = [note for note in notes if note.startswith("healed")]
