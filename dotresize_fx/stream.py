@@ -17,34 +17,34 @@ SAMPLES = 4096
 
 
 def stream_statistics(
-    graph: FxGraph, region: Region, batches: Sequence[Inputs], advanced: Callable[[], None] = lambda: None
-) -> RegionStatistics:
-    """Run the batches and gather what the readers see behind the region's norms, whose gains were folded away.
+    graph: FxGraph, regions: Sequence[Region], batches: Sequence[Inputs], advanced: Callable[[], None] = lambda: None
+) -> list[RegionStatistics]:
+    """Run the batches and gather what each region's readers see behind its norms, whose gains were folded away.
 
     The stream is taken as the norms leave it, so that every token counts alike. ``advanced`` is called once a batch.
     """
     execution = Execution(graph)
-    nodes = sorted((graph.node(name) for name in region.norms), key=execution.index.__getitem__)
-    total = GramAccumulator()
-    kept: list[torch.Tensor] = []
-    per_visit = max(1, SAMPLES // (len(nodes) * len(batches)))
+    watched = [(i, graph.node(name)) for i, region in enumerate(regions) for name in region.norms]
+    watched.sort(key=lambda pair: execution.index[pair[1]])
+    totals = [GramAccumulator() for _ in regions]
+    kept: list[list[torch.Tensor]] = [[] for _ in regions]
+    visits = [max(1, SAMPLES // (max(1, len(region.norms)) * len(batches))) for region in regions]
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         environment, position = execution.start(batch), 0
-        for node in nodes:
+        for i, node in watched:
             stop = execution.index[node] + 1
             rows = token_rows(
                 execution.run(environment, position, stop, keep=[node])[node], batch.get("attention_mask")
             )
-            total.add(rows)
+            totals[i].add(rows)
             # Any token, not every so many: a stride would pick the same positions, the first among them, each time.
-            chosen = torch.randperm(len(rows), generator=generator)[:per_visit]
-            kept.append(rows[chosen.to(rows.device)].double())
+            chosen = torch.randperm(len(rows), generator=generator)[: visits[i]]
+            kept[i].append(rows[chosen.to(rows.device)].double())
             position = stop
         advanced()
-    check_finite(total.gram, region)
-    return RegionStatistics(
-        tokens=total.tokens,
-        gram=total.gram / total.tokens,
-        samples=torch.cat(kept),
-    )
+    found = []
+    for region, total, samples in zip(regions, totals, kept, strict=True):
+        check_finite(total.gram, region)
+        found.append(RegionStatistics(total.tokens, total.gram / total.tokens, samples=torch.cat(samples)))
+    return found

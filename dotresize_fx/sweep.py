@@ -11,16 +11,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dotresize_fx.activation_stream import ActivationStream
+from dotresize_fx.entry_refit import Entry, head_entry, refit_entries
 from dotresize_fx.expert_statistics import experts_error, refit_experts
-from dotresize_fx.fx_form.execution import Environment, Execution
+from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
+from dotresize_fx.graph import Op
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
 from dotresize_fx.repair import Sublayer, repair
+from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import Solver
 
 # One batch in this many is kept out of the solve and measures the region's error.
@@ -54,20 +58,6 @@ class SweptRegion:
 
 
 @dataclass
-class _Stream:
-    """One model's activations: an environment per batch, run up to ``position``."""
-
-    execution: Execution
-    environments: list[Environment]
-    position: int = 0
-
-    def advance(self, stop: int) -> None:
-        for environment in self.environments:
-            self.execution.run(environment, self.position, stop)
-        self.position = stop
-
-
-@dataclass
 class _Gathered:
     """A region's sums on the slim prefix: solved with, and held out; and per batch what its reader should put out
     (``wanted``) and does (``own``), (batch, length, width) or joined.
@@ -78,12 +68,15 @@ class _Gathered:
     held_out: GramAccumulator
     wanted: list[torch.Tensor]
     own: list[torch.Tensor]
+    goals: list[torch.Tensor]
 
 
 class Sweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
-    ``basis`` (d, k) takes the dense stream into the slim one's coordinates where the stream itself was cut.
+    ``stream`` tells, where the stream itself was cut, how the dense one is seen in the slim one's coordinates. Then
+    what reads it behind norms is refitted too, tokens count by their error relative to their size, and repair refines
+    all linears of a sublayer.
     ``repair_steps``: how long each cut sublayer's weights are refined, 0 for not at all, at ``repair_rate``, see
     :func:`dotresize_fx.repair.repair`. ``pull``: how strongly readers are held to what they make of the slim
     activations themselves, see :func:`dotresize_fx.least_squares.refit_reader`.
@@ -97,18 +90,18 @@ class Sweep:
         apply: Callable[[Region, RegionMap], None],
         *,
         refit: bool = True,
-        basis: torch.Tensor | None = None,
+        stream: SlimStream | None = None,
         repair_steps: int = 0,
         repair_rate: float | None = None,
         pull: float = PULL,
         seed: int = 0,
     ) -> None:
         self.slim_graph = slim
-        self.apply, self.refit, self.basis = apply, refit, basis
+        self.apply, self.refit, self.stream = apply, refit, stream
         self.repair_steps, self.repair_rate, self.pull, self.seed = repair_steps, repair_rate, pull, seed
         self.masks = [padding_mask(batch) for batch in batches]
-        self.dense = _Stream(execution := Execution(dense), [execution.start(batch) for batch in batches])
-        self.slim = _Stream(execution := Execution(slim), [execution.start(batch) for batch in batches])
+        self.dense = ActivationStream(execution := Execution(dense), [execution.start(batch) for batch in batches])
+        self.slim = ActivationStream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.
         self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
 
@@ -120,8 +113,13 @@ class Sweep:
         Sublayers come in graph order. A region that keeps its width is only refitted.
         """
         target = cuts[0][0].target
-        self.slim.advance(min(self._start(region) for region, _ in cuts))
-        goals = self._dense_goals(target)
+        entries = self._entries(self._slim_index(target))
+        starts = [self._start(region) for region, _ in cuts] + [
+            self._slim_index(name) for name in self._reading(target)
+        ]
+        self.slim.advance(min(starts))
+        goals, seen = self._dense_goals(target, entries)
+        self._refit_entries(entries, seen)
         swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
         if self.repair_steps:
             notes = self._repair(target, [region for region, _ in cuts], goals)
@@ -138,17 +136,67 @@ class Sweep:
     def _slim_index(self, name: str) -> int:
         return self.slim.execution.index[self.slim_graph.node(name)]
 
-    def _dense_goals(self, target: str) -> list[torch.Tensor]:
-        """Per batch, the dense model's stream behind the sublayer, in the slim stream's coordinates."""
+    def _dense_goals(
+        self, target: str, entries: Sequence[Entry]
+    ) -> tuple[list[torch.Tensor], dict[torch.fx.Node, list[torch.Tensor]]]:
+        """Per batch, the dense model's stream behind the sublayer, in the slim stream's coordinates; and by node what
+        stands for what the entries read.
+        """
         execution = self.dense.execution
         node = execution.graph.node(target)
         stop = execution.index[node] + 1
-        goals = []
+        goals: list[torch.Tensor] = []
+        seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
         for environment in self.dense.environments:
-            value = execution.run(environment, self.dense.position, stop, keep=[node])[node]
-            goals.append(value if self.basis is None else value @ self.basis.to(value.dtype))
+            values = execution.run(environment, self.dense.position, stop, keep=[node, *seen])
+            goals.append(values[node] if self.stream is None else self.stream.project(target, values[node]))
+            for other, kept in seen.items():
+                kept.append(values[other])
         self.dense.position = stop
-        return goals
+        return goals, seen
+
+    # -- what reads a cut stream -------------------------------------------------------------------
+
+    def _reading(self, target: str) -> list[str]:
+        """The linears up to the target that read a cut stream."""
+        if self.stream is None:
+            return []
+        stop = self._slim_index(target)
+        return [name for name in self.stream.readers if self.slim.position <= self._slim_index(name) < stop]
+
+    def _entries(self, stop: int) -> list[Entry]:
+        """Those up to ``stop`` that read it behind a norm and have weights of their own in both models."""
+        if self.stream is None or not self.refit:
+            return []
+        names = sorted(self.stream.normed, key=self._slim_index)
+        names = [name for name in names if self.slim.position <= self._slim_index(name) < stop]
+        found = [Entry.of(self.slim_graph, self.dense.execution.graph, name) for name in names]
+        return [entry for entry in found if entry is not None]
+
+    def _refit_entries(self, entries: Sequence[Entry], seen: Mapping[torch.fx.Node, list[torch.Tensor]]) -> None:
+        if refit_entries(self.slim, entries, seen, self.masks, self.measuring, self.pull):
+            self.slim.execution = Execution(self.slim_graph)
+
+    def finish(self) -> None:
+        """Refit what reads a cut stream behind the last sublayer: the head, or the matrix in front of a tied one."""
+        if self.stream is None or not self.refit:
+            return
+        stop = len(self.slim.execution.nodes)
+        entries = self._entries(stop)
+        for name in self.stream.normed:
+            if self._slim_index(name) >= self.slim.position:
+                entries += [found] if (found := head_entry(self.slim_graph, self.dense, name, self.masks)) else []
+        seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
+        execution = self.dense.execution
+        last = max((execution.position(node) for node in seen), default=-1) + 1
+        if last <= self.dense.position:
+            return
+        for environment in self.dense.environments:
+            values = execution.run(environment, self.dense.position, last, keep=list(seen))
+            for node, kept in seen.items():
+                kept.append(values[node])
+        self.dense.position = last
+        self._refit_entries(entries, seen)
 
     # -- one region --------------------------------------------------------------------------------
 
@@ -217,11 +265,19 @@ class Sweep:
                 wanted.append((goals[i] - values[target]).reshape_as(output) + output)
                 own.append(output)
                 sums = fitting if solves else held_out
-                sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
+                share = self._share(goals[i], mask)
+                sums.add(inputs.read_rows(values, mask) * share, wanted=token_rows(wanted[i], mask) * share)
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
             near = inputs.coherence(values, mask) if near is None else near
-        return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
+        return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own, goals)
+
+    def _share(self, goal: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | float:
+        """What each token's row is multiplied by, (tokens, 1): norms see a cut stream's error relative to its size."""
+        if self.stream is None:
+            return 1.0
+        size = token_rows(goal, mask).float().square().mean(-1, keepdim=True)
+        return size.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
 
     def _refit(
         self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered
@@ -260,11 +316,11 @@ class Sweep:
         """The sums over what the reader sees once the writers are mapped: merged neurons have to be run."""
         fitting, held_out = GramAccumulator(), GramAccumulator()
         for i, hidden in enumerate(self._merged_activations(inputs, region_map)):
-            rows = token_rows(hidden, self.masks[i])
+            rows, share = token_rows(hidden, self.masks[i]), self._share(gathered.goals[i], self.masks[i])
             (held_out if i in self.measuring else fitting).add(
-                with_ones(rows) if inputs.biased else rows,
-                wanted=token_rows(gathered.wanted[i], self.masks[i]),
-                own=token_rows(gathered.own[i], self.masks[i]),
+                (with_ones(rows) if inputs.biased else rows) * share,
+                wanted=token_rows(gathered.wanted[i], self.masks[i]) * share,
+                own=token_rows(gathered.own[i], self.masks[i]) * share,
             )
         return fitting, held_out
 
@@ -288,9 +344,15 @@ class Sweep:
     # -- repair ------------------------------------------------------------------------------------
 
     def _repair(self, target: str, regions: Sequence[Region], goals: list[torch.Tensor]) -> dict[str, float | str]:
-        """Refine writers and readers of the cut regions; returns the held-out loss before and after."""
+        """Refine writers and readers of the cut regions, behind a cut stream all linears that no other place shares;
+        returns the held-out loss before and after.
+        """
         graph, stream = self.slim_graph, self.slim
-        ops = [graph.op(name) for region in regions for name in (*region.writers, *region.readers)]
+        if self.stream is None:
+            ops = [graph.op(name) for region in regions for name in (*region.writers, *region.readers)]
+        else:
+            inside = {node.name for node in stream.execution.nodes[stream.position : self._slim_index(target) + 1]}
+            ops = [op for op in graph.ops if op.name in inside and op.is_linear and _alone(graph, op)]
         owned = {value: op for op in ops for value in (op.weight, op.bias) if value is not None}
         sublayer = Sublayer(
             stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks
@@ -313,6 +375,10 @@ class Sweep:
                 graph.set_bias(op, weight)
         notes: dict[str, float | str] = {"loss before repair": repaired.before, "loss after repair": repaired.after}
         return notes | ({"repair": repaired.note} if repaired.note else {})
+
+
+def _alone(graph: FxGraph, op: Op) -> bool:
+    return op.weight is not None and len(graph.users(op.weight)) == 1
 
 
 def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:

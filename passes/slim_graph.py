@@ -22,6 +22,7 @@ from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
+from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.width_plan import WidthPlan
@@ -69,16 +70,17 @@ def slim_graph(
     total = cost.total(dense)
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
-    basis = None
+    stream: SlimStream | None = None
     widths: dict[str, int] = {}
     kinds = options.kinds
     streams = [region.name for region in matches.of_kind(RegionKind.RESIDUAL)]
     asked = next((plan.widths[name] for name in streams if name in plan.widths), None) if plan else None
     if asked is not None if plan else RegionKind.RESIDUAL in kinds:
         share = (options.ratio or 0) / (1 if len(kinds) == 1 else 2)
-        cut, basis, notes = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked)
-        swept.append(cut)
-        widths[cut.region.name] = cut.width
+        cut = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked)
+        stream, notes = cut.stream, cut.notes
+        swept.append(cut.swept)
+        widths[cut.swept.region.name] = cut.swept.width
     rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
     found = find_regions(slimmed).regions
     if rest or plan:
@@ -99,7 +101,7 @@ def slim_graph(
     planned = regions if rest or plan else []
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
-        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, task)
+        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task)
     slimmed.refresh_shapes()
     if plan is None and cost.kind != "weights":
         notes += (f"the ratio is of the {cost.name}: {1 - cost.total(slimmed) / total:.1%} of them went",)
@@ -115,7 +117,7 @@ def _sweep(
     options: Options,
     progress: Progress,
     work: Path | None,
-    basis: torch.Tensor | None,
+    stream: SlimStream | None,
     task: str,
 ) -> list[SweptRegion]:
     sweep = Sweep(
@@ -124,7 +126,7 @@ def _sweep(
         batches,
         lambda region, found: apply_map(slimmed, region, found, options.check),
         refit=options.method != "magnitude",
-        basis=basis,
+        stream=stream,
         repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
         repair_rate=ENCODER_LEARNING_RATE if task == "encoder" else None,
         pull=ENCODER_PULL if task == "encoder" else PULL,
@@ -134,12 +136,13 @@ def _sweep(
     with progress.stage("sweep", len(regions)) as step:
         for together in sublayers(regions):
             cuts = [(region, plan.widths[region.name]) for region in together]
-            if chosen := _cut_or_refitted(cuts, stream_cut=basis is not None):
+            if chosen := _cut_or_refitted(cuts, stream_cut=stream is not None):
                 swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
                 for region, _ in chosen:
                     _write_block(slimmed, region, work)
             for _ in together:
                 step()
+    sweep.finish()
     return swept
 
 

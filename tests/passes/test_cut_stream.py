@@ -21,7 +21,8 @@ QUIET = Progress(quiet=True)
 
 def cut(graph: FxGraph, data: list[Any], ratio: float = 0.25, width: int | None = None, **options: Any) -> Any:
     chosen = Options(regions=("residual",), check=True, **options)
-    return cut_stream(graph, find_regions(graph), data, CostModel(), ratio, chosen, QUIET, width)
+    found = cut_stream(graph, find_regions(graph), data, CostModel(), ratio, chosen, QUIET, width)
+    return found.swept, found.stream, found.notes
 
 
 @pytest.fixture
