@@ -26,12 +26,14 @@ METRIC_RIDGE = 1e-4
 @dataclass(frozen=True)
 class Entry:
     """``reader`` names a linear of the slim graph. It should put out ``weight`` (out, n + 1; float64) times what the
-    dense model has at the node ``dense`` (tokens, n) and a constant one.
+    dense model has at the node ``dense`` (tokens, n) and a constant one. ``head`` names the linear behind it where that
+    is a head whose table is not refitted.
     """
 
     reader: str
     dense: torch.fx.Node
     weight: torch.Tensor
+    head: str = ""
 
     @classmethod
     def of(cls, slim: FxGraph, dense: FxGraph, name: str) -> Entry | None:
@@ -128,7 +130,7 @@ def head_entry(slim: FxGraph, dense: ActivationStream, name: str, masks: Sequenc
     square = metric[:k, :k]
     ridge = METRIC_RIDGE * square.diagonal().mean() * torch.eye(k, dtype=square.dtype, device=square.device)
     target = torch.linalg.solve(square + ridge, metric[:k, k:])
-    return Entry(name, graph.node(head.inputs[0].name), torch.cat([target, target.new_zeros(k, 1)], 1))
+    return Entry(name, graph.node(head.inputs[0].name), torch.cat([target, target.new_zeros(k, 1)], 1), head.name)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
 from dotresize_fx.graph import Op
 from dotresize_fx.head_maps import over_heads
+from dotresize_fx.head_repair import HeadEntrance
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
@@ -177,26 +178,44 @@ class Sweep:
         if refit_entries(self.slim, entries, seen, self.masks, self.measuring, self.pull):
             self.slim.execution = Execution(self.slim_graph)
 
-    def finish(self) -> None:
-        """Refit what reads a cut stream behind the last sublayer: the head, or the matrix in front of a tied one."""
+    def finish(self) -> dict[str, float | str]:
+        """Refit what reads a cut stream behind the last sublayer: the head, or the matrix in front of a tied one, which
+        is then repaired too; returns notes on that.
+        """
         if self.stream is None or not self.refit:
-            return
-        stop = len(self.slim.execution.nodes)
-        entries = self._entries(stop)
-        for name in self.stream.normed:
-            if self._slim_index(name) >= self.slim.position:
-                entries += [found] if (found := head_entry(self.slim_graph, self.dense, name, self.masks)) else []
-        seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
+            return {}
+        entries = self._entries(len(self.slim.execution.nodes))
+        behind = [name for name in self.stream.normed if self._slim_index(name) >= self.slim.position]
+        made = [head_entry(self.slim_graph, self.dense, name, self.masks) for name in sorted(behind)]
+        tied = [entry for entry in made if entry is not None]
+        seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in (*entries, *tied)}
         execution = self.dense.execution
         last = max((execution.position(node) for node in seen), default=-1) + 1
         if last <= self.dense.position:
-            return
+            return {}
         for environment in self.dense.environments:
             values = execution.run(environment, self.dense.position, last, keep=list(seen))
             for node, kept in seen.items():
                 kept.append(values[node])
         self.dense.position = last
-        self._refit_entries(entries, seen)
+        self._refit_entries([*entries, *tied], seen)
+        heads = [entry for entry in tied if entry.head]
+        return self._repair_head(heads[0], seen[heads[0].dense]) if self.repair_steps and heads else {}
+
+    def _repair_head(self, entry: Entry, goals: list[torch.Tensor]) -> dict[str, float | str]:
+        graph, dense = self.slim_graph, self.dense.execution.graph
+        self.slim.advance(max(self.slim.position, self._slim_index(entry.reader)))
+        narrow, wide = graph.op(entry.head), dense.op(entry.head)
+        entrance = HeadEntrance(
+            self.slim,
+            graph.node(entry.reader),
+            goals,
+            self.masks,
+            (graph.weight(narrow).detach(), graph.bias(narrow)),
+            (dense.weight(wide).detach(), dense.bias(wide)),
+        )
+        notes = self._refine(entrance, [graph.op(entry.reader)])
+        return {f"{name} of the head": value for name, value in notes.items()}
 
     # -- one region --------------------------------------------------------------------------------
 
@@ -204,6 +223,8 @@ class Sweep:
         inputs = RegionInputs(self.slim_graph, region)
         if region.kind is RegionKind.EXPERTS:
             return self._slim_experts(inputs, width, solvers)
+        if width == region.width and not self.refit:
+            return SweptRegion(region, width, "kept", None)
         gathered = self._gather(inputs, goals)
         found: list[tuple[str, RegionMap, float | None]] = []
         if width == region.width and inputs.reader is not None:
@@ -353,13 +374,16 @@ class Sweep:
         else:
             inside = {node.name for node in stream.execution.nodes[stream.position : self._slim_index(target) + 1]}
             ops = [op for op in graph.ops if op.name in inside and op.is_linear and _alone(graph, op)]
+        piece = Sublayer(stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks)
+        return self._refine(piece, ops)
+
+    def _refine(self, piece: Sublayer, ops: Sequence[Op]) -> dict[str, float | str]:
+        """Repair weights and biases of these ops in place."""
+        graph = self.slim_graph
         owned = {value: op for op in ops for value in (op.weight, op.bias) if value is not None}
-        sublayer = Sublayer(
-            stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks
-        )
         nodes = {graph.node(value.name): (value, op) for value, op in owned.items()}
         repaired = repair(
-            sublayer,
+            piece,
             list(nodes),
             sorted(self.measuring),
             steps=self.repair_steps,

@@ -17,7 +17,7 @@ from dotresize_fx.passes.find_heads import QK_NORM
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.fold_linears import FoldLinears
 from dotresize_fx.passes.follow_heads import ALL_HEADS_NORM
-from dotresize_fx.passes.insert_adapters import InsertAdapters, InsertPostNormAdapters, post_norms
+from dotresize_fx.passes.insert_adapters import ADAPTER, InsertAdapters, post_norms
 from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.progress import Progress
@@ -83,8 +83,8 @@ def cut_stream(
     Raises:
         NothingToSlimError: it cannot be cut, or not by that much.
     """
-    known = {op.name for op in graph.ops}
-    total = cost.total(graph)
+    known = {op.name for op in graph.ops} - set(_adapters(graph))
+    total = cost.total(graph) - _adapter_weights(graph)
     first, streams, centred = _opened(graph, matches, options)
     if width is None:
         width = _width(graph, first, streams, cost, total, ratio, options)
@@ -103,19 +103,19 @@ def cut_stream(
 
 
 def _opened(graph: FxGraph, matches: MatchReport, options: Options) -> tuple[Region, list[Region], bool]:
-    """The stream as it was found, the parts of it that get a basis each, and whether their means were taken away."""
-    if options.basis == "sublayer" and not cuttable_streams(graph, matches) and post_norms(graph):
-        InsertPostNormAdapters()(graph, check=options.check)
-        matches = find_regions(graph)
-        parts = [widest_stream(graph, matches), *cuttable_streams(graph, matches)]
-        first, norms = parts[0], [region.norms for region in dict.fromkeys(parts)]
-        centred = _has_layer_norms(graph, first)
-        for one in norms:
-            open_stream(graph, next(r for r in find_regions(graph).of_kind(first.kind) if r.norms == one))
-        readers = {name for region in parts for name in region.normed_readers}
+    """The stream as it was found, the parts of it that get a basis each, and whether their means were taken away.
+
+    A post-norm stream was parted before it was found (:class:`InsertPostNormAdapters`).
+    """
+    first = widest_stream(graph, matches)
+    parted = [r for r in cuttable_streams(graph, matches) if options.basis == "sublayer" and _behind_adapter(graph, r)]
+    centred = any(graph.op(name).kind is Kind.LAYER_NORM for name in first.norms)
+    if parted:
+        for norms in {region.norms: None for region in (first, *parted)}:
+            region = next(r for r in find_regions(graph).of_kind(first.kind) if r.norms == norms)
+            open_stream(graph, region)
+        readers = {name for region in (first, *parted) for name in region.normed_readers}
     else:
-        first = widest_stream(graph, matches)
-        centred = _has_layer_norms(graph, first)
         opened, _ = open_stream(graph, first)
         if options.basis == "shared":
             return first, [opened], centred
@@ -125,8 +125,16 @@ def _opened(graph: FxGraph, matches: MatchReport, options: Options) -> tuple[Reg
     return first, [region for region in found if readers & set(region.normed_readers)], centred
 
 
-def _has_layer_norms(graph: FxGraph, stream: Region) -> bool:
-    return any(graph.op(name).kind is Kind.LAYER_NORM for name in stream.norms)
+def _adapters(graph: FxGraph) -> list[str]:
+    return [op.name for op in graph.ops if op.kind is Kind.LINEAR and ADAPTER in op.name]
+
+
+def _adapter_weights(graph: FxGraph) -> int:
+    return sum(graph.weight(graph.op(name)).numel() for name in _adapters(graph))
+
+
+def _behind_adapter(graph: FxGraph, region: Region) -> bool:
+    return any(ADAPTER in name for name in (*region.writers, *region.readers))
 
 
 def _width(
@@ -145,9 +153,7 @@ def _width(
         return plan_uniformly(streams, units, total, ratio, steps={streams[0].name: step}, cost=cost.name).widths[
             streams[0].name
         ]
-    readers = {name for region in streams for name in region.readers}
-    both = {name for region in streams for name in region.writers if name in readers}
-    adapters = sum(graph.weight(graph.op(name)).numel() for name in both)
+    adapters = _adapter_weights(graph)
     linear = cost.total(graph) - adapters
     unit = sum(cost.per_unit(graph, region) for region in streams) - 2 * adapters // first.width
     widths = range(first.width // step * step, 0, -step)
@@ -163,8 +169,8 @@ def _width(
 def _price(graph: FxGraph, known: set[str], bases: int) -> tuple[str, ...]:
     """What linears opening the stream put in, ``known`` aside: adapters, and what keeps a head tied to its table."""
     added = [op for op in graph.ops if op.kind is Kind.LINEAR and op.name not in known]
-    adapters = [op for op in added if "_adapter" in op.name]
-    weights = sum(graph.weight(op).numel() for op in adapters)
+    adapters = [op for op in added if ADAPTER in op.name]
+    weights = _adapter_weights(graph)
     said = (f"{bases} bases, one a sublayer, and {len(adapters)} adapters between them ({weights} weights)",)
     return (said if adapters else ()) + _price_of_ties(graph, [op for op in added if op not in adapters])
 

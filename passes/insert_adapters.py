@@ -9,6 +9,8 @@ from dotresize_fx.passes.close_dimension import NORMS
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
 from dotresize_fx.regions import Region
 
+ADAPTER = "_adapter"  # what their names end in, but for a number
+
 
 class InsertAdapters(Pass):
     """``stream + f(norm(stream))`` becomes ``linear(stream, I) + f(norm(stream))``, at each of the region's norms.
@@ -80,5 +82,5 @@ def _insert(graph: Graph, state: Value, like: torch.Tensor, users: list[Op] | No
     width = state.width
     assert width is not None
     identity = torch.eye(width, dtype=like.dtype, device=like.device)
-    op = graph.insert_linear(state, identity, users=users, name=f"{state.name}_adapter")
+    op = graph.insert_linear(state, identity, users=users, name=f"{state.name}{ADAPTER}")
     return f"{op.name}: {width} x {width} behind {state.name}"
