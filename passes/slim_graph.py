@@ -107,8 +107,7 @@ def slim_graph(
         chosen = WidthPlan({region.name: region.width for region in regions})
     widths |= chosen.widths
     planned = regions if rest or plan else []
-    shown = [region for region in matches.of_kind(RegionKind.RESIDUAL) if region.name in widths]
-    progress.show(plan_table([*(shown or matches.of_kind(RegionKind.RESIDUAL)), *planned], widths))
+    progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task, refit)
     slimmed.refresh_shapes()
