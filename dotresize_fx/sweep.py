@@ -69,15 +69,13 @@ class _Gathered:
     held_out: GramAccumulator
     wanted: list[torch.Tensor]
     own: list[torch.Tensor]
-    goals: list[torch.Tensor]
 
 
 class Sweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
     ``stream`` tells, where the stream itself was cut, how the dense one is seen in the slim one's coordinates. Then
-    what reads it behind norms is refitted too, tokens count by their error relative to their size, and repair refines
-    all linears of a sublayer.
+    what reads it behind norms is refitted too, and repair refines all linears of a sublayer.
     ``repair_steps``: how long each cut sublayer's weights are refined, 0 for not at all, at ``repair_rate``, see
     :func:`dotresize_fx.repair.repair`. ``pull``: how strongly readers are held to what they make of the slim
     activations themselves, see :func:`dotresize_fx.least_squares.refit_reader`.
@@ -286,19 +284,11 @@ class Sweep:
                 wanted.append((goals[i] - values[target]).reshape_as(output) + output)
                 own.append(output)
                 sums = fitting if solves else held_out
-                share = self._share(goals[i], mask)
-                sums.add(inputs.read_rows(values, mask) * share, wanted=token_rows(wanted[i], mask) * share)
+                sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
             near = inputs.coherence(values, mask) if near is None else near
-        return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own, goals)
-
-    def _share(self, goal: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | float:
-        """What each token's row is multiplied by, (tokens, 1): norms see a cut stream's error relative to its size."""
-        if self.stream is None:
-            return 1.0
-        size = token_rows(goal, mask).float().square().mean(-1, keepdim=True)
-        return size.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
 
     def _refit(
         self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered
@@ -337,11 +327,11 @@ class Sweep:
         """The sums over what the reader sees once the writers are mapped: merged neurons have to be run."""
         fitting, held_out = GramAccumulator(), GramAccumulator()
         for i, hidden in enumerate(self._merged_activations(inputs, region_map)):
-            rows, share = token_rows(hidden, self.masks[i]), self._share(gathered.goals[i], self.masks[i])
+            rows = token_rows(hidden, self.masks[i])
             (held_out if i in self.measuring else fitting).add(
-                (with_ones(rows) if inputs.biased else rows) * share,
-                wanted=token_rows(gathered.wanted[i], self.masks[i]) * share,
-                own=token_rows(gathered.own[i], self.masks[i]) * share,
+                with_ones(rows) if inputs.biased else rows,
+                wanted=token_rows(gathered.wanted[i], self.masks[i]),
+                own=token_rows(gathered.own[i], self.masks[i]),
             )
         return fitting, held_out
 

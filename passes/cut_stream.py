@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dotresize_fx.cost import CostModel
+from dotresize_fx.cost import CostModel, block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind, Op
@@ -83,7 +83,7 @@ def cut_stream(
     Raises:
         NothingToSlimError: it cannot be cut, or not by that much.
     """
-    known = {op.name for op in graph.ops} - set(_adapters(graph))
+    known = {op.name for op in graph.ops} - {op.name for op in _adapters(graph.ops)}
     total = cost.total(graph) - _adapter_weights(graph)
     first, streams, centred = _opened(graph, matches, options)
     if width is None:
@@ -125,12 +125,13 @@ def _opened(graph: FxGraph, matches: MatchReport, options: Options) -> tuple[Reg
     return first, [region for region in found if readers & set(region.normed_readers)], centred
 
 
-def _adapters(graph: FxGraph) -> list[str]:
-    return [op.name for op in graph.ops if op.kind is Kind.LINEAR and ADAPTER in op.name]
+def _adapters(ops: Sequence[Op]) -> list[Op]:
+    return [op for op in ops if op.kind is Kind.LINEAR and ADAPTER in op.name]
 
 
 def _adapter_weights(graph: FxGraph) -> int:
-    return sum(graph.weight(graph.op(name)).numel() for name in _adapters(graph))
+    """Of the blocks: one in front of an output is none of theirs."""
+    return sum(graph.weight(op).numel() for op in _adapters(block_linears(graph)))
 
 
 def _behind_adapter(graph: FxGraph, region: Region) -> bool:
@@ -163,14 +164,18 @@ def _width(
         return fixed + unit * width + adapters * (width / first.width) ** 2
 
     wanted = (1 - ratio) * total
+    if left(widths[-1]) > wanted:
+        raise NothingToSlimError(
+            f"adapters and all: the residual stream holds too little for --ratio {ratio}; use less"
+        )
     return min(widths, key=lambda width: abs(left(width) - wanted))
 
 
 def _price(graph: FxGraph, known: set[str], bases: int) -> tuple[str, ...]:
     """What linears opening the stream put in, ``known`` aside: adapters, and what keeps a head tied to its table."""
     added = [op for op in graph.ops if op.kind is Kind.LINEAR and op.name not in known]
-    adapters = [op for op in added if ADAPTER in op.name]
-    weights = _adapter_weights(graph)
+    adapters = _adapters(added)
+    weights = sum(graph.weight(op).numel() for op in adapters)
     said = (f"{bases} bases, one a sublayer, and {len(adapters)} adapters between them ({weights} weights)",)
     return (said if adapters else ()) + _price_of_ties(graph, [op for op in added if op not in adapters])
 
