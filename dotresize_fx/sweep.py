@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dotresize_fx.activation_stream import ActivationStream
-from dotresize_fx.entry_refit import Entry, head_entry, refit_entries
+from dotresize_fx.entry_refit import Entry
 from dotresize_fx.expert_statistics import experts_error, refit_experts
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
 from dotresize_fx.graph import Op
 from dotresize_fx.head_maps import over_heads
-from dotresize_fx.head_repair import HeadEntrance
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
@@ -27,6 +26,7 @@ from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
 from dotresize_fx.repair import Sublayer, repair
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import Solver
+from dotresize_fx.stream_readers import StreamReaders
 
 # One batch in this many is kept out of the solve and measures the region's error.
 HELD_OUT_EVERY = 8
@@ -103,6 +103,7 @@ class Sweep:
         self.slim = ActivationStream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.
         self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
+        self.readers = StreamReaders(stream, self.slim, self.dense, self.masks, self.measuring, pull=pull, refit=refit)
 
     def slim_sublayer(
         self, cuts: Sequence[tuple[Region, int]], solvers: Callable[[Region], Solvers]
@@ -112,13 +113,11 @@ class Sweep:
         Sublayers come in graph order. A region that keeps its width is only refitted.
         """
         target = cuts[0][0].target
-        entries = self._entries(self._slim_index(target))
-        starts = [self._start(region) for region, _ in cuts] + [
-            self._slim_index(name) for name in self._reading(target)
-        ]
-        self.slim.advance(min(starts))
+        stop = self._slim_index(target)
+        entries = self.readers.entries(stop)
+        self.slim.advance(min([*self.readers.positions(stop), *(self._start(region) for region, _ in cuts)]))
         goals, seen = self._dense_goals(target, entries)
-        self._refit_entries(entries, seen)
+        self.readers.refit(entries, seen)
         swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
         if self.repair_steps:
             notes = self._repair(target, [region for region, _ in cuts], goals)
@@ -154,65 +153,14 @@ class Sweep:
         self.dense.position = stop
         return goals, seen
 
-    # -- what reads a cut stream -------------------------------------------------------------------
-
-    def _reading(self, target: str) -> list[str]:
-        """The linears up to the target that read a cut stream."""
-        if self.stream is None:
-            return []
-        stop = self._slim_index(target)
-        return [name for name in self.stream.readers if self.slim.position <= self._slim_index(name) < stop]
-
-    def _entries(self, stop: int) -> list[Entry]:
-        """Those up to ``stop`` that read it behind a norm and have weights of their own in both models."""
-        if self.stream is None or not self.refit:
-            return []
-        names = sorted(self.stream.normed, key=self._slim_index)
-        names = [name for name in names if self.slim.position <= self._slim_index(name) < stop]
-        found = [Entry.of(self.slim_graph, self.dense.execution.graph, name) for name in names]
-        return [entry for entry in found if entry is not None]
-
-    def _refit_entries(self, entries: Sequence[Entry], seen: Mapping[torch.fx.Node, list[torch.Tensor]]) -> None:
-        if refit_entries(self.slim, entries, seen, self.masks, self.measuring, self.pull):
-            self.slim.execution = Execution(self.slim_graph)
-
     def finish(self) -> dict[str, float | str]:
-        """Refit what reads a cut stream behind the last sublayer: the head, or the matrix in front of a tied one, which
-        is then repaired too; returns notes on that.
+        """Refit what reads a cut stream behind the last sublayer; repair the matrix in front of a tied head, if repair
+        is asked for, and return notes on that.
         """
-        if self.stream is None or not self.refit:
+        entrance = self.readers.refit_last()
+        if entrance is None or not self.repair_steps:
             return {}
-        entries = self._entries(len(self.slim.execution.nodes))
-        behind = [name for name in self.stream.normed if self._slim_index(name) >= self.slim.position]
-        made = [head_entry(self.slim_graph, self.dense, name, self.masks) for name in sorted(behind)]
-        tied = [entry for entry in made if entry is not None]
-        seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in (*entries, *tied)}
-        execution = self.dense.execution
-        last = max((execution.position(node) for node in seen), default=-1) + 1
-        if last <= self.dense.position:
-            return {}
-        for environment in self.dense.environments:
-            values = execution.run(environment, self.dense.position, last, keep=list(seen))
-            for node, kept in seen.items():
-                kept.append(values[node])
-        self.dense.position = last
-        self._refit_entries([*entries, *tied], seen)
-        heads = [entry for entry in tied if entry.head]
-        return self._repair_head(heads[0], seen[heads[0].dense]) if self.repair_steps and heads else {}
-
-    def _repair_head(self, entry: Entry, goals: list[torch.Tensor]) -> dict[str, float | str]:
-        graph, dense = self.slim_graph, self.dense.execution.graph
-        self.slim.advance(max(self.slim.position, self._slim_index(entry.reader)))
-        narrow, wide = graph.op(entry.head), dense.op(entry.head)
-        entrance = HeadEntrance(
-            self.slim,
-            graph.node(entry.reader),
-            goals,
-            self.masks,
-            (graph.weight(narrow).detach(), graph.bias(narrow)),
-            (dense.weight(wide).detach(), dense.bias(wide)),
-        )
-        notes = self._refine(entrance, [graph.op(entry.reader)])
+        notes = self._refine(entrance, [self.slim_graph.op(entrance.target.name)])
         return {f"{name} of the head": value for name, value in notes.items()}
 
     # -- one region --------------------------------------------------------------------------------

@@ -190,4 +190,8 @@ def _price_of_ties(graph: FxGraph, added: list[Op]) -> tuple[str, ...]:
     if table is None:
         return (f"a norm writes the stream: {shapes} behind it ({weights} weights)",)
     size = "{} x {}".format(*graph.weight(table).shape)
-    return (f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights)",)
+    untied = graph.weight(table).numel()
+    return (
+        f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights; untied, "
+        f"the head would be another {untied})",
+    )
