@@ -1,4 +1,4 @@
-"""The residual stream cut in one basis a sublayer, to a verified ONNX: of a tied decoder, and of a post-norm encoder."""
+"""The residual stream cut in one basis a sublayer, to a verified ONNX: a tied decoder and a post-norm encoder."""
 
 from __future__ import annotations
 
