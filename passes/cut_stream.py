@@ -192,6 +192,6 @@ def _price_of_ties(graph: FxGraph, added: list[Op]) -> tuple[str, ...]:
     size = "{} x {}".format(*graph.weight(table).shape)
     untied = graph.weight(table).numel()
     return (
-        f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights; a head of "
-        f"its own would have {untied})",
+        f"the head stays tied to the embedding: one table of {size}, and {shapes} beside it ({weights} weights; a head "
+        f"of its own would have {untied})",
     )
