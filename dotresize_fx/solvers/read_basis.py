@@ -20,8 +20,8 @@ def solve_read_basis(region: Region, statistics: RegionStatistics, width: int) -
         tr(D D.T C D D.T A),   C the second moments behind the norm, A the metric of what reads there,
 
     is least: the error of all readers' outputs, relative to each one's. L-BFGS on D = Q of a QR, begun at the least
-    principal components or at what readers feel least, whichever is better. Principal components are the answer where no
-    metric is known or nothing is left out.
+    principal components or at what readers feel least, whichever is better. Principal components are the answer where
+    no metric is known or nothing is left out.
 
     Raises:
         UsageError: the region does not admit rotations.
