@@ -145,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--method", default="auto", help="auto, obs, dotresize, pca (residual only), magnitude (auto)")
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
     export.add_argument("--allocation", help="measured, or uniform over the regions (measured)")
+    export.add_argument(
+        "--basis", default="shared", help="of the residual stream: shared, or one a sublayer with adapters (shared)"
+    )
     export.add_argument("--head-sizes", help="free, or equal: query, key and value heads of one size (free)")
     export.add_argument(
         "--repair-steps", type=int, metavar="N", help="of best and heal, a sublayer (400; 1200 for an encoder)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +96,8 @@ class RegionStatistics:
     writer_weights: (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some rows of x, or None.
     Of EXPERTS gram is (experts, n, n), reader_weight (experts, out, n), expert_rows (experts,) int64 how many rows
     each one saw, and ``of_experts`` the same one by one, once asked for.
+    sights: of a stream, by norm: (n, n) the mean of x x.T behind it, and (n, n) the sum of W.T W over what reads there,
+    each divided by the mean square of what it puts out; empty where they would not fit.
     eliminations: the orders in which neurons went, as far as elimination was run: a longer run begins as a shorter one
     does.
     """
@@ -107,6 +109,7 @@ class RegionStatistics:
     writer_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     samples: torch.Tensor | None = None
     coherence: torch.Tensor | None = None
+    sights: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     expert_rows: torch.Tensor | None = None
     of_experts: list[RegionStatistics] = field(default_factory=list, compare=False, repr=False)
     eliminations: list[torch.Tensor] = field(default_factory=list, compare=False, repr=False)

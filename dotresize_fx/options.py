@@ -24,6 +24,7 @@ DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("fast", "best", "heal")
 ALLOCATIONS = ("measured", "uniform")
 HEAD_SIZES = ("free", "equal")
+BASES = ("shared", "sublayer")
 # What decides the widths, with its defaults. Beside a plan of widths none of it can be given.
 PLANNED: dict[str, object] = {
     "ratio": 0.2,
@@ -54,7 +55,9 @@ class Options:
     sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
     whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
     as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
-    from. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    from. ``basis``: "shared" cuts the residual stream in one basis for all layers; "sublayer" gives each sublayer its
+    own, with a k x k adapter on each skip, and so also takes post-norm models. ``device`` is where calibration and
+    solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -64,6 +67,7 @@ class Options:
     regions: tuple[str, ...] = ()
     method: str = "auto"
     effort: str = "fast"
+    basis: str = "shared"
     allocation: str | None = None
     cost: str | None = None
     head_sizes: str | None = None
@@ -92,7 +96,7 @@ class Options:
         if self.heal_checkpoint is not None and not self.heal_checkpoint.is_dir():
             raise UsageError(f"--heal-checkpoint {self.heal_checkpoint}: there is no such folder: make it first")
         choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
-        for name, known in (choices | {"cost": COSTS, "head_sizes": HEAD_SIZES}).items():
+        for name, known in (choices | {"cost": COSTS, "head_sizes": HEAD_SIZES, "basis": BASES}).items():
             if (chosen := getattr(self, name)) not in known and chosen is not None:
                 raise UsageError(f"--{name.replace('_', '-')} {chosen}: choose one of {', '.join(sorted(known))}")
         said = f"--regions {','.join(self.regions)}"

@@ -11,17 +11,22 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dotresize_fx.activation_stream import ActivationStream
+from dotresize_fx.entry_refit import Entry
 from dotresize_fx.expert_statistics import experts_error, refit_experts
-from dotresize_fx.fx_form.execution import Environment, Execution
+from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
+from dotresize_fx.graph import Op
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import PULL, refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
 from dotresize_fx.repair import Sublayer, repair
+from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import Solver
+from dotresize_fx.stream_readers import StreamReaders
 
 # One batch in this many is kept out of the solve and measures the region's error.
 HELD_OUT_EVERY = 8
@@ -54,20 +59,6 @@ class SweptRegion:
 
 
 @dataclass
-class _Stream:
-    """One model's activations: an environment per batch, run up to ``position``."""
-
-    execution: Execution
-    environments: list[Environment]
-    position: int = 0
-
-    def advance(self, stop: int) -> None:
-        for environment in self.environments:
-            self.execution.run(environment, self.position, stop)
-        self.position = stop
-
-
-@dataclass
 class _Gathered:
     """A region's sums on the slim prefix: solved with, and held out; and per batch what its reader should put out
     (``wanted``) and does (``own``), (batch, length, width) or joined.
@@ -83,7 +74,8 @@ class _Gathered:
 class Sweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
-    ``basis`` (d, k) takes the dense stream into the slim one's coordinates where the stream itself was cut.
+    ``stream`` tells, where the stream itself was cut, how the dense one is seen in the slim one's coordinates. Then
+    what reads it behind norms is refitted too, and repair refines all linears of a sublayer.
     ``repair_steps``: how long each cut sublayer's weights are refined, 0 for not at all, at ``repair_rate``, see
     :func:`dotresize_fx.repair.repair`. ``pull``: how strongly readers are held to what they make of the slim
     activations themselves, see :func:`dotresize_fx.least_squares.refit_reader`.
@@ -97,20 +89,21 @@ class Sweep:
         apply: Callable[[Region, RegionMap], None],
         *,
         refit: bool = True,
-        basis: torch.Tensor | None = None,
+        stream: SlimStream | None = None,
         repair_steps: int = 0,
         repair_rate: float | None = None,
         pull: float = PULL,
         seed: int = 0,
     ) -> None:
         self.slim_graph = slim
-        self.apply, self.refit, self.basis = apply, refit, basis
+        self.apply, self.refit, self.stream = apply, refit, stream
         self.repair_steps, self.repair_rate, self.pull, self.seed = repair_steps, repair_rate, pull, seed
         self.masks = [padding_mask(batch) for batch in batches]
-        self.dense = _Stream(execution := Execution(dense), [execution.start(batch) for batch in batches])
-        self.slim = _Stream(execution := Execution(slim), [execution.start(batch) for batch in batches])
+        self.dense = ActivationStream(execution := Execution(dense), [execution.start(batch) for batch in batches])
+        self.slim = ActivationStream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.
         self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
+        self.readers = StreamReaders(stream, self.slim, self.dense, self.masks, self.measuring, pull=pull, refit=refit)
 
     def slim_sublayer(
         self, cuts: Sequence[tuple[Region, int]], solvers: Callable[[Region], Solvers]
@@ -120,8 +113,11 @@ class Sweep:
         Sublayers come in graph order. A region that keeps its width is only refitted.
         """
         target = cuts[0][0].target
-        self.slim.advance(min(self._start(region) for region, _ in cuts))
-        goals = self._dense_goals(target)
+        stop = self._slim_index(target)
+        entries = self.readers.entries(stop)
+        self.slim.advance(min([*self.readers.positions(stop), *(self._start(region) for region, _ in cuts)]))
+        goals, seen = self._dense_goals(target, entries)
+        self.readers.refit(entries, seen)
         swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
         if self.repair_steps:
             notes = self._repair(target, [region for region, _ in cuts], goals)
@@ -138,17 +134,34 @@ class Sweep:
     def _slim_index(self, name: str) -> int:
         return self.slim.execution.index[self.slim_graph.node(name)]
 
-    def _dense_goals(self, target: str) -> list[torch.Tensor]:
-        """Per batch, the dense model's stream behind the sublayer, in the slim stream's coordinates."""
+    def _dense_goals(
+        self, target: str, entries: Sequence[Entry]
+    ) -> tuple[list[torch.Tensor], dict[torch.fx.Node, list[torch.Tensor]]]:
+        """Per batch, the dense model's stream behind the sublayer, in the slim stream's coordinates; and by node what
+        stands for what the entries read.
+        """
         execution = self.dense.execution
         node = execution.graph.node(target)
         stop = execution.index[node] + 1
-        goals = []
+        goals: list[torch.Tensor] = []
+        seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
         for environment in self.dense.environments:
-            value = execution.run(environment, self.dense.position, stop, keep=[node])[node]
-            goals.append(value if self.basis is None else value @ self.basis.to(value.dtype))
+            values = execution.run(environment, self.dense.position, stop, keep=[node, *seen])
+            goals.append(values[node] if self.stream is None else self.stream.project(target, values[node]))
+            for other, kept in seen.items():
+                kept.append(values[other])
         self.dense.position = stop
-        return goals
+        return goals, seen
+
+    def finish(self) -> dict[str, float | str]:
+        """Refit what reads a cut stream behind the last sublayer; repair the matrix in front of a tied head, if repair
+        is asked for, and return notes on that.
+        """
+        entrance = self.readers.refit_last()
+        if entrance is None or not self.repair_steps:
+            return {}
+        notes = self._refine(entrance, [self.slim_graph.op(entrance.target.name)])
+        return {f"{name} of the head": value for name, value in notes.items()}
 
     # -- one region --------------------------------------------------------------------------------
 
@@ -156,6 +169,8 @@ class Sweep:
         inputs = RegionInputs(self.slim_graph, region)
         if region.kind is RegionKind.EXPERTS:
             return self._slim_experts(inputs, width, solvers)
+        if width == region.width and not self.refit:
+            return SweptRegion(region, width, "kept", None)
         gathered = self._gather(inputs, goals)
         found: list[tuple[str, RegionMap, float | None]] = []
         if width == region.width and inputs.reader is not None:
@@ -288,16 +303,25 @@ class Sweep:
     # -- repair ------------------------------------------------------------------------------------
 
     def _repair(self, target: str, regions: Sequence[Region], goals: list[torch.Tensor]) -> dict[str, float | str]:
-        """Refine writers and readers of the cut regions; returns the held-out loss before and after."""
+        """Refine writers and readers of the cut regions, behind a cut stream all linears that no other place shares;
+        returns the held-out loss before and after.
+        """
         graph, stream = self.slim_graph, self.slim
-        ops = [graph.op(name) for region in regions for name in (*region.writers, *region.readers)]
+        if self.stream is None:
+            ops = [graph.op(name) for region in regions for name in (*region.writers, *region.readers)]
+        else:
+            inside = {node.name for node in stream.execution.nodes[stream.position : self._slim_index(target) + 1]}
+            ops = [op for op in graph.ops if op.name in inside and op.is_linear and _alone(graph, op)]
+        piece = Sublayer(stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks)
+        return self._refine(piece, ops)
+
+    def _refine(self, piece: Sublayer, ops: Sequence[Op]) -> dict[str, float | str]:
+        """Repair weights and biases of these ops in place."""
+        graph = self.slim_graph
         owned = {value: op for op in ops for value in (op.weight, op.bias) if value is not None}
-        sublayer = Sublayer(
-            stream.execution, stream.environments, stream.position, graph.node(target), goals, self.masks
-        )
         nodes = {graph.node(value.name): (value, op) for value, op in owned.items()}
         repaired = repair(
-            sublayer,
+            piece,
             list(nodes),
             sorted(self.measuring),
             steps=self.repair_steps,
@@ -313,6 +337,10 @@ class Sweep:
                 graph.set_bias(op, weight)
         notes: dict[str, float | str] = {"loss before repair": repaired.before, "loss after repair": repaired.after}
         return notes | ({"repair": repaired.note} if repaired.note else {})
+
+
+def _alone(graph: FxGraph, op: Op) -> bool:
+    return op.weight is not None and len(graph.users(op.weight)) == 1
 
 
 def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:

@@ -213,7 +213,9 @@ def _region_rows(result: SlimResult) -> tuple[RegionRow, ...]:
     swept = {entry.region.name: entry for entry in result.swept}
     names = {row.op: row.parameter.removesuffix(".weight") for row in result.matches.linears}
     rows = []
-    for region in result.matches.regions:
+    known = {region.name for region in result.matches.regions}
+    parted = [entry.region for entry in result.swept if entry.region.name not in known]  # a post-norm stream
+    for region in (*result.matches.regions, *parted):
         entry = swept.get(region.name)
         rows.append(
             RegionRow(

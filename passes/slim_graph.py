@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,14 +14,16 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone, sublayers
-from dotresize_fx.passes.cut_stream import apply_map, cut_stream
+from dotresize_fx.passes.cut_stream import apply_map, cut_stream, cuttable_streams
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan, follow_plan
+from dotresize_fx.passes.insert_adapters import InsertPostNormAdapters, post_norms
 from dotresize_fx.passes.plan_widths import plan_widths
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
+from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.width_plan import WidthPlan
@@ -48,11 +50,14 @@ def slim_graph(
     task: str = "decoder",
     plan: WidthPlan | None = None,
     curves: Mapping[str, torch.Tensor] | None = None,
+    refit: bool | None = None,
 ) -> Slimmed:
     """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
 
     ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
     several ratios.
+
+    ``refit``: whether readers are refitted; None says so of every method but the baseline ``magnitude``.
 
     The stream is cut first, if asked, then the rest, so that it repairs what the stream lost.
 
@@ -64,28 +69,33 @@ def slim_graph(
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if plan is not None:
+        matches = _with_parted_stream(slimmed, matches, options, "residual stream" in plan.widths)
         check_plan(plan, matches, options.method)
+    else:
+        matches = _with_parted_stream(slimmed, matches, options, RegionKind.RESIDUAL in options.kinds)
+    refit = options.method != "magnitude" if refit is None else refit
     cost = CostModel(options.cost or "weights", _length(batches))
     total = cost.total(dense)
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
-    basis = None
+    stream: SlimStream | None = None
     widths: dict[str, int] = {}
     kinds = options.kinds
     streams = [region.name for region in matches.of_kind(RegionKind.RESIDUAL)]
     asked = next((plan.widths[name] for name in streams if name in plan.widths), None) if plan else None
     if asked is not None if plan else RegionKind.RESIDUAL in kinds:
         share = (options.ratio or 0) / (1 if len(kinds) == 1 else 2)
-        cut, basis, notes = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked)
-        swept.append(cut)
-        widths[cut.region.name] = cut.width
+        cut = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked)
+        stream, notes = cut.stream, cut.notes
+        swept.append(cut.swept)
+        widths[cut.swept.region.name] = cut.swept.width
     rest = tuple(kind for kind in kinds if kind is not RegionKind.RESIDUAL)
     found = find_regions(slimmed).regions
     if rest or plan:
         regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
         notes += beside + _too_few_tokens(regions, batches)
     else:
-        regions = _refitted_alone(slimmed, found, options.method)
+        regions = _refitted_alone(slimmed, found) if refit or options.effort != "fast" else []
     if plan is not None:
         # What it does not name was not planned, and is not refitted either: a run's plan gives that run again.
         regions = [region for region in regions if region.name in plan.widths]
@@ -99,7 +109,7 @@ def slim_graph(
     planned = regions if rest or plan else []
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
-        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, basis, task)
+        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task, refit)
     slimmed.refresh_shapes()
     if plan is None and cost.kind != "weights":
         notes += (f"the ratio is of the {cost.name}: {1 - cost.total(slimmed) / total:.1%} of them went",)
@@ -115,16 +125,17 @@ def _sweep(
     options: Options,
     progress: Progress,
     work: Path | None,
-    basis: torch.Tensor | None,
+    stream: SlimStream | None,
     task: str,
+    refit: bool,
 ) -> list[SweptRegion]:
     sweep = Sweep(
         dense,
         slimmed,
         batches,
         lambda region, found: apply_map(slimmed, region, found, options.check),
-        refit=options.method != "magnitude",
-        basis=basis,
+        refit=refit,
+        stream=stream,
         repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
         repair_rate=ENCODER_LEARNING_RATE if task == "encoder" else None,
         pull=ENCODER_PULL if task == "encoder" else PULL,
@@ -134,12 +145,15 @@ def _sweep(
     with progress.stage("sweep", len(regions)) as step:
         for together in sublayers(regions):
             cuts = [(region, plan.widths[region.name]) for region in together]
-            if chosen := _cut_or_refitted(cuts, stream_cut=basis is not None):
+            if chosen := _cut_or_refitted(cuts, stream_cut=stream is not None):
                 swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
                 for region, _ in chosen:
                     _write_block(slimmed, region, work)
             for _ in together:
                 step()
+    behind = sweep.finish()
+    if swept and behind:
+        swept[-1] = replace(swept[-1], notes={**swept[-1].notes, **behind})
     return swept
 
 
@@ -155,10 +169,16 @@ def _cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) ->
     return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
-def _refitted_alone(graph: FxGraph, found: Sequence[Region], method: str) -> list[Region]:
+def _with_parted_stream(graph: FxGraph, matches: MatchReport, options: Options, asked: bool) -> MatchReport:
+    """Where a post-norm stream is to be cut, one basis a sublayer, it is parted first: its regions are found then."""
+    if not asked or options.basis != "sublayer" or cuttable_streams(graph, matches) or not post_norms(graph):
+        return matches
+    InsertPostNormAdapters()(graph, check=options.check)
+    return find_regions(graph)
+
+
+def _refitted_alone(graph: FxGraph, found: Sequence[Region]) -> list[Region]:
     """Where the stream alone is cut: regions that keep their widths and have readers to refit."""
-    if method == "magnitude":
-        return []
     try:
         return choose_regions(graph, found, (RegionKind.VALUE, RegionKind.FFN))[0]
     except NothingToSlimError:

@@ -38,6 +38,7 @@ def test_the_defaults_are_allowed() -> None:
     options = Options()
     assert (options.ratio, options.regions, options.method, options.seed) == (0.2, (), "auto", 0)
     assert (options.effort, options.allocation, options.plan) == ("fast", "measured", None)
+    assert options.basis == "shared"
     assert (options.cost, options.head_sizes, options.multiple) == ("weights", "free", None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.ratio = 0.5  # type: ignore[misc]
@@ -114,6 +115,7 @@ def test_costs_and_head_sizes() -> None:
     assert [Options(cost=cost).cost for cost in COSTS] == ["weights", "macs"]
     assert [Options(head_sizes=sizes).head_sizes for sizes in HEAD_SIZES] == ["free", "equal"]
     assert refusal(cost="watts") == "--cost watts: choose one of macs, weights"
+    assert refusal(basis="each") == "--basis each: choose one of shared, sublayer"
     assert refusal(head_sizes="odd") == "--head-sizes odd: choose one of equal, free"
 
 

@@ -51,7 +51,7 @@ def test_the_gram_matrix_is_that_of_the_normalised_stream(tiny_graph: Any, tiny_
     """Over every norm and every real token; GPT-2's layer norms count as RMS norms of the centred stream."""
     model, graph = tiny_graph(kind)
     batches = [tiny_batch(2, 12, 5, seed=0), tiny_batch(3, 9, seed=1)]
-    statistics = stream_statistics(graph, opened(graph), batches)
+    (statistics,) = stream_statistics(graph, [opened(graph)], batches)
     rows = watched(model, batches)
     assert statistics.tokens == len(rows) == 5 * (24 - 5 + 27)
     # The program sums float32 products.
@@ -63,7 +63,7 @@ def test_the_gram_matrix_is_that_of_the_normalised_stream(tiny_graph: Any, tiny_
 def test_samples_are_real_rows(tiny_graph: Any, tiny_batch: Any) -> None:
     model, graph = tiny_graph("llama")
     batches = [tiny_batch(2, 12, 5)]
-    samples = stream_statistics(graph, opened(graph), batches).samples
+    samples = stream_statistics(graph, [opened(graph)], batches)[0].samples
     assert samples is not None
     assert samples.dtype == torch.float64
     rows = watched(model, batches)
@@ -74,7 +74,7 @@ def test_samples_are_real_rows(tiny_graph: Any, tiny_batch: Any) -> None:
 def test_many_tokens_are_sampled(tiny_graph: Any, tiny_batch: Callable[..., Batch]) -> None:
     _, graph = tiny_graph("llama")
     batches = [tiny_batch(16, 64, seed=seed) for seed in range(2)]
-    statistics = stream_statistics(graph, opened(graph), batches)
+    (statistics,) = stream_statistics(graph, [opened(graph)], batches)
     assert statistics.tokens == 5 * 2 * 16 * 64
     assert statistics.samples is not None
     assert SAMPLES / 2 < len(statistics.samples) <= SAMPLES
@@ -88,7 +88,7 @@ def test_samples_are_not_all_first_tokens(tiny_graph: Any, tiny_batch: Any, monk
     for batch in batches:
         batch["input_ids"][:, 0] = 5
     monkeypatch.setattr("dotresize_fx.stream.SAMPLES", len(region.norms) * len(batches))
-    samples = stream_statistics(graph, region, batches).samples
+    samples = stream_statistics(graph, [region], batches)[0].samples
     assert samples is not None
     first_norm = samples[:: len(region.norms)]
     assert len(first_norm) == len(batches)
@@ -98,5 +98,5 @@ def test_samples_are_not_all_first_tokens(tiny_graph: Any, tiny_batch: Any, monk
 def test_every_batch_is_told(tiny_graph: Any, tiny_batch: Any) -> None:
     _, graph = tiny_graph("llama")
     told: list[int] = []
-    stream_statistics(graph, opened(graph), [tiny_batch(1, 8, seed=i) for i in range(3)], lambda: told.append(1))
+    stream_statistics(graph, [opened(graph)], [tiny_batch(1, 8, seed=i) for i in range(3)], lambda: told.append(1))
     assert len(told) == 3

@@ -162,6 +162,8 @@ class FxEdits(FxReading):
         new.meta["val"] = node.meta["val"].new_empty((*node.meta["val"].shape[:-1], weight.shape[0]))
         for reader in readers:
             reader.replace_input_with(node, new)
+            if reader.op == "output":
+                self._rename_output(node.name, new.name)
         self._shapes_stale = True
         self.changed()
         return self.op(new.name)

@@ -34,9 +34,9 @@ def test_all_rows_and_the_published_settings_are_the_default(script: Script) -> 
 
 def test_other_scripts_take_their_arguments(script: Script) -> None:
     assert script("sensitivity").parse(["--text-dir", "x", "--layers", "0", "2"]).layers == [0, 2]
-    assert script("methods").parse(["--text-dir", "x"]).cut == ["residual:0.1"]
+    assert script("methods").parse(["--text-dir", "x"]).bases == ["shared", "sublayer"]
     with pytest.raises(SystemExit):
-        script("methods").parse(["--text-dir", "x", "--cut", "ffn:0.2"])
+        script("methods").parse(["--text-dir", "x", "--methods", "obs"])
 
 
 def test_the_last_fifth_of_a_source_is_measured(script: Script, text_dir: Path) -> None:
@@ -105,5 +105,13 @@ def test_the_other_scripts_run(
     model = save_tiny_model(tmp_path / "model", num_hidden_layers=2)
     given = f"--model {model} --text-dir {text_dir} --length 16 --calibration-tokens 192 --tokens-per-text 32"
     given += " --device cpu"
-    assert "| residual:0.3 | pca |" in start("methods", f"{given} --cut residual:0.3")
+    file = tmp_path / "methods.jsonl"
+    cut = f"--width 24 --methods pca --efforts published fast --json {file}"
+    assert "| 24 | pca | sublayer | fast |" in start("methods", f"{given} {cut}")
+    rows = [json.loads(text) for text in file.read_text().splitlines()][1:]
+    assert [(row["basis"], row["effort"]) for row in rows] == [
+        (basis, effort) for effort in ("published", "fast") for basis in ("shared", "sublayer")
+    ]
+    assert rows[0]["parameters"] < rows[1]["parameters"]
+    assert [len(row["regions"]) for row in rows] == [1, 1, 5, 5]
     assert "| all | 3 |" in start("sensitivity", f"{given} --layers 0 --solve-tokens 96")

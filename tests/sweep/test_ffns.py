@@ -18,6 +18,7 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.region_map import RegionMap, random_rotation
 from dotresize_fx.regions import Region
+from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import SOLVERS
 from dotresize_fx.sweep import Solvers, Sweep, SweptRegion
 
@@ -241,7 +242,7 @@ def test_targets_follow_a_stream_in_another_basis(dense: FxGraph, batches: list[
     def relative(graph: FxGraph) -> float:
         return float((Execution(graph).outputs(unseen)[0] - expected).norm() / expected.norm())
 
-    turned = sweep(dense, batches, "magnitude", WIDTH, slim=slim.copy(), basis=turn)
+    turned = sweep(dense, batches, "magnitude", WIDTH, slim=slim.copy(), stream=SlimStream.of([(stream, turn)]))
     assert relative(turned.slim) <= RIDGE
     forgotten = sweep(dense, batches, "magnitude", WIDTH, slim=slim.copy())
     assert relative(forgotten.slim) > 0.1

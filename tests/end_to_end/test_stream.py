@@ -1,0 +1,33 @@
+"""The residual stream cut in one basis a sublayer, to a verified ONNX: a tied decoder and a post-norm encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_basis_a_sublayer(
+    tmp_path: Path, save_tiny_model: Callable[..., Path], few_tokens: list[str], here: Callable[..., Any], kind: str
+) -> None:
+    model, out = save_tiny_model(tmp_path / "model", kind, num_hidden_layers=2), tmp_path / "out"
+    command = ["export", model, out, "--ratio", 0.1, "--regions", "residual", "--multiple", 2, *few_tokens]
+    if kind == "bert":
+        refused = here(*command)
+        assert refused.code == 6
+        assert "use --basis sublayer or --regions ffn" in refused.stderr
+    done = here(*command, "--basis", "sublayer", "--check")
+    assert done.code == 0, done.stderr
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["summary"]["verified"] is True
+    assert any(note.startswith("5 bases, one a sublayer, and ") for note in report["notes"])
+    (row,) = (row for row in report["regions"] if row["kind"] == "residual")
+    assert (row["width_before"], row["method"]) == (32, "read-basis")
+    assert row["width_after"] < 32
+    again = tmp_path / "again"
+    assert here("export", model, again, "--plan", out / "plan.json", "--basis", "sublayer", *few_tokens).code == 0
+    assert (again / "model.onnx.data").read_bytes() == (out / "model.onnx.data").read_bytes()
