@@ -138,7 +138,15 @@ def main() -> None:
     for width, effort, basis, method in itertools.product(
         rows.widths, arguments.efforts, arguments.bases, arguments.methods
     ):
-        row = rows.measure(width, method, basis, effort)
+        try:
+            row = rows.measure(width, method, basis, effort)
+        except Exception as error:  # a width that cannot go, or no memory: the other rows still count
+            line([str(width), method, basis, effort, f"failed: {type(error).__name__}: {error}"])
+            append(
+                arguments.json, {"kind": "failed", "width": width, "method": method, "basis": basis, "effort": effort}
+            )
+            free_memory(setup.device)
+            continue
         append(arguments.json, {"kind": "row", **row})
         cells = [str(width), method, basis, effort, f"**{row['same_source']:.3f}**", f"{row['other_source']:.3f}"]
         cells += [f"{row['agreement']:.1%}", f"{row['weights_off']:.2%}"]

@@ -59,6 +59,19 @@ def test_an_effort_does_what_the_lesser_one_does_and_more(
     assert all(tensor.isfinite().all() for tensor in result.slim.program.state_dict.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("basis", ["shared", "sublayer"])
+@pytest.mark.parametrize("method", ["auto", "pca", "dotresize", "magnitude"])
+def test_a_stream_is_cut_and_repaired_on_a_gpu(
+    tmp_path: Path, save_tiny_model: SaveModel, basis: str, method: str
+) -> None:
+    options: dict[str, Any] = {**FEW, "device": "cuda", "regions": ("residual",), "basis": basis, "method": method}
+    result = slim(save_tiny_model(tmp_path), 0.2, effort="best", repair_steps=10, **options)
+    assert any("loss after repair" in entry.notes for entry in result.swept)
+    assert not [note for entry in result.swept for note in entry.notes.values() if "recorded" in str(note)]
+    assert all(tensor.isfinite().all() for tensor in result.slim.program.state_dict.values())
+
+
 def test_a_plan_is_followed_instead_of_a_ratio(tmp_path: Path, save_tiny_model: SaveModel) -> None:
     model = save_tiny_model(tmp_path / "model")
     file = tmp_path / "plan.json"
