@@ -52,7 +52,7 @@ class _Search:
             try:
                 closed = close_dimension(self.graph, start)
             except Escape as escape:
-                self._escaped(start, escape)
+                self.found.update(dict.fromkeys((start, *escape.values), escape.reason))
                 permuted += [start] if escape.permutes else []
                 continue
             promise(self._is_new(closed), "regions overlap")
@@ -73,9 +73,10 @@ class _Search:
         return regions
 
     def _escaped(self, start: Value, escape: Escape) -> None:
+        """That permutations do not pass either is said behind why nothing else does."""
         for value in (start, *escape.values):
             before = self.found.get(value, "")
-            if isinstance(before, str):
+            if isinstance(before, str) and escape.reason not in before:
                 self.found[value] = f"{before}, and {escape.reason}" if before else escape.reason
 
     def _is_new(self, closed: ClosedDimension) -> bool:

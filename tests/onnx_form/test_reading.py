@@ -86,9 +86,9 @@ def test_a_parameter_that_is_combined_with_a_width_is_permuted_with_it(
     }}"""
     shapes = {"up.weight": (INNER, WIDTH), "down.weight": (WIDTH, INNER), "table": shape}
     weights = {name: torch.rand(size) for name, size in shapes.items()}
-    expected = run(onnx_graph(text, weights), x=(x := torch.randn(3, WIDTH)))
+    expected = run(onnx_graph(text, weights, ("table",)), x=(x := torch.randn(3, WIDTH)))
     for draw in (random_admissible_map, random_wrong_map):
-        graph = onnx_graph(text, weights)
+        graph = onnx_graph(text, weights, ("table",))
         assert map_regions(graph, ("ffn",), draw) == 1
         error = difference(run(graph, x=x), expected)
         assert error >= BROKEN if draw is random_wrong_map else error <= BOUND
