@@ -282,6 +282,13 @@ class Graph(ABC):
         """
         return []
 
+    def distribute_slices(self) -> list[str]:
+        """Where slices of the last axis, or a split, alone read a sum with a linear's result, sum slices instead.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
     def fold_constants(self, largest: int) -> list[str]:
         """Store what ops compute from parameters alone as parameters: vectors of at most so many numbers.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dotresize_fx.graph import Graph
+from dotresize_fx.passes.distribute_slices import DistributeSlices
 from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.fold_channel_scales import FoldChannelScales
 from dotresize_fx.passes.fold_constants import FoldConstants
@@ -20,6 +21,7 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
         FoldConstants(),
         RecogniseLinears(),
         FoldChannelScales(),
+        DistributeSlices(),
         SplitPackedLinears(),
         SplitPackedHeads(),
         RecogniseNorms(),

@@ -216,6 +216,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.sum.dim_IntList and not _sums_last(node):
         return Kind.KEEP, {"no_op": False, "moves_rows": True, "sums_rows": True}
+    if target is aten.linalg_vector_norm.default and len(args) > 2 and not _sums_last(node, 2):
+        return Kind.POINTWISE, {"function": "vector_norm", "number": None}
     if target is aten.mean.dim and not _sums_last(node):
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target in JOINS and _joins_others(node):
@@ -284,9 +286,9 @@ def _rank(node: torch.fx.Node) -> int:
     return len(source.meta["val"].shape) if isinstance(source, torch.fx.Node) else 0
 
 
-def _sums_last(node: torch.fx.Node) -> bool:
-    """Whether a sum is over the last axis, or over all."""
-    axes: Any = node.args[1]
+def _sums_last(node: torch.fx.Node, position: int = 1) -> bool:
+    """Whether a sum over the axes that this argument names is over the last one, or over all."""
+    axes: Any = node.args[position]
     return not axes or _rank(node) - 1 in {axis % _rank(node) for axis in axes}
 
 
