@@ -282,6 +282,13 @@ class Graph(ABC):
         """
         return []
 
+    def recognise_patches(self) -> list[str]:
+        """Let a linear of each patch stand for a convolution that cuts an image into patches, its channels put last.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
     def distribute_slices(self) -> list[str]:
         """Where slices of the last axis, or a split, alone read a sum with a linear's result, sum slices instead.
 

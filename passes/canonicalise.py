@@ -10,6 +10,7 @@ from dotresize_fx.passes.fold_constants import FoldConstants
 from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
+from dotresize_fx.passes.recognise_patches import RecognisePatches
 from dotresize_fx.passes.split_packed_heads import SplitPackedHeads
 from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
@@ -20,6 +21,7 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
         DropNoOps(),
         FoldConstants(),
         RecogniseLinears(),
+        RecognisePatches(),
         FoldChannelScales(),
         DistributeSlices(),
         SplitPackedLinears(),

@@ -33,7 +33,8 @@ def find_regions(graph: Graph) -> MatchReport:
     unique = _with_unique_names(ordered)
     renamed = dict(zip(ordered, unique, strict=True))
     linears = [_linear_match(graph, op, found, renamed, heads) for op in graph.ops if op.is_linear]
-    return MatchReport(tuple(unique), (*linears, *_not_understood(graph)), heads.refused)
+    tables = {name for region in unique for name in region.tables}
+    return MatchReport(tuple(unique), (*linears, *_not_understood(graph, tables)), heads.refused)
 
 
 class _Search:
@@ -211,13 +212,17 @@ def _reached(graph: Graph, value: Value) -> set[str]:
     return reached
 
 
-def _not_understood(graph: Graph) -> Iterable[LinearMatch]:
-    """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over."""
+def _not_understood(graph: Graph, tables: set[str]) -> Iterable[LinearMatch]:
+    """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over.
+
+    ``tables`` are parameters of regions.
+    """
     for op in graph.ops:
         if op.is_linear or op.kind is Kind.EMBEDDING:
             continue
         for value in op.inputs:
-            if value.is_parameter and len(value.shape) > 1 and not graph.is_buffer(value):
+            unknown = value.is_parameter and value.name not in tables and not graph.is_buffer(value)
+            if unknown and len(value.shape) > 1:
                 reason = f"{op.spelling or op.kind} with a weight is not understood as a linear"
                 rows, columns = graph.parameter(value).shape[:2]
                 yield LinearMatch(op.name, graph.parameter_name(value), (rows, columns), None, None, reason, reason)

@@ -36,6 +36,7 @@ MATCHED: dict[str, dict[str, int]] = {
     "causal:gpt_neo": FFN | VALUE | STREAM,  # attention spelled op by op
     "causal:gpt_neox": FFN | VALUE | KV_HEADS | STREAM,  # packed head by head, partial rotary embedding
     "causal:musicgen": FFN | HEADS | STREAM,  # positions taken from a table without an embedding
+    "causal:gpt_oss": EXPERTS | STREAM,  # experts with biases, gate and up by turns
     "causal:llama": FFN | HEADS | STREAM,
     "causal:mixtral": EXPERTS | HEADS | STREAM,
     "causal:opt": FFN | HEADS | STREAM,
@@ -47,7 +48,7 @@ MATCHED: dict[str, dict[str, int]] = {
     "masked:distilbert": FFN | HEADS | STREAM,
     "image:convnext": FFN,
     "image:dinov2": FFN | HEADS,
-    "image:vit": FFN | HEADS,
+    "image:vit": FFN | HEADS | STREAM,  # patches, class token and positions write it
 }
 RUN = ("causal:deepseek_v3", "causal:mixtral", "image:vit")
 
