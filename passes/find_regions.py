@@ -154,9 +154,10 @@ def _region(graph: Graph, closed: ClosedDimension, limit: str = "") -> Region:
 
 
 def _is_stream(closed: ClosedDimension) -> bool:
-    """Whether blocks add to it: two of its values are summed."""
+    """Whether blocks read it and add to it: two of its values are summed, which not one linear wrote."""
     sums = (op for op in closed.crossed if op.kind is Kind.ADD)
-    return any(sum(value in closed.values for value in op.inputs) > 1 for op in sums)
+    summed = any(sum(value in closed.values for value in op.inputs) > 1 for op in sums)
+    return summed and len(closed.writers) > 1 and len(closed.readers) > 1
 
 
 def _of_experts(graph: Graph, op: Op, experts: set[int]) -> bool:

@@ -127,6 +127,24 @@ def test_an_ffn_with_a_norm_inside_is_not_cut(trace: Any) -> None:
     assert "mean square would change" in why_not_cut(graph, ffn)
 
 
+def test_a_response_norm_inside_an_ffn_is_no_stream(trace: Any, run: Any, difference: Any) -> None:
+    """ConvNeXt V2: its norm is over the other axes, its mean over the width, and it adds what it read."""
+
+    def response(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(m.first(x))
+        size = torch.linalg.vector_norm(h, 2, (0,), True)
+        return m.head(m.gain * (h * (size / (size.mean(-1, keepdim=True) + 1e-6))) + m.table[:1] + h)
+
+    (ffn,) = find_regions(graph_of(trace, response)).of_kind("ffn", "residual")
+    assert ffn.kind == "ffn"
+    expected = run(graph_of(trace, response), x=IDS)
+    for draw, good in ((random_admissible_map, True), (random_wrong_map, False)):
+        graph = graph_of(trace, response)
+        map_regions(graph, ("ffn",), draw)
+        found = difference(run(graph, x=IDS), expected)
+        assert found <= BOUND if good else found >= BROKEN
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
