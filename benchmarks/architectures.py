@@ -141,6 +141,7 @@ class Examination:
         self.matches: MatchReport = find_regions(self.dense)
         regions = self.matches.regions
         self.row["regions"] = dict(Counter(str(region.kind) for region in regions))
+        self.row["limits"] = [region.limit for region in self.matches.of_kind(RegionKind.RESIDUAL) if region.limit]
         ends: set[str] = set()
         for region in self.matches.of_kind(RegionKind.FFN, RegionKind.EXPERTS):
             ops = [self.dense.op(name) for name in (*region.writers, *region.readers)]

@@ -68,9 +68,10 @@ class Op:
     ``fill`` (``number``), ``size`` (one axis' size), ``strided`` (from ``start`` each ``step``-th along ``axis``) or
     ``shaped like`` (reads nothing but shape and dtype). Axes count from 0. An EXPERTS op's weight is (experts, out,
     in); its inputs are the rows, ordered by expert, and where each expert's rows end, ``rows_per_token`` how many a
-    token has. An ATTENTION op has ``scale`` (None: one over the root of the head size) and ``grouped`` (it shares KV
-    heads among query heads by itself); its inputs begin with query, key and value. One that ``mixes`` is spelled op by
-    op: the product of weights and values, its inputs.
+    token has. A KEEP op that ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale``
+    (None: one over the root of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its
+    inputs begin with query, key and value. One that ``mixes`` is spelled op by op: the product of weights and values,
+    its inputs.
     """
 
     name: str
@@ -198,6 +199,10 @@ class Graph(ABC):
         """Give the op another bias, or none; forked like a weight."""
 
     @abstractmethod
+    def set_parameter(self, value: Value, tensor: torch.Tensor) -> None:
+        """Give a parameter that no op owns by its kind alone another tensor for all that read it, as it is stored."""
+
+    @abstractmethod
     def resize_norm(self, op: Op, width: int, epsilon: float) -> None:
         """Let a norm without gain and bias act on another width, with another epsilon."""
 
@@ -274,6 +279,20 @@ class Graph(ABC):
         """Let ops that write into their input compute a new value instead, where nothing else sees what they write to.
 
         Returns what was changed; a form that has no such ops returns nothing.
+        """
+        return []
+
+    def recognise_patches(self) -> list[str]:
+        """Let a linear of each patch stand for a convolution that cuts an image into patches, its channels put last.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
+    def distribute_slices(self) -> list[str]:
+        """Where slices of the last axis, or a split, alone read a sum with a linear's result, sum slices instead.
+
+        Returns what was changed; a form that cannot do it returns none.
         """
         return []
 

@@ -43,7 +43,9 @@ class Region:
     ``linear_branch`` are the writers of a gate product's linear branch: any non-zero scale passes there.
     ``positive_scale`` says that the nonlinearity is ReLU, through which positive scales pass.
     ``target`` is the value that the sublayer's readers finally add up to (the residual stream after the sublayer),
-    or the reader's own output where nothing is added. ``crossed`` are the names of the ops between.
+    or the reader's own output where nothing is added. ``crossed`` are the names of the ops between, ``tables`` those of
+    parameters (..., width) that they read as they are; where norms keep their gains (PERMUTATION) these are among them.
+    ``limit`` is why permutations alone pass where norms or sums let one expect more.
 
     Regions of an attention (``ATTENTION_KINDS``) have the rest. ``width`` is the size of one head, for HEADS the
     number of KV heads. ``heads`` is the number of KV heads; of EXPERTS that of experts, each with a basis of its own.
@@ -65,6 +67,8 @@ class Region:
     positive_scale: bool = False
     target: str = ""
     crossed: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    limit: str = ""
     heads: int = 1
     attention: str = ""
     attention_reader: str = ""

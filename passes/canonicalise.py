@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dotresize_fx.graph import Graph
+from dotresize_fx.passes.distribute_slices import DistributeSlices
 from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.fold_channel_scales import FoldChannelScales
 from dotresize_fx.passes.fold_constants import FoldConstants
 from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
+from dotresize_fx.passes.recognise_patches import RecognisePatches
 from dotresize_fx.passes.split_packed_heads import SplitPackedHeads
 from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
@@ -19,7 +21,9 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
         DropNoOps(),
         FoldConstants(),
         RecogniseLinears(),
+        RecognisePatches(),
         FoldChannelScales(),
+        DistributeSlices(),
         SplitPackedLinears(),
         SplitPackedHeads(),
         RecogniseNorms(),

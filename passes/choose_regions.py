@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dotresize_fx.cost import block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind
+from dotresize_fx.passes.centre_layer_norms import why_not_centred
 from dotresize_fx.passes.close_dimension import NORMS, is_entry_norm
-from dotresize_fx.passes.fold_norm_gains import between
-from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, counted
+from dotresize_fx.passes.fold_norm_gains import why_no_bias_folds
+from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry, counted
 
 # What the sweep takes, in its order within a sublayer. Scores first: what the values' reader is refitted to then
 # comes of the cut scores.
@@ -68,9 +69,17 @@ def why_not_cut(graph: Graph, region: Region) -> str:
     """Why a matched region is left alone all the same; empty when it can be cut."""
     if region.kind is RegionKind.PLAIN:
         return "nothing but linear ops between: cutting its rank is not supported yet"
+    if region.kind is RegionKind.RESIDUAL and region.symmetry is Symmetry.PERMUTATION:
+        return f"{region.limit}: leaving channels out is not supported there yet"
     if region.kind is RegionKind.RESIDUAL:
         return _why_not_opened(graph, region)
+    if region.norms:
+        return "a norm acts on it, whose mean square would change"
+    if region.tables:
+        return "a parameter is combined with it directly, which is not supported yet"
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
+    if region.kind is RegionKind.EXPERTS and any(op.kind is Kind.EMBEDDING for op in ops):
+        return "its experts have biases of their own, which is not supported yet"
     if any(len(graph.users(op.weight)) > 1 for op in ops if op.weight is not None):
         return "its weights are shared by several layers, which is not supported yet"
     blocks = {op.name for op in block_linears(graph)}
@@ -93,29 +102,10 @@ def _why_no_head_goes(graph: Graph, region: Region) -> str:
     return ""
 
 
-def _why_no_bias_folds(graph: Graph, region: Region) -> str:
-    """Why a norm's bias cannot be folded into what reads it; empty where none has one or it can."""
-    for norm in (graph.op(name) for name in region.norms):
-        behind = between(graph, norm.output) if norm.bias is not None else []
-        if any(op.scales_rows or op.attributes.get("sums_rows") for op in behind):
-            return f"the bias of {norm.name} is scaled from row to row, or summed, before it is read"
-        if any(user.kind is Kind.EXPERTS for op in (norm, *behind) for user in graph.users(op.output)) and norm.bias:
-            return f"experts read {norm.name}, whose bias they have no place for"
-    return ""
-
-
 def _why_not_opened(graph: Graph, region: Region) -> str:
     """Why a stream's layer norms cannot become RMSNorms; empty when they can, or when there are none."""
     writing = [graph.op(name) for name in region.writers if graph.op(name).kind in NORMS]
     branches = sum(not is_entry_norm(graph, op) for op in writing)
     if branches:
         return f"{branches} norms write it (sandwich norms): each would need an adapter of its full width"
-    if why := _why_no_bias_folds(graph, region):
-        return why
-    kinds = {graph.op(name).kind for name in region.norms}
-    if Kind.LAYER_NORM not in kinds:
-        return ""
-    if len(kinds) > 1:
-        return "layer norms and RMSNorms act on one stream"
-    bare = set(region.readers) - set(region.normed_readers)
-    return f"{min(bare)} reads it without a norm, and would miss its mean" if bare else ""
+    return why_no_bias_folds(graph, region) or why_not_centred(graph, region)

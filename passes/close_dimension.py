@@ -11,11 +11,14 @@ NORMS = (Kind.RMS_NORM, Kind.LAYER_NORM)
 
 
 class Escape(Exception):
-    """The dimension reaches something that is not understood; ``values`` are those it was followed through."""
+    """The dimension reaches something that is not understood; ``values`` are those it was followed through.
 
-    def __init__(self, reason: str) -> None:
+    ``permutes`` says that what it met lets other orders of its numbers through, if no other change of basis.
+    """
+
+    def __init__(self, reason: str, *, permutes: bool = False) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.permutes = reason, permutes
         self.values: frozenset[Value] = frozenset()
 
 
@@ -23,7 +26,9 @@ class Escape(Exception):
 class ClosedDimension:
     """A dimension with all its ends known: ``writers`` and ``readers`` are its ends, ``crossed`` stands between.
 
-    ``normed`` are the values behind a norm. All lists are in topological order.
+    ``normed`` are the values behind a norm. ``tables`` are parameters (..., width) that ops between read as they are:
+    added or joined they write, like rows of an embedding that are not looked up. The lists of ops are in topological
+    order. ``in_order`` says that only other orders of its numbers pass.
     """
 
     width: int
@@ -33,6 +38,8 @@ class ClosedDimension:
     readers: list[Op] = field(default_factory=list)
     norms: list[Op] = field(default_factory=list)
     crossed: list[Op] = field(default_factory=list)
+    tables: list[Value] = field(default_factory=list)
+    in_order: bool = False
 
 
 def close_dimension(graph: Graph, start: Value) -> ClosedDimension:
@@ -41,7 +48,11 @@ def close_dimension(graph: Graph, start: Value) -> ClosedDimension:
     Raises:
         Escape: with the reason in words, when any way leads to an op or an end that is not understood.
     """
-    walk = _Walk(graph, start)
+    return close(Walk(graph, start))
+
+
+def close(walk: Walk) -> ClosedDimension:
+    """Run a walk; an escape then names the values that it came through."""
     try:
         return walk.run()
     except Escape as escape:
@@ -49,7 +60,9 @@ def close_dimension(graph: Graph, start: Value) -> ClosedDimension:
         raise
 
 
-class _Walk:
+class Walk:
+    """From one value through ops that leave its last dimension's numbers a vector, to linears and tables."""
+
     def __init__(self, graph: Graph, start: Value) -> None:
         self.graph = graph
         if start.width is None:
@@ -58,6 +71,7 @@ class _Walk:
         self.values: dict[Value, bool] = {}  # value -> whether it is behind a norm
         self.queue: deque[Value] = deque()
         self.ends: dict[str, set[Op]] = {"writers": set(), "readers": set(), "norms": set(), "crossed": set()}
+        self.tables: dict[Value, None] = {}
         self.axes: set[tuple[Value, int]] = set()
         self.join(start, self._starts_normed(start))
 
@@ -79,14 +93,21 @@ class _Walk:
         ordered = {end: sorted(ops, key=lambda op: self.graph.positions[op.name]) for end, ops in self.ends.items()}
         if not ordered["writers"] or not ordered["readers"]:
             raise Escape("nothing reads it" if ordered["writers"] else "no weight writes it")
-        if ordered["norms"] and any(is_nonlinear(op) for op in ordered["crossed"]):
-            raise Escape("a nonlinearity and a norm act on the same width")
-        if any(op.kind in NORMS for op in ordered["writers"]) and not ordered["norms"]:
-            raise Escape("normalised values are added, each with a gain of its own")
+        between = {op.name for op in (*ordered["norms"], *ordered["crossed"])}
+        if any(op.name not in between for value in self.tables for op in self.graph.users(value)):
+            raise Escape("a parameter that is combined with it is used elsewhere too")
         normed = {value for value, behind in self.values.items() if behind}
-        if any(op.kind is Kind.ADD and op.output in normed for op in ordered["crossed"]):
-            raise Escape("two normalised values are added, each with a gain of its own")
-        return ClosedDimension(self.width, set(self.values), normed, **ordered)
+        self.check(ordered, normed)
+        return ClosedDimension(self.width, set(self.values), normed, **ordered, tables=list(self.tables))
+
+    def check(self, ends: dict[str, list[Op]], normed: set[Value]) -> None:
+        """Whether what was found together lets anything but other orders through."""
+        if ends["norms"] and any(is_nonlinear(op) for op in ends["crossed"]):
+            raise Escape("a nonlinearity and a norm act on the same width", permutes=True)
+        if any(op.kind in NORMS for op in ends["writers"]) and not ends["norms"]:
+            raise Escape("normalised values are added, each with a gain of its own", permutes=True)
+        if any((op.kind is Kind.ADD or op.attributes.get("joins")) and op.output in normed for op in ends["crossed"]):
+            raise Escape("two normalised values are added, each with a gain of its own", permutes=True)
 
     def join(self, value: Value, normed: bool) -> None:
         """Couple ``value``; a value cannot be on both sides of a norm."""
@@ -94,7 +115,8 @@ class _Walk:
             if self.values[value] != normed:
                 raise Escape(
                     "post-norm or sandwich norm: a normalised value, gain and all, is added back to the stream, "
-                    "so only permutations pass"
+                    "so only permutations pass",
+                    permutes=True,
                 )
             return
         if value.width != self.width:
@@ -102,7 +124,10 @@ class _Walk:
         if value in self.graph.outputs:
             raise Escape("it is an output of the graph")
         if value.is_parameter:
-            raise Escape("a parameter is combined with it directly")
+            if not self.graph.parameter(value).is_floating_point():
+                raise Escape("a parameter of whole numbers is combined with it")
+            self.tables[value] = None
+            return
         self.values[value] = normed
         self.queue.append(value)
 
@@ -115,7 +140,7 @@ class _Walk:
             raise Escape("it comes from an input of the graph")
         if op.is_linear or op.kind is Kind.EMBEDDING:
             if normed:
-                raise Escape("a weight writes it behind the norm")
+                raise Escape("a weight writes it behind the norm", permutes=True)
             self.ends["writers"].add(op)
             self._couple_parameter(op, 0 if op.is_linear else 1)
         elif op.kind in NORMS:
@@ -135,19 +160,23 @@ class _Walk:
         if not users:
             raise Escape("nothing reads it")
         for op in users:
-            if op.is_linear and op.inputs[0] == value:
-                self.ends["readers"].add(op)
-                self._couple_parameter(op, 1)
-            elif op.kind in NORMS and op.inputs[0] == value:
-                if is_branch_norm(self.graph, op) or is_entry_norm(self.graph, op):
-                    raise Escape("a norm acts on it on its way to the stream (sandwich norm, or one behind embeddings)")
-                self._norm(op)
-            elif op.kind is Kind.KEEP and op.inputs[0] != value:
-                raise Escape(in_words(op, "says which rows are taken by"))
-            elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
-                self._cross(op, self.values[value])
-            else:
-                raise Escape(in_words(op, "goes into"))
+            self._into(op, value)
+
+    def _into(self, op: Op, value: Value) -> None:
+        if op.is_linear and op.inputs[0] == value:
+            self.ends["readers"].add(op)
+            self._couple_parameter(op, 1)
+        elif op.kind in NORMS and op.inputs[0] == value:
+            if is_branch_norm(self.graph, op) or is_entry_norm(self.graph, op):
+                why = "a norm acts on it on its way to the stream (sandwich norm, or one behind embeddings)"
+                raise Escape(why, permutes=True)
+            self._norm(op)
+        elif op.kind is Kind.KEEP and value not in passed_on(op):
+            raise Escape(in_words(op, "says which rows are taken by"))
+        elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
+            self._cross(op, self.values[value])
+        else:
+            raise Escape(in_words(op, "goes into"), permutes=op.kind is Kind.MEAN)
 
     def _norm(self, op: Op) -> None:
         self.ends["norms"].add(op)
@@ -158,11 +187,13 @@ class _Walk:
         """An op between: its output and all its inputs of this width are one dimension."""
         self.ends["crossed"].add(op)
         self.join(op.output, normed)
-        for value in op.inputs[:1] if op.kind is Kind.KEEP else op.inputs:  # a KEEP's others say which rows it takes
+        for value in passed_on(op):
             if value.width != 1 and value.shape:
+                if value.is_parameter and op.kind not in (Kind.ADD, Kind.KEEP):
+                    raise Escape("a parameter is multiplied with it number by number", permutes=True)
                 self.join(value, normed)
             elif op.kind is Kind.ADD and self.width > 1:
-                raise Escape("one number is added to the whole width")
+                raise Escape("one number is added to the whole width", permutes=True)
 
     def _couple_parameter(self, op: Op, axis: int) -> None:
         """A weight used twice is one weight: its other users' dimensions are this dimension too."""
@@ -178,6 +209,11 @@ class _Walk:
             value = other.inputs[0] if other.is_linear and axis == 1 else other.output
             if value not in self.values:
                 self.join(value, other.is_linear and axis == 1 and self._starts_normed(value))
+
+
+def passed_on(op: Op) -> tuple[Value, ...]:
+    """The inputs whose numbers an op between passes on; a KEEP's others say which rows it takes."""
+    return op.inputs[:1] if op.kind is Kind.KEEP and not op.attributes.get("joins") else op.inputs
 
 
 def is_branch_norm(graph: Graph, op: Op) -> bool:

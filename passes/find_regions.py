@@ -9,12 +9,16 @@ from the attention (:mod:`dotresize_fx.passes.find_heads`). No architecture is a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.passes.centre_layer_norms import why_not_centred
+from dotresize_fx.passes.close_channels import close_channels
 from dotresize_fx.passes.close_dimension import ClosedDimension, Escape, close_dimension, is_nonlinear
 from dotresize_fx.passes.find_heads import FoundHeads, find_heads
+from dotresize_fx.passes.fold_norm_gains import why_no_bias_folds
 from dotresize_fx.passes.pass_base import promise
 from dotresize_fx.passes.region_ends import common_module, stream_behind
 from dotresize_fx.regions import SEPARATOR, LinearMatch, MatchReport, Region, RegionKind, Symmetry
@@ -22,27 +26,83 @@ from dotresize_fx.regions import SEPARATOR, LinearMatch, MatchReport, Region, Re
 
 def find_regions(graph: Graph) -> MatchReport:
     """Every region and the fate of every linear. The graph is not changed."""
-    found: dict[Value, Region | str] = {}
-    regions: list[Region] = []
-    for start in _starts(graph):
-        if start in found:
-            continue
-        try:
-            closed = close_dimension(graph, start)
-        except Escape as escape:
-            found.update(dict.fromkeys(escape.values, escape.reason))
-            found[start] = escape.reason
-            continue
-        region = _region(graph, closed.writers, closed.readers, closed)
-        promise(not any(isinstance(found.get(value), Region) for value in closed.values), "regions overlap")
-        found.update(dict.fromkeys(closed.values, region))
-        regions.append(region)
+    search = _Search(graph)
+    regions, found = search.run(), search.found
     heads = find_heads(graph)
     ordered = sorted((*regions, *heads.regions), key=lambda r: graph.positions[r.writers[0]])
     unique = _with_unique_names(ordered)
     renamed = dict(zip(ordered, unique, strict=True))
     linears = [_linear_match(graph, op, found, renamed, heads) for op in graph.ops if op.is_linear]
-    return MatchReport(tuple(unique), (*linears, *_not_understood(graph)), heads.refused)
+    tables = {name for region in unique for name in region.tables}
+    return MatchReport(tuple(unique), (*linears, *_not_understood(graph, tables)), heads.refused)
+
+
+class _Search:
+    """``found`` has, for every value that was followed, its region or why there is none."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.found: dict[Value, Region | str] = {}
+
+    def run(self) -> list[Region]:
+        regions: list[Region] = []
+        permuted: list[Value] = []
+        for start in _starts(self.graph):
+            if start in self.found:
+                continue
+            try:
+                closed = close_dimension(self.graph, start)
+            except Escape as escape:
+                self.found.update(dict.fromkeys((start, *escape.values), escape.reason))
+                permuted += [start] if escape.permutes else []
+                continue
+            promise(self._is_new(closed), "regions overlap")
+            regions.append(self._rotated(closed, start))
+        # Only behind them, so that no stream with rotations is taken for a part of one that has none.
+        tried: set[Value] = set()
+        for start in permuted:
+            if isinstance(self.found[start], Region) or start in tried:
+                continue
+            try:
+                closed = close_channels(self.graph, start)
+            except Escape as escape:
+                self._escaped(start, escape)
+                tried |= escape.values
+                continue
+            if self._is_new(closed):
+                regions.append(self._ordered(closed))
+        return regions
+
+    def _escaped(self, start: Value, escape: Escape) -> None:
+        """That permutations do not pass either is said behind why nothing else does."""
+        for value in (start, *escape.values):
+            before = self.found.get(value, "")
+            if isinstance(before, str) and escape.reason not in before:
+                self.found[value] = f"{before}, and {escape.reason}" if before else escape.reason
+
+    def _is_new(self, closed: ClosedDimension) -> bool:
+        return not any(isinstance(self.found.get(value), Region) for value in closed.values)
+
+    def _rotated(self, closed: ClosedDimension, start: Value) -> Region:
+        """The region, or the same one under permutations alone where its norms cannot be opened."""
+        region = _region(self.graph, closed)
+        if region.symmetry is Symmetry.ORTHOGONAL:
+            why = why_no_bias_folds(self.graph, region) or why_not_centred(self.graph, region)
+            try:
+                ordered = close_channels(self.graph, start) if why else closed
+            except Escape:
+                ordered = closed
+            if ordered is not closed and self._is_new(ordered):
+                region, closed = _region(self.graph, ordered, why), ordered
+        self.found.update(dict.fromkeys(closed.values, region))
+        return region
+
+    def _ordered(self, closed: ClosedDimension) -> Region:
+        """A region of which permutations alone pass; of the reasons the one that most of its values met."""
+        reasons = Counter(reason for value in closed.values if isinstance(reason := self.found.get(value), str))
+        region = _region(self.graph, closed, reasons.most_common(1)[0][0])
+        self.found.update(dict.fromkeys(closed.values, region))
+        return region
 
 
 def _starts(graph: Graph) -> Iterable[Value]:
@@ -53,14 +113,22 @@ def _starts(graph: Graph) -> Iterable[Value]:
             yield op.output
 
 
-def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDimension) -> Region:
+def _region(graph: Graph, closed: ClosedDimension, limit: str = "") -> Region:
+    writers, readers = closed.writers, closed.readers
     pointwise = [op for op in closed.crossed if is_nonlinear(op)]
     experts = {int(graph.weight(op).shape[0]) for op in (*writers, *readers) if op.kind is Kind.EXPERTS}
-    if closed.norms:
+    if closed.in_order and _is_stream(closed):
+        kind, symmetry = RegionKind.RESIDUAL, Symmetry.PERMUTATION
+    elif closed.norms and not closed.in_order:
         kind, symmetry = RegionKind.RESIDUAL, Symmetry.ORTHOGONAL
-    elif pointwise and len(experts) == 1 and all(_of_experts(graph, op, experts) for op in (*writers, *readers)):
+    elif (
+        pointwise
+        and not closed.tables
+        and len(experts) == 1
+        and all(_of_experts(graph, op, experts) for op in (*writers, *readers))
+    ):
         kind, symmetry = RegionKind.EXPERTS, Symmetry.PERMUTATION
-    elif pointwise:
+    elif pointwise or closed.in_order:
         kind, symmetry = RegionKind.FFN, Symmetry.PERMUTATION
     else:
         kind, symmetry = RegionKind.PLAIN, Symmetry.GENERAL_LINEAR
@@ -75,12 +143,21 @@ def _region(graph: Graph, writers: list[Op], readers: list[Op], closed: ClosedDi
         readers=tuple(op.name for op in readers),
         norms=tuple(op.name for op in closed.norms),
         normed_readers=tuple(op.name for op in readers if op.inputs[0] in closed.normed),
-        linear_branch=_linear_branch(graph, products, writers, readers),
-        positive_scale=functions == {"relu"} and not products,
+        linear_branch=() if closed.in_order else _linear_branch(graph, products, writers, readers),
+        positive_scale=functions == {"relu"} and not products and not closed.in_order,
         target=stream_behind(graph, readers[-1]) if kind in (RegionKind.FFN, RegionKind.EXPERTS) else "",
         heads=max(experts, default=1) if kind is RegionKind.EXPERTS else 1,
         crossed=tuple(op.name for op in closed.crossed),
+        tables=tuple(value.name for value in closed.tables),
+        limit=limit,
     )
+
+
+def _is_stream(closed: ClosedDimension) -> bool:
+    """Whether blocks read it and add to it: two of its values are summed, which not one linear wrote."""
+    sums = (op for op in closed.crossed if op.kind is Kind.ADD)
+    summed = any(sum(value in closed.values for value in op.inputs) > 1 for op in sums)
+    return summed and len(closed.writers) > 1 and len(closed.readers) > 1
 
 
 def _of_experts(graph: Graph, op: Op, experts: set[int]) -> bool:
@@ -136,13 +213,17 @@ def _reached(graph: Graph, value: Value) -> set[str]:
     return reached
 
 
-def _not_understood(graph: Graph) -> Iterable[LinearMatch]:
-    """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over."""
+def _not_understood(graph: Graph, tables: set[str]) -> Iterable[LinearMatch]:
+    """Products with a weight matrix that no adapter sees as a linear: listed, so that nothing is passed over.
+
+    ``tables`` are parameters of regions.
+    """
     for op in graph.ops:
         if op.is_linear or op.kind is Kind.EMBEDDING:
             continue
         for value in op.inputs:
-            if value.is_parameter and len(value.shape) > 1 and not graph.is_buffer(value):
+            unknown = value.is_parameter and value.name not in tables and not graph.is_buffer(value)
+            if unknown and len(value.shape) > 1:
                 reason = f"{op.spelling or op.kind} with a weight is not understood as a linear"
                 rows, columns = graph.parameter(value).shape[:2]
                 yield LinearMatch(op.name, graph.parameter_name(value), (rows, columns), None, None, reason, reason)

@@ -70,6 +70,17 @@ class FoldNormGains(Pass):
             promise(norm.weight is None and norm.bias is None, f"{name} still has a gain or a bias")
 
 
+def why_no_bias_folds(graph: Graph, region: Region) -> str:
+    """Why a norm's bias cannot be folded into what reads it; empty where none has one or it can."""
+    for norm in (graph.op(name) for name in region.norms):
+        behind = between(graph, norm.output) if norm.bias is not None else []
+        if any(op.scales_rows or op.attributes.get("sums_rows") for op in behind):
+            return f"the bias of {norm.name} is scaled from row to row, or summed, before it is read"
+        if any(user.kind is Kind.EXPERTS for op in (norm, *behind) for user in graph.users(op.output)) and norm.bias:
+            return f"experts read {norm.name}, whose bias they have no place for"
+    return ""
+
+
 def _weight_of(op: Op) -> Value:
     assert op.weight is not None
     return op.weight

@@ -9,9 +9,10 @@ import torch
 from dotresize_fx.graph import Graph, Kind, Op
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
+from dotresize_fx.passes.region_ends import tables_of
 from dotresize_fx.passes.resize_heads import check_heads, resize_heads
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import Region, Symmetry
 
 
 class InsertMaps(Pass):
@@ -33,6 +34,9 @@ class InsertMaps(Pass):
         promise(start == n, f"{self.region.name}: the map starts at {start}, not {n}")
         if self.region.layout is not None:
             check_heads(graph, self.region, self.map)
+        if self.region.symmetry is Symmetry.PERMUTATION:
+            promise(not self.region.norms or self.map.width == n, f"{self.region.name}: its norms keep their width")
+            return
         for name in self.region.norms:
             norm = graph.op(name)
             promise(norm.weight is None, f"{name}: a map that is not diagonal cannot cross a gain")
@@ -55,7 +59,10 @@ class InsertMaps(Pass):
             down = over_heads(region, down, _size(graph, writer, -2 if writer.is_linear else 1))
             weight = down.mT.to(_dtype(graph, writer))
             self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down", like=writer).name)
-        for name in region.norms:
+        for table in tables_of(graph, region):
+            numbers = graph.parameter(table)
+            graph.set_parameter(table, (numbers.double() @ self.map.down).to(numbers.dtype))
+        for name in region.norms if region.symmetry is not Symmetry.PERMUTATION else ():
             norm = graph.op(name)
             graph.resize_norm(norm, k, norm.attributes["epsilon"] * region.width / k)
         if region.layout is not None:

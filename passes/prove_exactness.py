@@ -12,7 +12,7 @@ from dotresize_fx.passes.fold_linears import FoldLinears
 from dotresize_fx.passes.insert_maps import InsertMaps
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.regions import Region, RegionKind, Symmetry
 
 # Largest difference over largest output, float32; and what a map that the symmetry does not admit must reach.
 BOUND = 1e-5
@@ -42,12 +42,13 @@ def redraw_parameters(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module
 def map_regions(graph: Graph, kinds: tuple[str, ...], draw: Draw, seed: int = 0) -> int:
     """Insert and fold a map of full width into every region of these kinds; returns how many there were.
 
-    A stream is opened first: its gains folded, its layer norms turned into RMSNorms. Regions of attention overlap,
-    which is no matter at full width.
+    A stream that rotations pass is opened first: its gains folded, its layer norms turned into RMSNorms. Regions of
+    attention overlap, which is no matter at full width.
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2 if RegionKind.RESIDUAL in kinds else 0):  # behind a sandwich norm that was opened lies another
-        for region in find_regions(graph).of_kind(RegionKind.RESIDUAL):
+        streams = find_regions(graph).of_kind(RegionKind.RESIDUAL)
+        for region in (one for one in streams if one.symmetry is Symmetry.ORTHOGONAL):
             open_stream(graph, region, check=True)
     regions = list(find_regions(graph).of_kind(*kinds))
     for region in regions:

@@ -19,7 +19,8 @@ class _Part(NamedTuple):
 
 
 class SplitPackedLinears(Pass):
-    """``split(linear(x, W, b), -1)`` becomes ``linear(x, W[rows], b[rows])`` for each of its parts; slices likewise.
+    """``split(linear(x, W, b), -1)`` becomes ``linear(x, W[rows], b[rows])`` for each of its parts; slices likewise,
+    and the rows of a view.
 
     Query, key and value, or gate and up, then have widths of their own. What is left are several smaller products,
     which are emitted as they are. A weight that is used elsewhere stays whole, and so does one whose slices overlap
@@ -63,6 +64,8 @@ def _parts(graph: Graph, linear: Op) -> list[_Part]:
     forms = {op.attributes.get("form") for op in users}
     if forms == {"slice"}:
         parts = _slices(linear, users)
+    elif forms == {"view"}:
+        parts = _rows_of_view(graph, linear, users)
     else:
         parts = _strided(linear, users) if forms == {"strided"} else _split_parts(graph, linear, users)
     return parts if parts and len(graph.users(linear.weight)) == 1 else []
@@ -86,6 +89,22 @@ def parts_of_split(graph: Graph, split: Op) -> list[tuple[Op, int, int]]:
     ends = tuple(accumulate(sizes))
     indices = [op.attributes["index"] for op in parts]
     return [(op, ends[i] - sizes[i], ends[i]) for op, i in zip(parts, indices, strict=True)]
+
+
+def _rows_of_view(graph: Graph, linear: Op, users: list[Op]) -> list[_Part]:
+    """Gate and up as the two rows of a view (..., 2, n)."""
+    *_, view = users
+    rows, rank = view.output.shape[-2:-1], len(view.output.shape)
+    if len(users) > 1 or rank != len(linear.output.shape) + 1 or view.output.shape[:-2] != linear.output.shape[:-1]:
+        return []
+    parts, size = graph.users(view.output), view.output.width
+    axis = rank - 2
+    if size is None or any(op.attributes.get("form") != "choice" or op.attributes["axis"] != axis for op in parts):
+        return []
+    starts = {op.attributes["index"] % int(rows[0]): op for op in parts}
+    if len(starts) != len(parts) or view.output in graph.outputs or len(parts) != rows[0]:
+        return []
+    return [_Part(op, index * size, (index + 1) * size) for index, op in starts.items()]
 
 
 def _slices(linear: Op, users: list[Op]) -> list[_Part]:

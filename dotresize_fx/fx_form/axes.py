@@ -105,6 +105,7 @@ _READERS: dict[Any, Callable[[torch.fx.Node], dict[str, Any]]] = {
     aten.expand.default: _sized("expand"),
     aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _concat,
+    aten.concatenate.default: _concat,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,

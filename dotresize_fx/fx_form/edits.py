@@ -38,6 +38,11 @@ class FxEdits(FxReading):
         node.args = (*(*node.args, None)[:position], new, *node.args[position + 1 :])
         self.changed()
 
+    def set_parameter(self, value: Value, tensor: torch.Tensor) -> None:
+        self._store(value, tensor)
+        self._shapes_stale = True
+        self.changed()
+
     def _set_parameter(self, ops: list[Op], value: Value, tensor: torch.Tensor) -> None:
         """Store ``tensor`` for ``value``; users other than ``ops`` keep the old tensor."""
         others = [op for op in self.users(value) if op not in ops]

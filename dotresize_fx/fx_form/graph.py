@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 
 from dotresize_fx.fx_form.edits import FxEdits
 from dotresize_fx.fx_form.functional import drop_in_place, fold_constants
+from dotresize_fx.fx_form.patches import recognise_patches
+from dotresize_fx.fx_form.slices import distribute_slices
 
 
 class FxGraph(FxEdits):
@@ -39,6 +41,12 @@ class FxGraph(FxEdits):
 
     def drop_in_place(self) -> list[str]:
         return drop_in_place(self)
+
+    def recognise_patches(self) -> list[str]:
+        return recognise_patches(self)
+
+    def distribute_slices(self) -> list[str]:
+        return distribute_slices(self)
 
     def fold_constants(self, largest: int) -> list[str]:
         return fold_constants(self, largest)

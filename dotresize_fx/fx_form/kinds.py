@@ -73,6 +73,8 @@ KEEP_UNLESS_LAST = {
     aten.index_select.default,
 }
 FLATTEN = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+# Put tensors together, or one in another's shape.
+JOINS = {aten.cat.default, aten.concatenate.default, aten.stack.default, aten.expand_as.default}
 RESHAPE = FLATTEN | {
     aten.transpose.int,
     aten.permute.default,
@@ -191,6 +193,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.SCALE, {"number": 1 / args[1]}
     if target is aten.mul.Scalar or target is aten.neg.default:
         return Kind.SCALE, {"number": args[1] if len(args) > 1 else -1}
+    if target is aten.div.Tensor and isinstance(args[1], torch.fx.Node):
+        return Kind.POINTWISE, {"function": "div", "number": None}
     if target in POINTWISE:
         return Kind.POINTWISE, {
             "function": POINTWISE[target],
@@ -212,6 +216,16 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.sum.dim_IntList and not _sums_last(node):
         return Kind.KEEP, {"no_op": False, "moves_rows": True, "sums_rows": True}
+    if target is aten.linalg_vector_norm.default and len(args) > 2 and not _sums_last(node, 2):
+        return Kind.POINTWISE, {"function": "vector_norm", "number": None}
+    if target is aten.mean.dim and not _sums_last(node):
+        return Kind.KEEP, {"no_op": False, "moves_rows": True}
+    if target in JOINS and _joins_others(node):
+        return Kind.KEEP, {"no_op": False, "joins": True}
+    if target is aten.expand.default and _keeps_width(node):
+        return Kind.KEEP, {"no_op": False, "reshape": True}
+    if target is aten.repeat.default and _keeps_width(node):
+        return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
     if target in FLATTEN and _keeps_width(node):
@@ -224,6 +238,15 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
     return Kind.OTHER, {}
 
 
+def _joins_others(node: torch.fx.Node) -> bool:
+    """Whether tensors of one last axis are put together along another, or given one another's shape."""
+    if any(_width(source) != _width(node) for source in node.all_input_nodes if isinstance(_width(source), int)):
+        return False
+    rank = len(node.meta["val"].shape)
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return node.target is aten.expand_as.default or (isinstance(axis, int) and axis % rank != rank - 1)
+
+
 def _classify_sum(node: torch.fx.Node) -> tuple[Kind, dict[str, Any]]:
     if node.kwargs or len(node.args) > 2:  # alpha, a factor on the second term
         return Kind.OTHER, {}
@@ -231,6 +254,8 @@ def _classify_sum(node: torch.fx.Node) -> tuple[Kind, dict[str, Any]]:
     term: Any = node.args[1]
     if isinstance(term, torch.fx.Node):
         return Kind.ADD, {"subtract": subtract}
+    if term == 0 and _same_dtype(node):
+        return Kind.KEEP, {"no_op": True, "cast": False}
     return Kind.POINTWISE, {"function": "add", "number": -term if subtract else term}
 
 
@@ -261,9 +286,9 @@ def _rank(node: torch.fx.Node) -> int:
     return len(source.meta["val"].shape) if isinstance(source, torch.fx.Node) else 0
 
 
-def _sums_last(node: torch.fx.Node) -> bool:
-    """Whether a sum is over the last axis, or over all."""
-    axes: Any = node.args[1]
+def _sums_last(node: torch.fx.Node, position: int = 1) -> bool:
+    """Whether a sum over the axes that this argument names is over the last one, or over all."""
+    axes: Any = node.args[position]
     return not axes or _rank(node) - 1 in {axis % _rank(node) for axis in axes}
 
 

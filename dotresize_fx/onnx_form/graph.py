@@ -24,6 +24,7 @@ from dotresize_fx.onnx_form.linears import (
     Slot,
     is_part_of_linear,
     plugged,
+    slots,
     stored_transposed,
     weight_readers,
 )
@@ -162,6 +163,10 @@ class OnnxGraph(NoHeadEdits, Graph):
                 width = tensor.shape[0 if form.kind is Kind.LINEAR else 1]
                 set_width(form.core.outputs[0], width)
                 self._set_output_width(form.last, width)
+        self.changed()
+
+    def set_parameter(self, value: Value, tensor: torch.Tensor) -> None:
+        self._editor.assign(list(slots(self._values[value.name])), tensor)
         self.changed()
 
     def set_bias(self, op: Op, tensor: torch.Tensor | None) -> None:

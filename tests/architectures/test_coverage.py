@@ -26,6 +26,7 @@ STREAM = {"residual": 1}
 # Behind a sandwich norm, or a norm of latent attention, lie streams of their own.
 MATCHED: dict[str, dict[str, int]] = {
     "causal:apertus": FFN | VALUE | KV_HEADS | STREAM,  # an activation spelled with comparisons and a choice
+    "causal:bitnet": FFN | STREAM,  # a norm between a gate product and its reader
     "causal:cohere": FFN | VALUE | STREAM,  # layer norms spelled out, attention beside the FFN
     "causal:deepseek_v3": FFN | {"experts": 1} | VALUE | {"residual": 5},  # latent attention
     "causal:falcon": FFN | STREAM,  # products with a transposed weight, sums in place
@@ -34,17 +35,20 @@ MATCHED: dict[str, dict[str, int]] = {
     "causal:gpt2": FFN | HEADS | STREAM,
     "causal:gpt_neo": FFN | VALUE | STREAM,  # attention spelled op by op
     "causal:gpt_neox": FFN | VALUE | KV_HEADS | STREAM,  # packed head by head, partial rotary embedding
+    "causal:musicgen": FFN | HEADS | STREAM,  # positions taken from a table without an embedding
+    "causal:gpt_oss": EXPERTS | STREAM,  # experts with biases, gate and up by turns
     "causal:llama": FFN | HEADS | STREAM,
     "causal:mixtral": EXPERTS | HEADS | STREAM,
     "causal:opt": FFN | HEADS | STREAM,
     "causal:phi": FFN | VALUE | KV_HEADS | STREAM,  # partial rotary embedding
     "causal:phi3": FFN | HEADS | STREAM,
     "causal:qwen3": FFN | VALUE | KV_HEADS | STREAM,  # QK-norm
-    "masked:bert": FFN | HEADS,  # post-norm
-    "masked:distilbert": FFN | HEADS,
+    "masked:bert": FFN | HEADS | STREAM,  # post-norm: permutations
+    "masked:deberta": FFN | STREAM,  # norms spelled out, with divisions
+    "masked:distilbert": FFN | HEADS | STREAM,
     "image:convnext": FFN,
     "image:dinov2": FFN | HEADS,
-    "image:vit": FFN | HEADS,
+    "image:vit": FFN | HEADS | STREAM,  # patches, class token and positions write it
 }
 RUN = ("causal:deepseek_v3", "causal:mixtral", "image:vit")
 

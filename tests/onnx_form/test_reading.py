@@ -12,6 +12,8 @@ from torch import nn
 
 from dotresize_fx.graph import Graph, Kind
 from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions
+from dotresize_fx.region_map import random_admissible_map, random_wrong_map
 
 pytest.importorskip("onnxruntime")
 
@@ -57,11 +59,6 @@ REFUSED = {
         sizes = Shape(h)
         y = MatMul(h, "down.weight")
     }""",
-    "a parameter is combined with it directly": """(float[batch, 8] x) => (float[batch, 8] y) {
-        h0 = MatMul(x, "up.weight")
-        h = Mul("scale", h0)
-        y = MatMul(h, "down.weight")
-    }""",
 }
 
 
@@ -69,11 +66,32 @@ REFUSED = {
 def test_width_that_is_not_understood_is_refused_with_the_reason(onnx_graph: Any, reason: str) -> None:
     text = '<ir_version: 10, opset_import: ["" : 20]>\nrefused ' + REFUSED[reason]
     weights = {"up.weight": torch.randn(INNER, WIDTH), "down.weight": torch.randn(WIDTH, INNER)}
-    weights |= {"half.weight": torch.randn(WIDTH, INNER // 2), "scale": torch.rand(INNER)}
+    weights |= {"half.weight": torch.randn(WIDTH, INNER // 2)}
     report = find_regions(onnx_graph(text, {name: w for name, w in weights.items() if name in text}))
     assert not report.regions
     writer = next(match for match in report.linears if match.parameter == "up.weight")
     assert writer.writes_reason.startswith(reason)
+
+
+@pytest.mark.parametrize(("op", "shape"), [("Mul", (INNER,)), ("Add", (3, INNER))])
+def test_a_parameter_that_is_combined_with_a_width_is_permuted_with_it(
+    onnx_graph: Any, run: Any, difference: Any, op: str, shape: tuple[int, ...]
+) -> None:
+    text = f"""<ir_version: 10, opset_import: ["" : 20]>
+    combined (float[3, 8] x) => (float[3, 8] y) {{
+        h0 = MatMul(x, "up.weight")
+        h1 = Relu(h0)
+        h = {op}("table", h1)
+        y = MatMul(h, "down.weight")
+    }}"""
+    shapes = {"up.weight": (INNER, WIDTH), "down.weight": (WIDTH, INNER), "table": shape}
+    weights = {name: torch.rand(size) for name, size in shapes.items()}
+    expected = run(onnx_graph(text, weights, ("table",)), x=(x := torch.randn(3, WIDTH)))
+    for draw in (random_admissible_map, random_wrong_map):
+        graph = onnx_graph(text, weights, ("table",))
+        assert map_regions(graph, ("ffn",), draw) == 1
+        error = difference(run(graph, x=x), expected)
+        assert error >= BROKEN if draw is random_wrong_map else error <= BOUND
 
 
 def test_a_weight_read_in_both_orientations_is_no_linears_weight(onnx_graph: Any) -> None:

@@ -15,6 +15,7 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.open_branch_norms import OpenBranchNorms
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions
 from dotresize_fx.region_map import random_admissible_map, random_wrong_map
+from dotresize_fx.regions import Symmetry
 
 IDS = torch.tensor([[0, 5, 2], [6, 1, 3], [4, 4, 0]])
 
@@ -62,6 +63,7 @@ def test_any_rotation_passes_and_an_uneven_scaling_does_not(
 
 
 def test_a_norm_that_the_skip_carries_on_is_none(trace: Callable[..., FxGraph]) -> None:
-    report = find_regions(graph_of(trace, post_norm, nn.LayerNorm))
-    assert not list(report.of_kind("residual"))
-    assert any("post-norm" in row.reason for row in report.linears)
+    (stream,) = find_regions(graph_of(trace, post_norm, nn.LayerNorm)).of_kind("residual")
+    assert stream.symmetry is Symmetry.PERMUTATION
+    assert "post-norm" in stream.limit
+    assert not set(stream.norms) & set(stream.writers)

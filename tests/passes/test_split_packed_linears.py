@@ -102,3 +102,19 @@ NOT_PACKED: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 def test_what_is_not_packed(trace: Any, name: str) -> None:
     graph = trace(NOT_PACKED[name], (2, 4), qkv=nn.Linear(4, 6))
     assert not SplitPackedLinears()(graph).modified
+
+
+def test_the_rows_of_a_view(trace: Any, run: Any, difference: Any) -> None:
+    def gated(m: Any, x: torch.Tensor) -> torch.Tensor:
+        both = m.qkv(x).view(x.shape[0], 2, -1)
+        return m.out(torch.relu(both[:, 0]) * both[:, 1])
+
+    graph = trace(gated, (2, 4), **parts(out=nn.Linear(3, 4)))
+    before = run(graph, x=X)
+    assert SplitPackedLinears()(graph).records == ("qkv.weight: seen as 2 linears",)
+    assert difference(run(graph, x=X), before) <= ROUNDING
+
+
+def test_a_view_of_which_a_row_is_not_read_stays(trace: Any) -> None:
+    graph = trace(lambda m, x: m.out(m.qkv(x).view(x.shape[0], 3, 2)[:, 1]), (2, 4), **parts())
+    assert not SplitPackedLinears()(graph).modified

@@ -1,0 +1,55 @@
+"""Follow a dimension through norms, means and products with parameters: only other orders of its numbers pass these."""
+
+from __future__ import annotations
+
+from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.passes.close_dimension import NORMS, ClosedDimension, Walk, close, passed_on
+
+
+def close_channels(graph: Graph, start: Value) -> ClosedDimension:
+    """Everything coupled with the last dimension of ``start`` if its numbers may change their order and nothing else.
+
+    Gains and biases of norms are then among the tables.
+
+    Raises:
+        Escape: with the reason in words, when any way leads to an op or an end that is not understood.
+    """
+    closed = close(_ChannelWalk(graph, start))
+    closed.in_order = True
+    return closed
+
+
+class _ChannelWalk(Walk):
+    """A norm is one more op between, and a mean over the width is an end: it does not know their order."""
+
+    def check(self, ends: dict[str, list[Op]], normed: set[Value]) -> None:
+        pass
+
+    def _starts_normed(self, start: Value) -> bool:
+        return False
+
+    def _backwards(self, value: Value) -> None:
+        op = self.graph.producer(value)
+        if op is not None and op.kind in NORMS:
+            self._norm(op)
+        else:
+            super()._backwards(value)
+
+    def _into(self, op: Op, value: Value) -> None:
+        if op.kind in NORMS and op.inputs[0] == value:
+            self._norm(op)
+        elif op.kind is not Kind.MEAN:
+            super()._into(op, value)
+
+    def _norm(self, op: Op) -> None:
+        self.ends["norms"].add(op)
+        for value in (op.inputs[0], op.output, op.weight, op.bias):
+            if value is not None:
+                self.join(value, False)
+
+    def _cross(self, op: Op, normed: bool) -> None:
+        self.ends["crossed"].add(op)
+        self.join(op.output, normed)
+        for value in passed_on(op):
+            if value.width != 1 and value.shape:
+                self.join(value, normed)
