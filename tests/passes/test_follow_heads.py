@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.close_dimension import Escape
-from dotresize_fx.passes.follow_heads import Way, follow_back, follow_on
+from dotresize_fx.passes.follow_heads import Way, follow_back
+from dotresize_fx.passes.follow_mixed import follow_on
 
 Trace = Callable[..., FxGraph]
 Spelling = Callable[[Any, torch.Tensor], torch.Tensor]
