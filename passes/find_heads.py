@@ -142,15 +142,13 @@ class _Attention:
         axis = len(self.op.output.shape) - 3
         if not all(is_broadcast(mask.shape, axis + 3, axis) for mask in self.op.inputs[3:]):
             raise Escape("the mask that is added to the scores differs from head to head")
-        if any(way.by_head for way in self.ways.values()):
-            raise Escape("what acts on it differs from head to head")
-        for way in self.ways.values():
-            if way.in_place:
-                raise Escape(way.in_place)
         ways = [query, key, value]
         if output.gate is not None:
             self._only_reader(output.gate)
             ways.append(output.gate)
+        for way in (*ways, output):
+            if way.by_head or way.in_place:
+                raise Escape(way.in_place or "what acts on it differs from head to head")
         sizes = (of_heads for way in (*ways, output) for of_heads in way.of_heads)
         layout = HeadLayout(sizes=tuple(sizes), cache=(*key.cache, *value.cache))
         return [self._region(RegionKind.HEADS, Symmetry.PERMUTATION, value.heads, ways, layout)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.close_dimension import Escape, in_words
-from dotresize_fx.passes.head_axes import Shape, filled, is_broadcast, joins, parts_batch, stays, whole
+from dotresize_fx.passes.head_axes import Shape, filled, is_broadcast, joins, parts_batch, squeezed, stays, whole
 from dotresize_fx.passes.match_rotary import Rotary, match_rotary
 
 PACKED = "query, key and value are packed in one weight"
@@ -144,12 +144,20 @@ class _Back:
         self.readers, self.value = set(rotary.ops), rotary.source
 
     def _of_gate(self, op: Op) -> bool:
-        """A function of each number of a gate alone."""
-        return self.is_gate and op.kind is Kind.POINTWISE and len(op.inputs) == 1
+        """A function of each number of a gate alone, or with it of one number a head."""
+        if not self.is_gate or op.kind not in (Kind.POINTWISE, Kind.ADD, Kind.MUL):
+            return False
+        beside, rank = op.inputs[1:], len(self.value.shape)
+        if self.split or any(value.width != 1 for value in beside) or op.inputs[0].shape != self.value.shape:
+            return not beside
+        self.way.by_head |= not all(is_broadcast(value.shape, rank, self.axis) for value in beside)
+        return True
 
     def _parted(self, op: Op) -> bool:
-        """Whether a gate, its heads together so far, was joined from heads here."""
+        """Whether heads and their numbers stay together; or a gate, joined so far, was joined from heads here."""
         before, after = op.inputs[0].shape, self.value.shape
+        if op.attributes.get("form") == "unsqueeze" and op.attributes["axis"] < len(before):
+            return True
         if not self.is_gate or op.attributes.get("form") != "view":
             return False
         if before == after:
@@ -179,6 +187,9 @@ class _Back:
         if form == "unsqueeze" and self.repeated and attributes["axis"] == self.axis + 1:
             self.repeated = False
             return True
+        if form == "unsqueeze" and not self.repeated and attributes["axis"] == self.axis:
+            self.split, self.way.heads = True, 1
+            return True
         before, after = op.inputs[0].shape, self.value.shape
         if form == "expand":
             single = (*after[: self.axis + 1], 1, *after[self.axis + 2 :])
@@ -204,7 +215,7 @@ class _Back:
             self._states(op, axis, last)
             self.repeated, self.way.groups, self.way.in_place = False, 1, COUNTED_TWICE
             return True
-        if not self.repeated and axis == last - 1 and joins(after, before, axis):
+        if not self.repeated and axis == last - 1 and joins(after, squeezed(before), axis):
             self._states(op, axis, last)
             self.split, self.way.heads = True, whole(after[axis])
             return True

@@ -35,6 +35,7 @@ class _On:
     def run(self) -> Way:
         while True:
             users = [op for op in self.graph.users(self.value) if op.attributes.get("form") != "size"]
+            users = [op for op in users if self.value in op.inputs]  # another reads nothing but the shape
             if self.value in self.graph.outputs:
                 raise Escape("it is an output of the graph")
             if len(users) != 1:

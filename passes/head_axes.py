@@ -29,6 +29,11 @@ def parts_batch(apart: Shape, joined: Shape) -> bool:
     return len(apart) == 4 and len(joined) == 3 and apart[2:] == joined[1:] and isinstance(apart[1], int)
 
 
+def squeezed(shape: Shape) -> Shape:
+    """Without the axes of size 1, the last left out: a reshape does not tell them apart."""
+    return (*(size for size in shape[:-1] if size != 1), *shape[-1:])
+
+
 def whole(size: int | str) -> int:
     assert isinstance(size, int)
     return size

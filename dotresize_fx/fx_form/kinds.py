@@ -81,6 +81,8 @@ RESHAPE = FLATTEN | {
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.chunk.default,
+    aten.unbind.int,
+    aten.view_as.default,
     aten.t.default,
 }
 # What may stand between the weights of attention and the values that they mix, which is linear in the values anyhow.
