@@ -264,7 +264,7 @@ class Graph(ABC):
     states_views = False  # whether the form can repeat a view of a value, see :meth:`insert_like`
 
     def insert_like(self, op: Op, source: Value, last: tuple[int, ...] = (), replaced: int = 0) -> Value:
-        """Repeat ``op``, a view, permutation or unsqueeze, on ``source``, with ``last`` for a view's last ``replaced`` axes."""
+        """Repeat ``op``, a view, permutation or unsqueeze, on ``source``; a view with other ``last`` axes."""
         raise NotImplementedError
 
     def reread(self, op: Op, value: Value) -> None:

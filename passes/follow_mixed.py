@@ -86,8 +86,8 @@ class _On:
             self.way.heads = whole(after[1])
             self.way.of_size.append((name, last))
             return True
-        if before == after and not self.merged:
-            self._states(name, axis, last)
+        if before == after:
+            self._states(name, last if self.merged else axis, last)
             return True
         if not self.merged and axis == len(before) - 2 and joins(before, after, axis):
             self._states(name, axis, axis)
