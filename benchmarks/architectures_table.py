@@ -118,6 +118,8 @@ def cells(row: Row) -> list[str]:
     notes += [f"{kind}: {_said(why.partition(': ')[2])}" for kind, why in (row.get("unproved") or {}).items()]
     notes += [_said(why) for why, _ in row.get("refused", [])[:2]]
     notes += [f"stream, permutations alone: {_said(why)}" for why in dict.fromkeys(row.get("limits", []))]
+    if not any(regions.get(kind) for kind in ("value", "query_key", "kv_heads")):
+        notes += [f"attention: {_said(why)}" for why in _of_attention(row)]
     if not regions.get("residual"):
         notes += [f"stream: {_said(why)}" for why in _of_the_stream(row)]
     if row["ffn_found"] < row["ffn_layers"]:
@@ -126,6 +128,12 @@ def cells(row: Row) -> list[str]:
         notes.append(f"{row['failed']}: {_said(row['error'])}")
     onnx = f"{row['onnx']:.0e}" if "onnx" in row else "-"
     return [name, task, ffn, *counts, f"{worst} / {onnx}", "; ".join(dict.fromkeys(notes))]
+
+
+def _of_attention(row: Row) -> list[str]:
+    """Why none of an attention's widths was matched, as its linears say."""
+    reasons = [part.partition(": ")[2] for why, _ in row["unmatched"] for part in why.split("; ")]
+    return [why for why in reasons if why.startswith("of its ")][:1]
 
 
 def _of_the_stream(row: Row) -> list[str]:

@@ -64,7 +64,8 @@ class Op:
     Ops that move axes say so in ``attributes``, whatever their kind: ``form`` is ``permute`` (``order``: the input's
     axis for each of the output's), ``view`` or ``expand`` (``sizes``: the sizes it states, None for computed ones),
     ``unsqueeze``, ``concat``, ``slice`` (``start``, ``stop``; None for the end) or ``split`` (``sizes``) along
-    ``axis``, ``part`` (``index``, of what a split gives), ``choice`` (``index`` on an ``axis`` that goes), ``where``,
+    ``axis``, ``unbind`` (a split into ones, the ``axis`` gone), ``part`` (``index``, of what a split or unbind gives),
+    ``choice`` (``index`` on an ``axis`` that goes), ``where``,
     ``fill`` (``number``), ``size`` (one axis' size), ``strided`` (from ``start`` each ``step``-th along ``axis``) or
     ``shaped like`` (reads nothing but shape and dtype). Axes count from 0. An EXPERTS op's weight is (experts, out,
     in); its inputs are the rows, ordered by expert, and where each expert's rows end, ``rows_per_token`` how many a
@@ -268,7 +269,7 @@ class Graph(ABC):
     states_views = False  # whether the form can repeat a view of a value, see :meth:`insert_like`
 
     def insert_like(self, op: Op, source: Value, last: tuple[int, ...] = (), replaced: int = 0) -> Value:
-        """Repeat ``op``, a view or a permutation, on ``source``; a view's last ``replaced`` axes become ``last``."""
+        """Repeat ``op``, a view, permutation or unsqueeze, on ``source``; a view with other ``last`` axes."""
         raise NotImplementedError
 
     def reread(self, op: Op, value: Value) -> None:

@@ -100,7 +100,7 @@ def random_wrong_map(region: Region, generator: torch.Generator) -> RegionMap:
 
 
 def stacked(maps: Sequence[RegionMap]) -> RegionMap:
-    """One map of maps (n, k), one an expert; none of them gives readers' weights."""
+    """One map of maps (n, k), one an expert or KV head; none of them gives readers' weights."""
     parts = {name: [getattr(one, name) for one in maps] for name in ("down", "up", "branch_down")}
     found = {name: None if part[0] is None else torch.stack(part) for name, part in parts.items()}
     assert found["down"] is not None
@@ -111,7 +111,8 @@ def random_head_map(region: Region, generator: torch.Generator) -> RegionMap:
     """A random admissible map of full width for a region of an attention, of condition number at most 4.
 
     HEADWISE_LINEAR: per KV head a rotation times scales. ROTARY_PAIRS: the pairs in another order, in each KV head
-    turned by a phase and scaled by r on queries and 1/r on keys. HEADS: the KV heads in another order.
+    turned by a phase and scaled by r on queries and 1/r on keys. HEADS: the KV heads in another order. Values behind a
+    gate: the numbers of each KV head in another order, times scales on the values.
     """
     n = region.width
     if region.kind is RegionKind.HEADS:
@@ -124,6 +125,9 @@ def random_head_map(region: Region, generator: torch.Generator) -> RegionMap:
         phase = torch.polar(torch.ones_like(scale), 2 * math.pi * torch.rand(shape, generator=generator).double())
         mixing = selection(pairs, n // 2) * phase
         return RegionMap(real_matrix(mixing * scale), key_down=real_matrix(mixing / scale), pairs=pairs)
+    if region.symmetry is Symmetry.PERMUTATION:
+        alone = replace(region, kind=RegionKind.FFN)
+        return stacked([random_admissible_map(alone, generator) for _ in range(region.heads)])
     turns = torch.stack([random_rotation(n, generator) for _ in range(region.heads)])
     scales = torch.stack([random_scale(n, generator) for _ in range(region.heads)])[:, None]
     down, inverse = turns * scales, (turns / scales).mT
@@ -136,9 +140,9 @@ def wrong_head_map(region: Region, generator: torch.Generator) -> RegionMap:
     """An invertible map that a region of an attention does not admit.
 
     HEADWISE_LINEAR: a rotation across KV heads, as (heads, n, heads, n); of a single KV head every basis is
-    admissible, there the map is not undone. ROTARY_PAIRS: pairs of all frequencies mixed by a unitary matrix per KV
-    head, which the keys undo; of a single pair a phase that they do not. HEADS: the KV heads in another order, but
-    for the keys.
+    admissible, there the map is not undone. Values behind a gate: a rotation a KV head. ROTARY_PAIRS: pairs of all
+    frequencies mixed by a unitary matrix per KV head, which the keys undo; of a single pair a phase that they do not.
+    HEADS: the KV heads in another order, but for the keys.
     """
     n, heads = region.width, region.heads
     if region.kind is RegionKind.HEADS:
@@ -152,6 +156,9 @@ def wrong_head_map(region: Region, generator: torch.Generator) -> RegionMap:
         gaussian = torch.randn(heads, n // 2, n // 2, generator=generator, dtype=torch.complex128)
         mixed = real_matrix(torch.linalg.qr(gaussian).Q)
         return RegionMap(mixed, key_down=mixed, pairs=pairs)
+    if region.symmetry is Symmetry.PERMUTATION:
+        turns = torch.stack([random_rotation(n, generator) for _ in range(heads)])
+        return RegionMap(turns, turns.mT)
     across = random_rotation(heads * n, generator)
     back = across.T if heads > 1 else across
     down, up = across.view(heads, n, heads, n), back.reshape(heads, n, heads, n)

@@ -40,7 +40,8 @@ class Region:
 
     ``writers`` and ``readers`` are op names in topological order; a writer's output and a reader's input have the
     region's dimension. ``normed_readers`` are those readers that read through one of ``norms``.
-    ``linear_branch`` are the writers of a gate product's linear branch: any non-zero scale passes there.
+    ``linear_branch`` are the writers of a gate product's linear branch: any non-zero scale passes there. A VALUE region
+    whose mixed values a gate multiplies number by number is a PERMUTATION of each KV head's numbers, the gate a writer.
     ``positive_scale`` says that the nonlinearity is ReLU, through which positive scales pass.
     ``target`` is the value that the sublayer's readers finally add up to (the residual stream after the sublayer),
     or the reader's own output where nothing is added. ``crossed`` are the names of the ops between, ``tables`` those of

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.head_layout import HeadLayout
 from dotresize_fx.passes.close_dimension import Escape
-from dotresize_fx.passes.follow_heads import INTERLEAVED, PACKED, Way, follow_back, follow_on, is_broadcast
+from dotresize_fx.passes.follow_heads import INTERLEAVED, PACKED, Way, follow_back
+from dotresize_fx.passes.follow_mixed import follow_on
+from dotresize_fx.passes.head_axes import is_broadcast
 from dotresize_fx.passes.region_ends import common_module, stream_behind
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 
@@ -96,8 +98,14 @@ class _Attention:
         self._fit(value, output)
         if value.norms or value.rotary:
             raise Escape("a norm or a rotary embedding acts on the values")
-        layout = HeadLayout(sizes=(*value.of_size, *output.of_size), cache=tuple(value.cache))
-        return self._region(RegionKind.VALUE, Symmetry.HEADWISE_LINEAR, value.size, [value], layout)
+        ways, gate = [value], output.gate
+        sizes, symmetry = [*value.of_size, *output.of_size], Symmetry.HEADWISE_LINEAR
+        if gate is not None:
+            self._only_reader(gate)
+            ways, symmetry = [value, gate], Symmetry.PERMUTATION
+            sizes += gate.of_size
+        layout = HeadLayout(sizes=tuple(sizes), cache=tuple(value.cache))
+        return self._region(RegionKind.VALUE, symmetry, value.size, ways, layout)
 
     def _query_key(self) -> Region:
         query, key = self._way("query"), self._way("key")
@@ -134,12 +142,22 @@ class _Attention:
         axis = len(self.op.output.shape) - 3
         if not all(is_broadcast(mask.shape, axis + 3, axis) for mask in self.op.inputs[3:]):
             raise Escape("the mask that is added to the scores differs from head to head")
-        if any(way.by_head for way in self.ways.values()):
-            raise Escape("what acts on it differs from head to head")
-        sizes = (*query.of_heads, *key.of_heads, *value.of_heads, *output.of_heads)
-        layout = HeadLayout(sizes=sizes, cache=(*key.cache, *value.cache))
         ways = [query, key, value]
+        if output.gate is not None:
+            self._only_reader(output.gate)
+            ways.append(output.gate)
+        for way in (*ways, output):
+            if way.by_head or way.in_place:
+                raise Escape(way.in_place or "what acts on it differs from head to head")
+        sizes = (of_heads for way in (*ways, output) for of_heads in way.of_heads)
+        layout = HeadLayout(sizes=tuple(sizes), cache=(*key.cache, *value.cache))
         return [self._region(RegionKind.HEADS, Symmetry.PERMUTATION, value.heads, ways, layout)]
+
+    def _only_reader(self, gate: Way) -> None:
+        weight = gate.linear.weight
+        assert weight is not None
+        if len(self.graph.users(weight)) > 1:
+            raise Escape("the weight of its gate is used elsewhere too")
 
     def _way(self, role: str) -> Way:
         if role not in self.ways:
@@ -159,7 +177,7 @@ class _Attention:
     def _region(
         self, kind: RegionKind, symmetry: Symmetry, width: int, ways: Iterable[Way], layout: HeadLayout
     ) -> Region:
-        graph, output = self.graph, self._way("output")
+        graph, output, gated = self.graph, self._way("output"), symmetry is Symmetry.PERMUTATION
         written = sorted({way.linear for way in ways}, key=lambda op: graph.positions[op.name])
         crossed = dict.fromkeys(name for way in (*ways, output) for name in way.crossed)
         known = [way.linear for way in self.ways.values()]
@@ -172,6 +190,7 @@ class _Attention:
             writers=tuple(op.name for op in written),
             readers=() if kind is RegionKind.QUERY_KEY else (output.linear.name,),
             target=stream_behind(graph, output.linear),
+            linear_branch=(self.ways["value"].linear.name,) if kind is RegionKind.VALUE and gated else (),
             crossed=tuple(crossed),
             heads=next(iter(ways)).heads if kind is RegionKind.VALUE else self.ways["key"].heads,
             attention=self.op.name,

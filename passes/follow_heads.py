@@ -1,4 +1,4 @@
-"""Follow one of an attention's values back to the linear that writes it, or its result on to the one that reads it.
+"""Follow one of an attention's values, or the gate of its result, back to the linear that writes it.
 
 On the way the axis of the heads and the head's own (always the last) are kept track of. A way with an op that is
 not known to keep heads and their width apart is an :class:`~dotresize_fx.passes.close_dimension.Escape`.
@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.close_dimension import Escape, in_words
+from dotresize_fx.passes.head_axes import Shape, filled, is_broadcast, joins, parts_batch, squeezed, stays, whole
 from dotresize_fx.passes.match_rotary import Rotary, match_rotary
 
 PACKED = "query, key and value are packed in one weight"
 INTERLEAVED = "query, key and value are packed in one weight, head by head"
 ALL_HEADS_NORM = "a norm acts on all heads together"
-Shape = tuple[int | str, ...]
+JOINT = "its heads and the batch are one axis"
+COUNTED_TWICE = "its heads are counted in groups"
+FORM = "attention acts on it in a form that is not understood"
 
 
 @dataclass
@@ -25,7 +28,8 @@ class Way:
     ``groups`` query heads share one of them where they are repeated on the way. ``of_size`` and ``of_heads`` are
     the (op, axis) whose stated size is a multiple of the head's size and of the number of heads. ``crossed`` are
     all ops between, ``norms`` and ``rotary`` those that stand in the way of a map. ``cache`` are outputs of the graph.
-    ``by_head`` says that what stands between is not the same for all heads.
+    ``by_head`` says that what stands between is not the same for all heads, ``in_place`` why whole heads have to stay
+    where they are. ``gate`` is the way to the linear whose function multiplies an attention's result number by number.
     """
 
     linear: Op
@@ -39,26 +43,57 @@ class Way:
     norms: list[str] = field(default_factory=list)
     cache: list[str] = field(default_factory=list)
     by_head: bool = False
+    in_place: str = ""
+    gate: Way | None = None
 
 
 def follow_back(graph: Graph, attention: Op, value: Value) -> Way:
     """From an input of the attention, (batch, heads, length, size), to the linear that writes it.
 
+    Of products that are spelled op by op batch and heads may be one axis.
+
     Raises:
         Escape: with the reason in words.
     """
-    return _Back(graph, attention, value).run()
+    joint = len(value.shape) == 3 and not isinstance(value.shape[0], int)
+    if (len(value.shape) != 4 or not isinstance(value.shape[1], int)) and not joint:
+        raise Escape(FORM)
+    back = _Back(graph, attention, value, 0 if joint else 1)
+    back.joint = joint
+    return back.run()
+
+
+def follow_gate(graph: Graph, product: Op, value: Value, axis: int, result: Way, *, merged: bool) -> Way:
+    """From the factor ``value`` of an attention's result, shaped as that, to the linear it is a function of.
+
+    The heads lie on ``axis``, with ``merged`` heads and their numbers together.
+
+    Raises:
+        Escape: with the reason in words.
+    """
+    back = _Back(graph, product, value, axis)
+    back.is_gate, back.split = True, merged
+    back.way.heads, back.way.size = result.heads, result.size
+    try:
+        way = back.run()
+    except Escape as escape:
+        raise Escape(f"it is multiplied by a gate that is not understood: {escape.reason}") from None
+    if (way.heads, way.groups) != (result.heads, 1):
+        raise Escape("it is multiplied by a gate with heads of its own")
+    if way.norms:
+        raise Escape("it is multiplied by a gate that a norm acts on")
+    return way
 
 
 class _Back:
-    def __init__(self, graph: Graph, attention: Op, value: Value) -> None:
-        if len(value.shape) != 4 or not isinstance(value.shape[1], int) or value.width is None:
-            raise Escape("attention acts on it in a form that is not understood")
+    def __init__(self, graph: Graph, reader: Op, value: Value, axis: int) -> None:
+        if value.width is None:
+            raise Escape(FORM)
         self.graph, self.value = graph, value
-        self.axis = 1  # of the heads; while they are repeated, of the KV heads, with the query heads on the next
-        self.repeated = self.split = False
-        self.way = Way(attention, size=value.width)
-        self.readers = {attention.name}
+        self.axis = axis  # of the heads; while they are repeated, of the KV heads, with the query heads on the next
+        self.repeated = self.split = self.joint = self.is_gate = False
+        self.way = Way(reader, size=value.width)
+        self.readers = {reader.name}
 
     def run(self) -> Way:
         while True:
@@ -68,17 +103,18 @@ class _Back:
                     raise Escape("it is not split into heads")
                 self.way.linear = op
                 return self.way
-            rotary = None if self.split or self.repeated else match_rotary(self.graph, self.value)
+            plain = not (self.split or self.repeated or self.joint or self.is_gate)
+            rotary = match_rotary(self.graph, self.value) if plain else None
             if rotary is not None:
                 self._rotate(rotary)
                 continue
             if op.kind in (Kind.RMS_NORM, Kind.LAYER_NORM) and not self.split:
                 self.way.norms.append(op.name)
-            elif not _passes(op) and (self.split or not self._apart(op)):
+            elif not (stays(op) or self._of_gate(op)) and not (self._parted(op) if self.split else self._apart(op)):
                 raise Escape(self._refusal(op))
             self.way.crossed.append(op.name)
             self.readers = {op.name}
-            self.value = _filled(op)[0] if op.attributes.get("form") == "concat" else op.inputs[0]
+            self.value = filled(op)[0] if op.attributes.get("form") == "concat" else op.inputs[0]
 
     def _producer(self) -> Op:
         """The op that computes the value, which nothing else may read but a cache."""
@@ -107,12 +143,41 @@ class _Back:
         self.way.crossed += sorted(rotary.ops)
         self.readers, self.value = set(rotary.ops), rotary.source
 
+    def _of_gate(self, op: Op) -> bool:
+        """A function of each number of a gate alone, or with it of one number a head."""
+        if not self.is_gate or op.kind not in (Kind.POINTWISE, Kind.ADD, Kind.MUL):
+            return False
+        beside, rank = op.inputs[1:], len(self.value.shape)
+        if self.split or any(value.width != 1 for value in beside) or op.inputs[0].shape != self.value.shape:
+            return not beside
+        self.way.by_head |= not all(is_broadcast(value.shape, rank, self.axis) for value in beside)
+        return True
+
+    def _parted(self, op: Op) -> bool:
+        """Whether heads and their numbers stay together; or a gate, joined so far, was joined from heads here."""
+        before, after = op.inputs[0].shape, self.value.shape
+        if op.attributes.get("form") == "unsqueeze" and op.attributes["axis"] < len(before):
+            return True
+        if not self.is_gate or op.attributes.get("form") != "view":
+            return False
+        if before == after:
+            self._states(op, len(after) - 1, len(after) - 1)
+            return True
+        if not joins(before, after, len(after) - 1):
+            return False
+        self.axis = len(before) - 2
+        if before[-2:] != (self.way.heads, self.way.size):
+            return False
+        self._states(op, len(after) - 1, len(after) - 1)
+        self.split = False
+        return True
+
     def _apart(self, op: Op) -> bool:
         """Whether the op keeps heads and their width apart; the heads' axis is moved to where it is before it."""
         form, attributes = op.attributes.get("form"), op.attributes
         last = len(self.value.shape) - 1
         if form == "concat":
-            return attributes["axis"] not in (self.axis, last) and not self.repeated and len(_filled(op)) == 1
+            return attributes["axis"] not in (self.axis, last) and not self.repeated and len(filled(op)) == 1
         if form == "permute":
             order = attributes["order"]
             beside = not self.repeated or order[self.axis + 1] == order[self.axis] + 1
@@ -121,6 +186,9 @@ class _Back:
             return bool(kept)
         if form == "unsqueeze" and self.repeated and attributes["axis"] == self.axis + 1:
             self.repeated = False
+            return True
+        if form == "unsqueeze" and not self.repeated and attributes["axis"] == self.axis:
+            self.split, self.way.heads = True, 1
             return True
         before, after = op.inputs[0].shape, self.value.shape
         if form == "expand":
@@ -132,16 +200,24 @@ class _Back:
 
     def _view(self, op: Op, before: Shape, after: Shape) -> bool:
         axis, last = self.axis, len(after) - 1
+        if self.joint:
+            self.joint, self.axis, self.way.in_place = False, 1, JOINT
+            self.way.of_size.append((op.name, last))
+            return parts_batch(before, after)
         if before == after and not self.repeated:
             self._states(op, axis, last)
             return True
-        if not self.repeated and _joins(before, after, axis) and self.way.groups == 1:
+        if not self.repeated and joins(before, after, axis) and self.way.groups == 1:
             self._states(op, axis, last)
-            self.repeated, self.way.groups = True, _whole(before[axis + 1])
+            self.repeated, self.way.groups = True, whole(before[axis + 1])
             return True
-        if not self.repeated and axis == last - 1 and _joins(after, before, axis):
+        if self.repeated and joins(after, before, axis):  # they were only counted in two parts
             self._states(op, axis, last)
-            self.split, self.way.heads = True, _whole(after[axis])
+            self.repeated, self.way.groups, self.way.in_place = False, 1, COUNTED_TWICE
+            return True
+        if not self.repeated and axis == last - 1 and joins(after, squeezed(before), axis):
+            self._states(op, axis, last)
+            self.split, self.way.heads = True, whole(after[axis])
             return True
         return False
 
@@ -162,89 +238,3 @@ class _Back:
         if form == "concat":
             return "it is put behind something that is not an empty cache"
         return "it is reshaped in a way that is not understood" if form == "view" else in_words(op, "comes from")
-
-
-def follow_on(graph: Graph, attention: Op) -> Way:
-    """From the attention's result, (batch, heads, length, size), to the linear that reads all heads.
-
-    Raises:
-        Escape: with the reason in words.
-    """
-    value, axis, merged = attention.output, 1, False
-    if len(value.shape) != 4 or not isinstance(value.shape[1], int) or value.width is None:
-        raise Escape("attention acts on it in a form that is not understood")
-    way = Way(attention, heads=value.shape[1], size=value.width)
-    while True:
-        users = [op for op in graph.users(value) if op.attributes.get("form") != "size"]
-        if value in graph.outputs:
-            raise Escape("it is an output of the graph")
-        if len(users) != 1:
-            raise Escape("several ops read it" if users else "nothing reads it")
-        op, last = users[0], len(value.shape) - 1
-        form, after = op.attributes.get("form"), op.output.shape
-        if op.kind is Kind.LINEAR and merged:
-            way.linear = op
-            return way
-        if _passes(op):
-            pass
-        elif merged:
-            raise Escape(in_words(op, "goes into"))
-        elif form == "permute" and op.attributes["order"][last] == last:
-            axis = op.attributes["order"].index(axis)
-        elif form == "view" and value.shape == after:
-            way.of_heads.append((op.name, axis))
-            way.of_size.append((op.name, last))
-        elif form == "view" and axis == last - 1 and _joins(value.shape, after, axis):
-            way.of_heads.append((op.name, axis))
-            way.of_size.append((op.name, axis))
-            merged = True
-        elif form == "where" and _hides(graph, op, value):
-            way.by_head |= not is_broadcast(op.inputs[0].shape, last + 1, axis)
-        else:
-            raise Escape(in_words(op, "goes into"))
-        way.crossed.append(op.name)
-        value = op.output
-
-
-def _passes(op: Op) -> bool:
-    """A cast, a copy or a factor: every number stays in its place."""
-    stays = op.kind in (Kind.KEEP, Kind.SCALE) and op.attributes.get("form") in (None, "slice")
-    return stays and op.inputs[0].shape == op.output.shape
-
-
-def _joins(apart: Shape, joined: Shape, axis: int) -> bool:
-    """Whether a reshape from ``apart`` to ``joined`` joins this axis with the next and leaves the others alone."""
-    if len(apart) != len(joined) + 1 or len(apart) < axis + 2:
-        return False
-    outer, inner, whole = apart[axis], apart[axis + 1], joined[axis]
-    others = apart[:axis] == joined[:axis] and apart[axis + 2 :] == joined[axis + 1 :]
-    if not (isinstance(outer, int) and isinstance(inner, int) and isinstance(whole, int)):
-        return False
-    return others and outer * inner == whole
-
-
-def _whole(size: int | str) -> int:
-    assert isinstance(size, int)
-    return size
-
-
-def _filled(op: Op) -> list[Value]:
-    """What a concatenation puts together, less what is empty, as a cache is at its start."""
-    return [value for value in op.inputs if 0 not in value.shape]
-
-
-def _hides(graph: Graph, op: Op, value: Value) -> bool:
-    """Whether a choice between ``value`` and zero is made for whole heads."""
-    if len(op.inputs) != 3 or value not in op.inputs[1:]:
-        return False
-    condition, first, second = op.inputs
-    other = graph.producer(second if first == value else first)
-    zero = other is not None and other.attributes.get("form") == "fill" and other.attributes["number"] == 0
-    rank = len(value.shape)
-    return zero and is_broadcast(condition.shape, rank, rank - 1)
-
-
-def is_broadcast(shape: Shape, rank: int, axis: int) -> bool:
-    """Whether a tensor of this shape is the same along an axis of the tensors of this rank it is broadcast to."""
-    own = axis - (rank - len(shape))
-    return own < 0 or shape[own] == 1

@@ -20,7 +20,10 @@ class _Part(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    """A linear whose result is seen as (..., heads, size), then perhaps permuted, then taken apart."""
+    """A linear whose result is seen as (..., heads, size), then perhaps permuted, then taken apart.
+
+    Where it is seen as (..., parts, heads, size) instead ``heads`` is 1, ``last`` (heads, size).
+    """
 
     linear: Op
     view: Op
@@ -29,12 +32,14 @@ class _Packed(NamedTuple):
     axes: int  # that the view makes of the width
     parts: list[_Part]
     shaped: list[Op]  # read nothing of it but its shape and dtype
+    last: tuple[int, ...] = ()
 
 
 class SplitPackedHeads(Pass):
     """``split(view(linear(x, W), (..., heads, size)), -1)`` becomes ``view(linear(x, W[rows]), ...)`` a part.
 
-    GPT-NeoX packs query, key and value so, latent attention the keys' unrotated part and the values. A part that
+    GPT-NeoX packs query, key and value so, latent attention the keys' unrotated part and the values; ModernBERT all
+    heads' queries, then keys, then values, by ``unbind``. A part that
     overlaps another or that nothing takes stays out: the whole is left as it is. Only where the form can state a view.
     """
 
@@ -67,7 +72,8 @@ class SplitPackedHeads(Pass):
                 users=(),
                 name=f"{name}.{index}",
             ).output
-            value = graph.insert_like(packed.view, value, (packed.heads, part.end - part.start), packed.axes)
+            last = packed.last or (packed.heads, part.end - part.start)
+            value = graph.insert_like(packed.view, value, last, packed.axes)
             if packed.permute is not None:
                 value = graph.insert_like(packed.permute, value)
             graph.redirect(graph.op(part.op.name), value)
@@ -98,6 +104,8 @@ def _packed(graph: Graph, linear: Op) -> _Packed | None:
     width, shape = linear.output.width, view.output.shape
     if view.attributes.get("form") != "view" or view.output in graph.outputs or len(shape) < 3 or width is None:
         return None
+    if (outer := _packed_outside(graph, linear, view)) is not None:
+        return outer
     heads, taken = _heads_of(shape, width)
     if heads == 0:
         return None
@@ -127,6 +135,23 @@ def _packed(graph: Graph, linear: Op) -> _Packed | None:
     return _Packed(
         linear, view, permute, heads, 1 + taken, [_Part(o, s * inner, e * inner) for o, s, e in parts], shaped
     )
+
+
+def _packed_outside(graph: Graph, linear: Op, view: Op) -> _Packed | None:
+    """Query, key and value of all heads one after the other, (..., parts, heads, size), taken apart at once."""
+    users, shape, width = graph.users(view.output), view.output.shape, linear.output.width
+    axis = len(shape) - 3
+    if len(users) != 1 or users[0].attributes.get("form") != "unbind" or users[0].attributes["axis"] != axis:
+        return None
+    count, heads, size = shape[-3:]
+    if not (isinstance(count, int) and isinstance(heads, int) and isinstance(size, int)):
+        return None
+    if count * heads * size != width:
+        return None
+    parts = [_Part(op, start * heads * size, end * heads * size) for op, start, end in parts_of_split(graph, users[0])]
+    if len(parts) != count or len({part.start for part in parts}) != count:
+        return None
+    return _Packed(linear, view, None, 1, 3, parts, [], (heads, size))
 
 
 def _come_together(graph: Graph, parts: list[_Part]) -> bool:

@@ -47,7 +47,9 @@ class SplitPackedLinears(Pass):
                 name=f"{name.removesuffix('.weight')}.{index}",
                 like=linear,
             )
-            graph.redirect(graph.op(part.op.name), rows.output)
+            beside = _unsqueezed(graph, linear)
+            value = rows.output if beside is None else graph.insert_like(beside, rows.output)
+            graph.redirect(graph.op(part.op.name), value)
         return f"{name}: seen as {len(parts)} linears"
 
     def ensures(self, graph: Graph) -> None:
@@ -60,6 +62,10 @@ def _parts(graph: Graph, linear: Op) -> list[_Part]:
     if not linear.is_linear or linear.output in graph.outputs or linear.output.width is None:
         return []
     assert linear.weight is not None
+    unsqueezed = _unsqueezed(graph, linear)
+    if unsqueezed is not None:
+        parts = _split_parts(graph, unsqueezed, graph.users(unsqueezed.output))
+        return parts if parts and len(graph.users(linear.weight)) == 1 else []
     users = graph.users(linear.output)
     forms = {op.attributes.get("form") for op in users}
     if forms == {"slice"}:
@@ -69,6 +75,15 @@ def _parts(graph: Graph, linear: Op) -> list[_Part]:
     else:
         parts = _strided(linear, users) if forms == {"strided"} else _split_parts(graph, linear, users)
     return parts if parts and len(graph.users(linear.weight)) == 1 else []
+
+
+def _unsqueezed(graph: Graph, linear: Op) -> Op | None:
+    """The op that alone reads the linear and puts an axis in, where the form can repeat it."""
+    users = graph.users(linear.output)
+    if not graph.states_views or len(users) != 1 or users[0].attributes.get("form") != "unsqueeze":
+        return None
+    kept = users[0].output.width == linear.output.width and users[0].output not in graph.outputs
+    return users[0] if kept else None
 
 
 def _split_parts(graph: Graph, linear: Op, users: list[Op]) -> list[_Part]:

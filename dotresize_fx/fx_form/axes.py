@@ -47,6 +47,16 @@ def _sized(form: str) -> Callable[[torch.fx.Node], dict[str, Any]]:
     return read
 
 
+def _view_as(node: torch.fx.Node) -> dict[str, Any]:
+    return {"form": "view", "sizes": (None,) * _rank(node), "view_as": True}
+
+
+def _unbind(node: torch.fx.Node) -> dict[str, Any]:
+    parts: Any = node.meta["val"]
+    axis = _argument(node, 1, "dim", 0) % (len(parts[0].shape) + 1)
+    return {"form": "unbind", "axis": axis, "sizes": (1,) * len(parts)}
+
+
 def _unsqueeze(node: torch.fx.Node) -> dict[str, Any]:
     axis: Any = node.args[1]
     return {"form": "unsqueeze", "axis": axis % _rank(node)}
@@ -102,6 +112,7 @@ _READERS: dict[Any, Callable[[torch.fx.Node], dict[str, Any]]] = {
     aten.view.default: _sized("view"),
     aten.reshape.default: _sized("view"),
     aten._unsafe_view.default: _sized("view"),
+    aten.view_as.default: _view_as,
     aten.expand.default: _sized("expand"),
     aten.unsqueeze.default: _unsqueeze,
     aten.cat.default: _concat,
@@ -110,6 +121,7 @@ _READERS: dict[Any, Callable[[torch.fx.Node], dict[str, Any]]] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
     aten.chunk.default: _split,
+    aten.unbind.int: _unbind,
     operator.getitem: _part,
     aten.where.self: _form("where"),
     aten.select.int: _choice,

@@ -241,8 +241,11 @@ class FxEdits(FxReading):
         if replaced:
             rest = ([*rest[0][:-replaced], *last],)
             shape = [*node.meta["val"].shape[:-replaced], *last]
+        elif (form := axes_form(node))["form"] == "unsqueeze":
+            before = start.meta["val"].shape
+            shape = [*before[: form["axis"]], 1, *before[form["axis"] :]]
         else:
-            shape = [start.meta["val"].shape[axis] for axis in axes_form(node)["order"]]
+            shape = [start.meta["val"].shape[axis] for axis in form["order"]]
         with self.nodes.inserting_before(node):
             new = self.nodes.create_node("call_function", node.target, (start, *rest))
         new.meta["val"] = start.meta["val"].new_empty(shape)

@@ -83,8 +83,12 @@ RESHAPE = FLATTEN | {
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.chunk.default,
+    aten.unbind.int,
+    aten.view_as.default,
     aten.t.default,
 }
+# What may stand between the weights of attention and the values that they mix, which is linear in the values anyhow.
+_BEHIND_SOFTMAX = CASTS | _COPIES | FLATTEN | {aten.slice.Tensor, aten.masked_fill.Scalar}
 _PLAIN_NUMBERS = (int, float)
 # Products of rows, ordered by expert, with each expert's own matrix: by name, since some are registered by others.
 GROUPED = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
@@ -105,14 +109,16 @@ def matrix_of(node: Any, parameters: Container[str]) -> torch.fx.Node | None:
 
 
 def _mixes_heads(node: torch.fx.Node) -> bool:
-    """Whether it multiplies weights of attention, (batch, heads, length, keys), with values."""
+    """Whether it multiplies weights of attention, (batch, heads, length, keys) or those two joined, with values."""
     shape = node.meta["val"].shape
+    if node.target is aten.bmm.default:
+        return not isinstance(shape[0], int) and _comes_from_softmax(node.args[0])
     return len(shape) == 4 and isinstance(shape[1], int) and _comes_from_softmax(node.args[0])
 
 
 def _comes_from_softmax(node: Any) -> bool:
-    """Whether a value is a softmax's over the last axis, cast or copied at most."""
-    while isinstance(node, torch.fx.Node) and (node.target in CASTS or node.target in _COPIES):
+    """Whether a value is a softmax's over the last axis, cast, copied, reshaped, partly hidden or cut short at most."""
+    while isinstance(node, torch.fx.Node) and node.target in _BEHIND_SOFTMAX:
         node = node.args[0]
     if not isinstance(node, torch.fx.Node) or node.target not in (aten.softmax.int, aten._softmax.default):
         return False
@@ -173,7 +179,7 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.ADDMM, {}
     if target in PRODUCTS and matrix_of(node.args[1], parameters) is not None:
         return Kind.ADDMM, {"bare": True}
-    if target in PRODUCTS and _mixes_heads(node):
+    if (target in PRODUCTS or target is aten.bmm.default) and _mixes_heads(node):
         return Kind.ATTENTION, {"scale": None, "grouped": False, "mixes": True}
     if target is aten.where.self and all(_width(a) == _width(node) for a in args if isinstance(a, torch.fx.Node)):
         return Kind.POINTWISE, {"function": "where", "number": None}

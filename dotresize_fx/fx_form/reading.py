@@ -134,8 +134,8 @@ class FxReading(Graph):
             inputs = (self.value(node.args[0]),)  # type: ignore[arg-type]
             weight = self._owned(node, 2, "weight")
             bias = self._owned(node, 3, "bias") if kind is Kind.LAYER_NORM else None
-        elif attributes.get("cast"):
-            inputs = inputs[:1]  # another tells the dtype
+        elif attributes.get("cast") or attributes.get("view_as"):
+            inputs = inputs[:1]  # another tells the dtype or the shape
         elif kind is Kind.ATTENTION or attributes.get("form") in ("concat", "where"):
             inputs = tuple(self.value(n) for n in _in_order(node))
         spelling = str(getattr(node.target, "__name__", node.target))

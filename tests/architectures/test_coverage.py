@@ -25,18 +25,22 @@ HEADS = VALUE | QUERY_KEY | KV_HEADS
 STREAM = {"residual": 1}
 # Behind a sandwich norm, or a norm of latent attention, lie streams of their own.
 MATCHED: dict[str, dict[str, int]] = {
+    "causal:afmoe": FFN | {"experts": 1} | VALUE | KV_HEADS | STREAM,  # mixed values behind a gate
     "causal:apertus": FFN | VALUE | KV_HEADS | STREAM,  # an activation spelled with comparisons and a choice
     "causal:bitnet": FFN | STREAM,  # a norm between a gate product and its reader
+    "causal:bloom": FFN | VALUE | STREAM,  # batch and heads one axis; a norm behind the embedding is added on
     "causal:cohere": FFN | VALUE | STREAM,  # layer norms spelled out, attention beside the FFN
     "causal:deepseek_v3": FFN | {"experts": 1} | VALUE | {"residual": 5},  # latent attention
     "causal:falcon": FFN | STREAM,  # products with a transposed weight, sums in place
     "causal:gemma": FFN | HEADS | STREAM,  # gains of one plus a weight
     "causal:gemma2": FFN | VALUE | STREAM,  # sandwich norms, soft-capped scores
     "causal:gpt2": FFN | HEADS | STREAM,
+    "causal:gpt_bigcode": FFN | VALUE | QUERY_KEY | STREAM,  # one KV head, packed behind an axis of one
     "causal:gpt_neo": FFN | VALUE | STREAM,  # attention spelled op by op
     "causal:gpt_neox": FFN | VALUE | KV_HEADS | STREAM,  # packed head by head, partial rotary embedding
     "causal:musicgen": FFN | HEADS | STREAM,  # positions taken from a table without an embedding
-    "causal:gpt_oss": EXPERTS | STREAM,  # experts with biases, gate and up by turns
+    "causal:gpt_oss": EXPERTS | VALUE | STREAM,  # experts with biases, gate and up by turns
+    "causal:granite_swa": FFN | VALUE | STREAM,  # a factor a head on what is mixed
     "causal:llama": FFN | HEADS | STREAM,
     "causal:mixtral": EXPERTS | HEADS | STREAM,
     "causal:opt": FFN | HEADS | STREAM,
@@ -50,7 +54,7 @@ MATCHED: dict[str, dict[str, int]] = {
     "image:dinov2": FFN | HEADS,
     "image:vit": FFN | HEADS | STREAM,  # patches, class token and positions write it
 }
-RUN = ("causal:deepseek_v3", "causal:mixtral", "image:vit")
+RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:mixtral", "image:vit")
 
 
 @pytest.fixture(scope="module")

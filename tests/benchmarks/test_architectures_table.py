@@ -46,3 +46,10 @@ def test_what_was_not_captured_says_why(table: ModuleType) -> None:
     row = {"key": "image:b", "failed": "capture", "error": "it said\x1b[96m | no\x1b[0m"}
     assert table.cells(row)[-1] == "not examined further (capture): it said / no"
     assert counted(table, row, GOOD)["examined"] == "2"
+
+
+def test_attention_without_a_width_says_why(table: ModuleType) -> None:
+    row = GOOD | {"unmatched": [["input: it is reshaped; output: of its output: several ops read it", 2]]}
+    assert "attention: of its output: several ops read it" in table.cells(row)[-1]
+    matched = row | {"regions": GOOD["regions"] | {"value": 2}}
+    assert "attention" not in table.cells(matched)[-1]

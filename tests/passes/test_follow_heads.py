@@ -1,4 +1,4 @@
-"""follow_back and follow_on: the ways between an attention and its linears, and where they are given up."""
+"""follow_back: the ways from an attention back to its linears, and where they are given up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.passes.close_dimension import Escape
-from dotresize_fx.passes.follow_heads import Way, follow_back, follow_on
+from dotresize_fx.passes.follow_heads import Way, follow_back
 
 Trace = Callable[..., FxGraph]
 Spelling = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -50,6 +50,7 @@ UNDERSTOOD: dict[str, tuple[Spelling, int, int]] = {
     "cast on the way": (lambda m, x: split(m.v(x).double()).float(), 2, 1),
     "repeated": (lambda m, x: repeated(split(m.v(x))), 2, 2),
     "behind an empty cache": (lambda m, x: torch.cat([x.new_zeros(0), split(m.v(x))], -2), 2, 1),
+    "behind an axis of one": (lambda m, x: m.v(x.unsqueeze(1)).view(-1, LENGTH, 2, SIZE).transpose(1, 2), 2, 1),
     "a norm on the head": (lambda m, x: m.head_norm(split(m.v(x))), 2, 1),
 }
 
@@ -67,6 +68,18 @@ def test_a_single_head(trace: Trace) -> None:
     """Its split keeps the width, and is a split all the same."""
     way = value_way(trace, lambda m, x: split(m.v(x)), width=SIZE)
     assert (way.heads, way.of_size) == (1, [("view", 3)])
+
+
+def test_heads_counted_in_groups(trace: Trace) -> None:
+    """Two parts of an axis that are joined again repeat nothing, but whole heads cannot be told to go."""
+    way = value_way(trace, lambda m, x: split(m.v(x)).view(-1, 2, 1, LENGTH, SIZE).view(-1, 2, LENGTH, SIZE))
+    assert (way.heads, way.groups, way.in_place) == (2, 1, "its heads are counted in groups")
+    assert way.of_size == [("view_2", 3), ("view_1", 4), ("view", 3)]
+
+
+def test_a_single_head_by_its_axis(trace: Trace) -> None:
+    way = value_way(trace, lambda m, x: m.v(x).unsqueeze(1), width=SIZE)
+    assert (way.heads, way.of_size, way.of_heads) == (1, [], [])
 
 
 def outer_repeat(x: torch.Tensor) -> torch.Tensor:
@@ -102,52 +115,4 @@ def test_ways_that_are_not(trace: Trace, name: str) -> None:
     spelling, reason = REFUSED[name]
     with pytest.raises(Escape) as refused:
         value_way(trace, spelling, width=16 if name.startswith("packed") else 8)
-    assert reason in refused.value.reason
-
-
-def result_way(trace: Trace, spelling: Spelling) -> Way:
-    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
-        return spelling(m, F.scaled_dot_product_attention(split(x), split(x), split(x)))
-
-    shapes = {"mask": (1, 1, LENGTH, 1), "by_head": (1, 2, 1, 1), "by_number": (1, 1, 1, SIZE)}
-    masks = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
-    graph = trace(forward, (2, LENGTH, 8), o=nn.Linear(8, 6), gate=nn.Linear(8, 8), **masks)
-    return follow_on(graph, next(op for op in graph.ops if op.kind is Kind.ATTENTION))
-
-
-def merge(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(1, 2).reshape(x.shape[0], LENGTH, -1)
-
-
-def hidden(x: torch.Tensor, mask: torch.Tensor, number: float) -> torch.Tensor:
-    return torch.where(mask > 1, torch.full((), number), x)
-
-
-def test_the_result_is_merged_and_read(trace: Trace) -> None:
-    way = result_way(trace, lambda m, x: m.o(merge(x)))
-    assert (way.heads, way.size, way.linear.name) == (2, SIZE, "linear")
-    assert way.of_heads == way.of_size == [("reshape", 2)]
-
-
-@pytest.mark.parametrize(("mask", "by_head"), [("mask", False), ("by_head", True)])
-def test_a_result_may_be_hidden(trace: Trace, mask: str, by_head: bool) -> None:
-    way = result_way(trace, lambda m, x: m.o(merge(hidden(x, getattr(m, mask), 0))))
-    assert (way.linear.name, way.by_head) == ("linear", by_head)
-
-
-RESULTS: dict[str, tuple[Spelling, str]] = {
-    "hidden by another number": (lambda m, x: m.o(merge(hidden(x, m.mask, 1))), "where"),
-    "hidden number by number": (lambda m, x: m.o(merge(hidden(x, m.by_number, 0))), "where"),
-    "a gate": (lambda m, x: m.o(torch.sigmoid(m.gate(merge(x))) * merge(x)), "several ops read it"),
-    "merged the other way": (lambda m, x: m.o(x.permute(0, 2, 3, 1).reshape(x.shape[0], LENGTH, 8)), "reshaped"),
-    "heads apart": (lambda m, x: x.transpose(1, 2), "it is an output of the graph"),
-    "a nonlinearity": (lambda m, x: m.o(merge(x).relu()), "it goes into relu.default, which is not understood"),
-}
-
-
-@pytest.mark.parametrize("name", RESULTS)
-def test_results_that_are_refused(trace: Trace, name: str) -> None:
-    spelling, reason = RESULTS[name]
-    with pytest.raises(Escape) as refused:
-        result_way(trace, spelling)
     assert reason in refused.value.reason

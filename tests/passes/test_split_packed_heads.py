@@ -36,7 +36,16 @@ def latent(m: Any, x: torch.Tensor) -> torch.Tensor:
     return first.sum(-1, keepdim=True) * second + torch.zeros_like(second)
 
 
-@pytest.mark.parametrize(("forward", "widths"), [(neox, [6, 6, 6]), (bloom, [6, 6, 6]), (latent, [6, 12])])
+def modern(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """An axis of parts in front of the heads."""
+    a, b, c = m.packed(x).view(x.shape[0], 5, 3, HEADS, SIZE).unbind(2)
+    return a * b + c
+
+
+PACKED = [(neox, [6, 6, 6]), (bloom, [6, 6, 6]), (latent, [6, 12]), (modern, [6, 6, 6])]
+
+
+@pytest.mark.parametrize(("forward", "widths"), PACKED)
 @pytest.mark.parametrize("bias", [False, True])
 def test_each_part_becomes_a_linear(
     trace: Callable[..., FxGraph], run: Callable[..., list[torch.Tensor]], forward: Any, widths: list[int], bias: bool
@@ -63,6 +72,7 @@ OTHERS = {
         + w[..., 4:].sum()
         + torch.zeros_like(torch.empty_like(w))
     ),
+    "numbers by their axis": lambda m, x: sum(m.packed(x).view(x.shape[0], 5, 3, HEADS, SIZE).unbind(3)),
     "not packed": lambda m, x: m.packed(x).view(x.shape[0], 5, HEADS, 9).transpose(1, 2),
 }
 

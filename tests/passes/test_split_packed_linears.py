@@ -69,6 +69,7 @@ SPELLINGS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "uneven": lambda m, x: (t := m.qkv(x).split([1, 2, 3], -1))[0] * t[1].sum(-1, keepdim=True) + t[2],
     "a part that nothing reads": lambda m, x: (t := m.qkv(x).split(2, -1))[0] * t[2],
     "parts that are outputs": lambda m, x: m.qkv(x).split(2, -1),
+    "behind an axis of one": lambda m, x: (t := m.qkv(x).unsqueeze(1).split(3, -1))[0] * t[1],
     "sliced": lambda m, x: (t := m.qkv(x))[..., :3] * t[..., 3:],
     "by turns": lambda m, x: (t := m.qkv(x))[..., ::2] * t[..., 1::2],
     "sliced with a gap": lambda m, x: (t := m.qkv(x))[..., :2] * t[..., -2:],
