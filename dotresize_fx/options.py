@@ -38,7 +38,7 @@ SELF_TOKENS = 393_216
 # Calibration text where nothing is said. An encoder is small, and what it loses it loses to text that it did not see.
 CALIBRATION_TOKENS = {"decoder": 24_576, "encoder": 98_304}
 # Steps that repair each cut sublayer, likewise.
-REPAIR_STEPS = {"decoder": 400, "encoder": 1200}
+REPAIR_STEPS = {"decoder": 400, "encoder": 1200, "logits": 400, "outputs": 1200}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class Options:
     sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
     whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
     as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
-    from. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    from. ``calibration`` are files of text, ``calibration_data`` .npz files or folders of them, for a module or a program.
+    ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -75,6 +76,7 @@ class Options:
     self_tokens: int | None = None
     multiple: int | None = None
     calibration: tuple[Path, ...] = ()
+    calibration_data: tuple[Path, ...] = ()
     calibration_tokens: int | None = None
     sequence_length: int = 512
     evaluation_tokens: int = 8_192

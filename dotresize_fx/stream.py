@@ -9,7 +9,7 @@ import torch
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, padding_mask, token_rows
 from dotresize_fx.regions import Region
 
 # Rows kept for costs that a Gram matrix cannot give, such as L1 distances.
@@ -30,12 +30,10 @@ def stream_statistics(
     per_visit = max(1, SAMPLES // (len(nodes) * len(batches)))
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
-        environment, position = execution.start(batch), 0
+        environment, position, mask = execution.start(batch), 0, padding_mask(batch)
         for node in nodes:
             stop = execution.index[node] + 1
-            rows = token_rows(
-                execution.run(environment, position, stop, keep=[node])[node], batch.get("attention_mask")
-            )
+            rows = token_rows(execution.run(environment, position, stop, keep=[node])[node], mask)
             total.add(rows)
             # Any token, not every so many: a stride would pick the same positions, the first among them, each time.
             chosen = torch.randperm(len(rows), generator=generator)[:per_visit]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -147,6 +147,22 @@ class FxReading(Graph):
         inputs = {s.arg.name for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
         shapes = [node.meta["val"].shape for node in self.nodes.nodes if node.name in inputs]
         return max((_hint(shape[:2]) for shape in shapes if len(shape) > 1), default=1)
+
+    def expected_rows(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """About how many rows a linear of the blocks is given when these inputs are run: as many for their size as when
+        it was traced.
+        """
+        linears = [op for op in self.ops if op.kind is Kind.LINEAR]
+        traced = [_hint(self.node(op.name).meta["val"].shape[:-1]) for op in linears]
+        name, value = next(iter(inputs.items()))
+        share = value.numel() / max(1, _hint(self.node(name).meta["val"].shape))
+        return max(1, round(max(traced, default=1) * share))
+
+    @property
+    def attended_length(self) -> int:
+        """The most keys that a query attended to when it was traced; 1 without attention."""
+        keys = [self.node(op.inputs[1].name).meta["val"] for op in self.ops if op.kind is Kind.ATTENTION]
+        return max((_hint(value.shape[-2:-1]) for value in keys), default=1)
 
     def _owned(self, node: torch.fx.Node, position: int, keyword: str) -> Value | None:
         argument = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
