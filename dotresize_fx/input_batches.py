@@ -51,9 +51,8 @@ def _read_file(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             found = np.load(stream, allow_pickle=False)
-            return (
-                {name: found[name] for name in found} if isinstance(found, np.lib.npyio.NpzFile) else {"arr_0": found}
-            )
+            whole = {"arr_0": found} if isinstance(found, np.ndarray) else found
+            return {name: whole[name] for name in whole}
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -173,12 +172,11 @@ def _split(
 
 def _pieces(batches: Sequence[Inputs], inputs: ProgramInputs, size: int, *, whole: bool) -> list[Inputs]:
     """Batches of ``size`` samples; with ``whole`` what is left of a batch is dropped."""
-    pieces = []
+    pieces: list[Inputs] = []
     for batch in batches:
         count = inputs.samples(batch)
-        for start in range(0, count, size if inputs.batch else count):
-            if not whole or start + size <= count:
-                pieces.append(inputs.part(batch, start, start + size))
+        starts = range(0, count, size if inputs.batch else count)
+        pieces += [inputs.part(batch, start, start + size) for start in starts if not whole or start + size <= count]
     return pieces
 
 

@@ -54,8 +54,8 @@ class Options:
     sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
     whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
     as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
-    from. ``calibration`` are files of text, ``calibration_data`` .npz files or folders of them, for a module or a program.
-    ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    from. ``calibration`` are files of text, ``calibration_data`` .npz files or folders of them, for modules and
+    programs. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.

@@ -103,7 +103,8 @@ class ProgramInputs:
                 other, name = sizes.setdefault(wanted, (size, spec.name))
                 if size != other:
                     raise CalibrationError(
-                        f"{found} has shape {tuple(value.shape)}, which does not fit {name}: axis {axis} must be {other}"
+                        f"{found} has shape {tuple(value.shape)}, which does not fit {name}: axis {axis} must be "
+                        f"{other}"
                     )
         if spec.name in self.batch:
             count, name = sizes.setdefault("", (len(value), spec.name))

@@ -46,8 +46,8 @@ def measure_curves(
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
 
     For encoders (``task``) the loss is the cosine that pooled embeddings lose: errors of single tokens average out in
-    them and those that a whole sequence shares do not. For outputs of any other kind it is their squared error, relative. Regions come in graph order. ``advanced`` is called once a
-    batch and once a region.
+    them and those that a whole sequence shares do not. For outputs of any other kind it is their squared error,
+    relative. Regions come in graph order. ``advanced`` is called once a batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
     shaping, pricing = _disjoint(graph, batches, task)

@@ -109,7 +109,7 @@ def trace(
 
 @contextmanager
 def no_fast_path() -> Iterator[None]:
-    """torch.nn's transformer layers compute op by op inside: in eval mode they are one fused op, with nothing to cut."""
+    """Inside, torch.nn's transformer layers compute op by op, not in one fused op that has nothing to cut."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""Capture of a module by its example inputs, or of a program that was saved: which sizes are free is found by trying."""
+"""Capture of a module by its example inputs, or of a saved program: which sizes are free is found by trying."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dotresize_fx.export.module_source import output_tensors
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.fx_form.reading import plain_size
 from dotresize_fx.graph import Kind
 from dotresize_fx.program_inputs import InputSpec, ProgramInputs
 
@@ -94,23 +95,30 @@ def _first_size(sample: Sample) -> int:
 
 
 def _traced(model: torch.nn.Module, sample: Sample) -> tuple[torch.export.ExportedProgram, Any, tuple[str, ...]]:
-    """The program with as many sizes free as torch.export leaves free, and why others are not."""
+    """The program with as many sizes free as torch.export leaves free, and why others are not.
+
+    Tried are the first axis of inputs that are as long as the first one, and lengths: the other axes of integers and
+    the second one of (batch, length, width).
+    """
     rows = _first_size(sample)
-    batched = [name for name, value in sample.items() if value.ndim and len(value) == rows]
-    every = {name: dict.fromkeys(range(value.ndim), AUTO) for name, value in sample.items()}
-    attempts = (every, {name: {0: AUTO} if name in batched else {} for name in sample}, dict.fromkeys(sample))
+    wanted: dict[str, list[int]] = {}
+    for name, value in sample.items():
+        plain = not value.is_floating_point()
+        lengths = range(1, value.ndim if plain else 2 if value.ndim == 3 else 1)
+        wanted[name] = [0] * (value.ndim > 0 and (len(value) == rows or plain)) + list(lengths)
     refusals: list[Exception] = []
-    for shapes in attempts:
+    tried = (wanted, {name: [axis for axis in axes if axis == 0] for name, axes in wanted.items()}, {})
+    for axes in tried:
         try:
-            program, metadata = trace(model, sample, shapes)
+            program, metadata = trace(model, sample, _shapes(sample, axes))
+            free = _free(program, axes)
+            if free != axes:  # what turned out to be fixed is a symbol still, which hides widths
+                program, metadata = trace(model, sample, _shapes(sample, free))
         except Exception as error:  # torch.export raises whatever its parts raise
             refusals.append(error)
             continue
-        wanted = {name: [0] for name in batched}
-        for name, value in sample.items():
-            if value.ndim == 2 and not value.is_floating_point():
-                wanted.setdefault(name, []).append(1)
-        return program, metadata, tuple(_why_fixed(model, sample, program, wanted, refusals))
+        fixed = {name: sorted({*wanted[name]} - {*free.get(name, ())}) for name in wanted}
+        return program, metadata, tuple(_why_fixed(model, sample, fixed, refusals))
     said = what_it_said(refusals[-1])
     raise CaptureError(
         f"torch.export cannot capture {type(model).__name__}: {said} (a forward pass that branches on its data or on "
@@ -118,29 +126,35 @@ def _traced(model: torch.nn.Module, sample: Sample) -> tuple[torch.export.Export
     ) from refusals[-1]
 
 
+def _shapes(sample: Sample, axes: Mapping[str, Sequence[int]], kind: Any = AUTO) -> dict[str, Any]:
+    return {name: dict.fromkeys(axes.get(name, ()), kind) for name in sample}
+
+
+def _free(program: torch.export.ExportedProgram, axes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Those of the axes whose size is a symbol still: no number, in whatever guise."""
+    shapes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"}
+    return {name: [axis for axis in tried if not str(shapes[name][axis]).isdigit()] for name, tried in axes.items()}
+
+
 def _why_fixed(
-    model: torch.nn.Module,
-    sample: Sample,
-    program: torch.export.ExportedProgram,
-    wanted: Mapping[str, list[int]],
-    refusals: Sequence[Exception],
+    model: torch.nn.Module, sample: Sample, fixed: Mapping[str, Sequence[int]], refusals: Sequence[Exception]
 ) -> list[str]:
-    """Of axes that one would have free, those that are fixed, with what torch.export says to freeing them."""
-    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    fixed = {
-        name: [axis for axis in axes if isinstance(placeholders[name].meta["val"].shape[axis], int)]
-        for name, axes in wanted.items()
-    }
+    """Of the axes that one would have free, those that are fixed, with what torch.export says to freeing them."""
     fixed = {name: axes for name, axes in fixed.items() if axes}
-    if not fixed:
+    # Of (batch, width, length), a spectrogram, the second axis is no length, and nobody asks why.
+    asked = {
+        name: [axis for axis in axes if axis == 0 or not sample[name].is_floating_point()]
+        for name, axes in fixed.items()
+    }
+    if not any(asked.values()):
         return []
     said = what_it_said(refusals[0]) if refusals else ""
     if not said:
         try:
-            trace(model, sample, {name: dict.fromkeys(fixed.get(name, ()), DYNAMIC) for name in sample})
+            trace(model, sample, _shapes(sample, asked, DYNAMIC))
         except Exception as error:
             said = what_it_said(error)
-    places = [f"axis {axis} of {name} is {sample[name].shape[axis]}" for name, axes in fixed.items() for axis in axes]
+    places = [f"axis {axis} of {name} is {sample[name].shape[axis]}" for name, axes in asked.items() for axis in axes]
     return [f"sizes that are fixed: {', '.join(places)}" + (f"; torch.export said: {said}" if said else "")]
 
 
@@ -166,8 +180,7 @@ def _described(graph: FxGraph, sample: Sample) -> ProgramInputs:
         if spec.kind is not InputKind.USER_INPUT or spec.arg.name not in sample:
             continue
         value = sample[spec.arg.name]
-        shape = graph.node(spec.arg.name).meta["val"].shape
-        sizes = tuple(size if isinstance(size, int) else str(size) for size in shape)
+        sizes = tuple(plain_size(size) for size in graph.node(spec.arg.name).meta["val"].shape)
         specs.append(InputSpec(spec.arg.name, value.dtype, sizes, tables.get(spec.arg.name)))
         if value.ndim and len(value) == rows:
             batch.add(spec.arg.name)

@@ -37,7 +37,7 @@ def load_module(module: torch.nn.Module, example_inputs: Examples) -> LoadedMode
     if strange := [key for key in given if key not in constants and key not in sample]:
         kind = type(given[strange[0]]).__name__
         raise UsageError(
-            f"example inputs: {strange[0]} of {name} is a {kind}: give tensors and plain numbers, and wrap the module in "
+            f"example inputs: {strange[0]} of {name} is a {kind}: give tensors and plain numbers, or wrap it in "
             "one that takes them"
         )
     if not sample or not any(value.ndim for value in sample.values()):

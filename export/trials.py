@@ -1,4 +1,4 @@
-"""What a slim model is tried on beside the dense one: inputs that verify and time it, and the figures of what is left."""
+"""What a slim model is tried on beside the dense one: inputs that verify and time it, and what is left of it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class FxReading(Graph):
         val = node.meta.get("val")
         shape: tuple[int | str, ...] = ()
         if isinstance(val, torch.Tensor):
-            shape = tuple(size if isinstance(size, int) else str(size) for size in val.shape)
+            shape = tuple(plain_size(size) for size in val.shape)
         return Value(node.name, shape, node.name in self._parameter_targets)
 
     @property
@@ -180,6 +180,13 @@ class FxReading(Graph):
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None
         return self.oriented(op, self.parameter(op.weight))
+
+
+def plain_size(size: Any) -> int | str:
+    """A number, or the name of a size that is free; a symbol that turned out to be a number is one."""
+    if isinstance(size, int):
+        return size
+    return int(name) if (name := str(size)).isdigit() else name
 
 
 def _hint(sizes: Iterable[Any]) -> int:
