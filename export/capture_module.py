@@ -55,9 +55,7 @@ def capture_module(loaded: LoadedModel) -> Captured:
     else:
         _compare(graph, run, sample, ProgramInputs(inputs.specs), name)
     if inputs.batch and not _samples_apart(run, sample, inputs):
-        notes += (
-            "the first axis of the inputs is no axis of samples, each with its own answer: batches are kept whole",
-        )
+        notes += ("the first axis of the inputs is no axis of samples: batches are kept whole",)
         inputs = ProgramInputs(inputs.specs, largest=inputs.largest)
     predicts = _predicted(graph, run, sample)
     return Captured(graph, sample, metadata, 0, 0, inputs=inputs, predicts=predicts, notes=notes)
@@ -160,9 +158,21 @@ def _why_fixed(
 
 def _refuse_state(program: torch.export.ExportedProgram, name: str) -> None:
     """A program that writes into its inputs or buffers is no function of its inputs."""
-    for spec in program.graph_signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(f"{name} writes into {spec.target or spec.arg}: its answers depend on what came before")
+    written = [spec.target for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    targets = {spec.arg.name: spec.target or spec.arg.name for spec in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            sources = node.args[: len(schema.arguments)]
+            written += [
+                targets.get(source.name)
+                for source, argument in zip(sources, schema.arguments, strict=False)
+                if isinstance(source, torch.fx.Node)
+                and argument.alias_info is not None
+                and argument.alias_info.is_write
+            ]
+    if found := next((target for target in written if target), None):
+        raise CaptureError(f"{name} writes into {found}: its answers depend on what came before")
 
 
 # -- what is known of the program ----------------------------------------------------------------------
@@ -248,7 +258,10 @@ def _samples_apart(run: Run, sample: Sample, inputs: ProgramInputs) -> bool:
     else:
         first = torch.zeros(count, dtype=torch.int64)
         other = {name: value[first] if name in inputs.batch else value for name, value in sample.items()}
-    whole, alone = run(sample), run(other)
+    try:
+        whole, alone = run(sample), run(other)
+    except Exception:  # it does not take one alone
+        return False
     return all(
         len(one) == count and _alike(one[:1], two[:1]) for one, two in zip(whole, alone, strict=True) if one.ndim
     )
