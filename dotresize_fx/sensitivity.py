@@ -50,7 +50,7 @@ def measure_curves(
     relative. Regions come in graph order. ``advanced`` is called once a batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
-    shaping, pricing = _disjoint(graph, batches, task)
+    shaping, pricing = _disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
     statistics = _dense_statistics(graph, watched, shaping, advanced)
     curves, probes = {}, []
     for inputs in watched:
@@ -68,11 +68,17 @@ def measure_curves(
     return curves
 
 
-def _disjoint(graph: FxGraph, batches: Sequence[Inputs], task: str) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+def _ids(batch: Inputs) -> int:
+    return batch["input_ids"].numel()
+
+
+def _disjoint(
+    batches: Sequence[Inputs], task: str, tokens: Callable[[Inputs], int] = _ids
+) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
     """Batches that shape the curves and others that price the probes, spread evenly over the text.
 
     A probe has to be priced on text that it was not fitted to: what the first layers put out follows from the token
-    alone, and of few tokens a cut learns each. Batches of inputs that are no text are taken as they are.
+    alone, and of few tokens a cut learns each. Batches of inputs that are no text are taken as they are; ``tokens`` says how many one has.
     """
     on_gpu = next(iter(batches[0].values())).is_cuda
     pieces = batches
@@ -84,10 +90,10 @@ def _disjoint(graph: FxGraph, batches: Sequence[Inputs], task: str) -> tuple[Seq
     scale = GPU_SCALE if on_gpu else 1
     short = [_cropped(piece, PRICE_LENGTH * scale) for piece in pieces] if task == "decoder" else pieces
     # One piece in three at most prices; all the others may shape.
-    priced = max(1, min(len(pieces) // 3, round(scale * PRICE_TOKENS[task] / _mean_tokens(graph, short))))
+    priced = max(1, min(len(pieces) // 3, round(scale * PRICE_TOKENS[task] / _mean(tokens, short))))
     chosen = {(2 * i + 1) * len(pieces) // (2 * priced) for i in range(priced)}
     others = [piece for i, piece in enumerate(pieces) if i not in chosen]
-    count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean_tokens(graph, pieces))))
+    count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean(tokens, pieces))))
     return [others[i * len(others) // count] for i in range(count)], [short[i] for i in sorted(chosen)]
 
 
@@ -103,9 +109,8 @@ def _cropped(piece: Inputs, length: int) -> Inputs:
     return piece if padding_mask(piece) is not None else {name: value[:, :length] for name, value in piece.items()}
 
 
-def _mean_tokens(graph: FxGraph, pieces: Sequence[Inputs]) -> float:
-    counts = [p["input_ids"].numel() if "input_ids" in p else graph.expected_rows(p) for p in pieces]
-    return sum(counts) / len(counts)
+def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
+    return sum(map(tokens, pieces)) / len(pieces)
 
 
 def _dense_statistics(
