@@ -78,7 +78,8 @@ def _disjoint(
     """Batches that shape the curves and others that price the probes, spread evenly over the text.
 
     A probe has to be priced on text that it was not fitted to: what the first layers put out follows from the token
-    alone, and of few tokens a cut learns each. Batches of inputs that are no text are taken as they are; ``tokens`` says how many one has.
+    alone, and of few tokens a cut learns each. Batches of inputs that are no text are taken as they are;
+    ``tokens`` says how many one has.
     """
     on_gpu = next(iter(batches[0].values())).is_cuda
     pieces = batches
