@@ -5,8 +5,7 @@
 
 Text: see texts.py. Everything is measured in one run, dense included; excess is ln(perplexity slim / perplexity dense)
 in nats, a mean over texts; the file size is 4 bytes a parameter. The basis of magnitude are the channels of the largest
-norm, that of dotresize the Q of a transport plan T = QR, that of pca principal components, that of auto what
-its readers lose least by. Efforts:
+norm, that of dotresize the Q of a transport plan T = QR, that of pca principal components. Efforts:
 
 published   the maps inserted and folded, nothing refitted, as the methods were published
 fast, best  the compiler's: all that reads the stream refitted; and every sublayer repaired (fast refits magnitude too)
@@ -35,7 +34,7 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.regions import RegionKind
 from dotresize_fx.width_plan import WidthPlan
 
-STREAM_METHODS = ("magnitude", "dotresize", "pca", "auto")
+STREAM_METHODS = ("magnitude", "dotresize", "pca")
 STREAM_EFFORTS = ("published", "fast", "best")
 COLUMNS = ["width", "method", "basis", "effort", "same source", "other source", "agreement", "weights off"]
 COLUMNS += ["parameters", "file, MB", "seconds"]
@@ -49,7 +48,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text-dir", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--width", type=int, nargs="+", help="of the stream (90 and 80 %% of it)")
-    parser.add_argument("--methods", nargs="+", default=list(STREAM_METHODS[:3]), choices=STREAM_METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(STREAM_METHODS), choices=STREAM_METHODS)
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
     parser.add_argument("--efforts", nargs="+", default=["published", "fast"], choices=STREAM_EFFORTS)
     parser.add_argument("--repair-steps", type=int)

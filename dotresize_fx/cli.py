@@ -127,7 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dotresize-fx", description="Make a transformer narrower: a smaller, proved ONNX out.")
     parser.add_argument("--version", action="version", version=f"dotresize-fx {version('dotresize-fx')}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    model = "a Hugging Face folder, a GGUF file, a hub id, or a built-in name: smollm2-135m, minilm-l6"
+    model = (
+        "a Hugging Face folder, a GGUF file, a hub id, a program that torch.export.save wrote (.pt2), "
+        "or a built-in name: smollm2-135m, minilm-l6"
+    )
 
     export = commands.add_parser("export", help="slim MODEL and write ONNX, config, tokenizer and report into OUT")
     export.set_defaults(run=_export)
@@ -171,6 +174,15 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help=".txt or .jsonl, repeatable; 80 %% calibrates, 20 %% measures (default: a text that Python carries)",
     )
+    export.add_argument(
+        "--calibration-data",
+        metavar="PATH",
+        type=Path,
+        action="append",
+        default=[],
+        help="for a .pt2: an .npz of arrays named as the program's inputs, samples along the first axis, or a folder "
+        "of such files, repeatable; 80 %% of the samples calibrate, the last 20 %% measure",
+    )
     export.add_argument("--calibration-tokens", type=int, metavar="N", help="(24576; 98304 for an encoder)")
     export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
     export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")
@@ -205,7 +217,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
 
     given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
     given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
-    given["calibration"] = tuple(arguments.calibration)
+    given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
     options = Options(**given)
     from dotresize_fx.compiler import export
     from dotresize_fx.memory import give_large_blocks_back

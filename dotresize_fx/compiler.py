@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,32 +12,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
-from dotresize_fx.errors import CaptureError, UsageError
-from dotresize_fx.export.capture import Captured, capture
-from dotresize_fx.export.model_source import LoadedModel, load_model
-from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.device import compute_device
+from dotresize_fx.errors import UsageError
+from dotresize_fx.export.analyse import analyse
+from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.model_source import LoadedModel
+from dotresize_fx.export.module_source import Examples
+from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.launched import Launched
 from dotresize_fx.options import Options
-from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import why_not_cut
-from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
-from dotresize_fx.sweep import SweptRegion, is_held_out
+from dotresize_fx.sweep import SweptRegion
+from dotresize_fx.task import Task
 from dotresize_fx.width_plan import WidthPlan
 
 if TYPE_CHECKING:
-    from dotresize_fx.healing.hand_out import Handed
     from dotresize_fx.report.contents import Report
 
-# Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
-CAPTURE_TOLERANCE = 1e-4
-UNTRACED_LENGTH = 7
-# A step of healing on a CPU, which has neither the memory nor the time for a GPU's.
-CPU_TOKENS = 1024
+__all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim"]
 
 
 @dataclass
@@ -56,6 +54,11 @@ class SlimResult:
     started: float = field(default_factory=time.perf_counter)
 
     @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return "logits" if self.captured.predicts else self.loaded.task
+
+    @property
     def slim(self) -> FxGraph:
         """The slim program."""
         return self.slimmed.graph
@@ -66,7 +69,8 @@ class SlimResult:
         return self.slimmed.swept
 
     def save(self, out: Path | str, *, force: bool = False) -> Report:
-        """Write model.onnx, its weights, config, tokenizer and the two reports into ``out``; returns the report.
+        """Write model.onnx, its weights, config and tokenizer if it has any, and the reports into ``out``; returns the
+        report.
 
         Nothing is left half-written. Raises OutputError when ``out`` cannot be written (it exists and is not empty
         without ``force``), MissingExtraError without ONNX Runtime, VerificationError when it disagrees.
@@ -79,10 +83,11 @@ class SlimResult:
 
 
 def slim(
-    model: str | Path | LoadedModel,
+    model: Model,
     ratio: float | None = None,
     *,
-    calibration: Path | str | Sequence[Path | str] = (),
+    example_inputs: Examples | None = None,
+    calibration: Path | str | Iterable[Path | str] | Iterable[Given] = (),
     work: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -90,9 +95,13 @@ def slim(
     """Slim a model by ``ratio`` of its block linear weights, or of what the option ``cost`` names.
 
     Args:
-        model: a local Hugging Face folder, a GGUF file, a hub id, a built-in name, or what ``load_model`` returned.
+        model: a local Hugging Face folder, a GGUF file, a hub id, a built-in name, a program that torch.export saved
+            (``.pt2``) or gave, a module, or what ``load_model`` returned.
         ratio: share to remove, 0 <= ratio < 1; None is 0.2, or what the option ``plan`` says.
-        calibration: text files (.txt, .jsonl); without any, the text that every Python carries.
+        example_inputs: of a module: keyword arguments (a dict), positional ones (a tuple) or the only one (a tensor) of
+            its forward pass, two samples or more along the first axis where it has one.
+        calibration: text files (.txt, .jsonl); without any, the text that every Python carries. For a module or a
+            program: batches of inputs, each a dict, a tuple or a tensor, or .npz files or folders of them.
         work: folder for finished blocks, if they are to be written.
         options: further fields of :class:`dotresize_fx.options.Options`.
 
@@ -102,56 +111,82 @@ def slim(
     Raises:
         DotresizeError: whatever is wrong with model, text or options, one class a kind.
     """
-    files = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
-    chosen = Options(ratio=ratio, calibration=tuple(Path(file) for file in files), **options)
+    files: list[Any] = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
+    in_memory = bool(files) and reads_given_inputs(model) and not all(isinstance(file, (str, Path)) for file in files)
+    named = "calibration_data" if reads_given_inputs(model) else "calibration"
+    chosen = Options(ratio=ratio, **{named: () if in_memory else tuple(Path(file) for file in files)}, **options)
     progress = progress or Progress(quiet=True)
-    with _together(chosen, progress) as launched:
-        return slim_with(chosen, model, launched, progress=progress, work=work)
+    with _alone_or_together(chosen, progress) as launched:
+        return slim_with(
+            chosen,
+            model,
+            launched,
+            progress=progress,
+            work=work,
+            example_inputs=example_inputs,
+            batches=files if in_memory else None,
+        )
 
 
-@contextmanager
-def _together(options: Options, progress: Progress) -> Iterator[Launched]:
-    """Rank 0 goes on with the block; other ranks help it to heal and end here, with SystemExit(0)."""
-    device = compute_device(options)
-    with Launched(device, options.effort, progress.show) as launched:
-        if launched.rank > 0:
-            if launched.wait(progress.check):
-                from dotresize_fx.healing.hand_out import take
+def _alone_or_together(options: Options, progress: Progress) -> AbstractContextManager[Launched]:
+    from dotresize_fx.healing.together import together  # with torch's parts for training
 
-                with launched.called():
-                    _heal(take(device), options, Progress(quiet=True, check=progress.check))
-            raise SystemExit(0)
-        yield launched
+    return together(options, progress)
 
 
 def slim_with(
     chosen: Options,
-    model: str | Path | LoadedModel,
+    model: Model,
     launched: Launched,
     *,
     progress: Progress,
     work: Path | None = None,
     trust_remote_code: bool = False,
+    example_inputs: Examples | None = None,
+    batches: Sequence[Given] | None = None,
 ) -> SlimResult:
-    """:func:`slim` with its options checked and gathered, on rank 0."""
+    """:func:`slim` with its options checked and gathered, on rank 0; ``batches`` are a module's inputs in memory."""
     started = time.perf_counter()
     torch.manual_seed(chosen.seed)
-    text = load_text(chosen.calibration)  # what is wrong with these is said before the model is loaded
+    given = reads_given_inputs(model)
+    _check_kind(chosen, given, batches)
+    # What is wrong with these is said before the model is loaded.
+    text = None if given else load_text(chosen.calibration)
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
-        loaded = (
-            model if isinstance(model, LoadedModel) else load_model(str(model), trust_remote_code=trust_remote_code)
-        )
+        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code)
     captured, dense, matches = analyse(loaded, progress, check=chosen.check)
     device = compute_device(chosen)
-    tokens, steps = chosen.tokens_that_calibrate(loaded.task), chosen.steps_that_repair(loaded.task)
-    chosen = replace(chosen, calibration_tokens=tokens, repair_steps=steps)
-    data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest, device)
-    own = _own_text(loaded, data, chosen, device, progress)
-    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task, launched)
-    return SlimResult(
-        loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=slimmed.notes, started=started
-    )
+    task: Task = "logits" if captured.predicts else loaded.task
+    chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
+    own: Sequence[Inputs] = ()
+    if text is None:
+        assert captured.inputs is not None
+        data = prepare_given(batches, chosen.calibration_data, captured.inputs, dense, captured.sample, device)
+    else:
+        chosen = replace(chosen, calibration_tokens=chosen.tokens_that_calibrate(task))
+        data = prepare_data(text, chosen, loaded.tokenizer, task, captured.longest, device)
+        own = _own_text(loaded, data, chosen, device, progress)
+    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, task, launched)
+    notes = (*captured.notes, *slimmed.notes)
+    return SlimResult(loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=notes, started=started)
+
+
+def _check_kind(options: Options, given: bool, batches: Sequence[Given] | None) -> None:
+    """
+    Raises:
+        UsageError: text for a model that reads other inputs, or the other way round.
+    """
+    if given and options.calibration:
+        raise UsageError("--calibration is text, which a module or a program does not read: give --calibration-data")
+    if not given and options.calibration_data:
+        raise UsageError("--calibration-data is for modules and programs: a model with a tokenizer takes --calibration")
+    if given and not options.calibration_data and not batches:
+        raise UsageError(
+            "a module or a program calibrates on inputs of its own: give --calibration-data (calibration in Python)"
+        )
+    if given and options.effort == "heal":
+        raise UsageError("--effort heal distils on text, which a module or a program does not read: use best")
 
 
 def _own_text(
@@ -191,93 +226,16 @@ def _slim_on_device(
     slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan)
     if options.effort == "heal" and slimmed.swept:
         from dotresize_fx.healing.hand_out import Handed, give
+        from dotresize_fx.healing.together import heal_handed
 
         handed = Handed(moved, slimmed.graph, (batches, own), task)
         with launched.called():
             give(handed)
-            healed = _heal(handed, options, progress)
+            healed = heal_handed(handed, options, progress)
         slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
     if device != "cpu":
         slimmed.graph.to("cpu")
     return slimmed
-
-
-def _heal(handed: Handed, options: Options, progress: Progress) -> tuple[str, ...]:
-    """Distil end to end, measured on every eighth batch of each source; notes for the report."""
-    from dotresize_fx.healing import PROGRESS_STEPS, HealOptions, heal
-    from dotresize_fx.healing.ranks import Ranks
-
-    held_out = [batch for source in handed.sources for i, batch in enumerate(source) if is_held_out(i)]
-    training = [batch for source in handed.sources for i, batch in enumerate(source) if not is_held_out(i)]
-    at_once = HealOptions.pass_tokens if training[0]["input_ids"].is_cuda else CPU_TOKENS
-    chosen = HealOptions(
-        seconds=60 * options.heal_minutes,
-        steps=options.heal_steps,
-        seed=options.seed,
-        step_tokens=at_once,
-        pass_tokens=at_once,
-    )
-    with progress.stage("heal", PROGRESS_STEPS) as step:
-        found = heal(
-            handed.dense,
-            handed.slim,
-            training,
-            held_out or training,
-            chosen,
-            task=handed.task,
-            checkpoint=options.heal_checkpoint,
-            advanced=step,
-        )
-    together = f" in {count} processes" if (count := Ranks().count) > 1 else ""
-    return (
-        f"healed for {found.steps} steps in {found.seconds:.0f} s{together}: held-out divergence {found.before:.4f} -> "
-        f"{found.after:.4f}; stopped because: {found.stopped}",
-        *found.notes,
-    )
-
-
-def compute_device(options: Options) -> str:
-    """``cpu`` or ``cuda``; of several, the one that torch takes for the current one.
-
-    Raises:
-        UsageError: CUDA was asked for and torch has none.
-    """
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise UsageError("--device cuda: this torch sees no CUDA device; use --device cpu")
-    return "cuda" if options.device != "cpu" and available else "cpu"
-
-
-def analyse(loaded: LoadedModel, progress: Progress, *, check: bool = False) -> tuple[Captured, FxGraph, MatchReport]:
-    """Capture, canonicalise and find regions; the model's weights are not changed."""
-    with progress.stage("capture"):
-        captured = capture(loaded.model)
-        _compare_capture(loaded.model, captured)
-    with progress.stage("find regions"):
-        canonicalise(captured.graph, check=check)
-        matches = find_regions(captured.graph)
-    return captured, captured.graph, matches
-
-
-@torch.no_grad()
-def _compare_capture(model: torch.nn.Module, captured: Captured) -> None:
-    """The traced sample, and a batch and length that were not traced, must come out as the model has them."""
-    other = {name: value[1:, :UNTRACED_LENGTH] for name, value in captured.sample.items()}
-    for inputs in (captured.sample, other):
-        expected = model(**inputs)[0]
-        try:
-            found = Execution(captured.graph).outputs(inputs)[0]
-            same = found.shape == expected.shape and bool(
-                (found - expected).abs().max() <= CAPTURE_TOLERANCE * expected.abs().max()
-            )
-        except RuntimeError:  # a batch or a length that tracing took for a constant
-            same = False
-        if not same:
-            why = f"torch.export said: {captured.doubt}" if captured.doubt else "it depends on Python state or sizes"
-            raise CaptureError(
-                f"the program captured from {type(model).__name__} does not compute what the model's forward pass "
-                f"does on inputs of shape {tuple(inputs['input_ids'].shape)}: {why}"
-            )
 
 
 def export(
@@ -289,7 +247,7 @@ def export(
     from dotresize_fx.export.output_folder import OutputFolder
 
     # Outermost, so that OUT is settled before this process ends for another's failure.
-    with _together(options, progress) as launched:
+    with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()
         with OutputFolder(out, force) as folder:
             result = slim_with(
@@ -301,7 +259,7 @@ def export(
 def inspect(name: str, *, trust_remote_code: bool, progress: Progress) -> tuple[MatchReport, dict[str, str]]:
     """The match report, and for regions that are matched and still not cut the reason."""
     with progress.stage("load"):
-        loaded = load_model(name, trust_remote_code=trust_remote_code)
+        loaded = open_model(name, trust_remote_code=trust_remote_code)
     _, graph, matches = analyse(loaded, progress)
     reasons = {region.name: why_not_cut(graph, region) for region in matches.regions}
     return matches, {region: why for region, why in reasons.items() if why}

@@ -42,10 +42,14 @@ class NothingToSlimError(DotresizeError):
     exit_code = 6
 
 
-class TextError(DotresizeError):
-    """Calibration or evaluation text is missing, empty, too short or not UTF-8."""
+class CalibrationError(DotresizeError):
+    """What is to calibrate or measure is missing, too little, or not what the model reads."""
 
     exit_code = 7
+
+
+class TextError(CalibrationError):
+    """Calibration or evaluation text is missing, empty, too short or not UTF-8."""
 
 
 class OutputError(DotresizeError):

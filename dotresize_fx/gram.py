@@ -55,19 +55,36 @@ def with_ones(rows: torch.Tensor) -> torch.Tensor:
 
 
 def check_finite(gram: torch.Tensor, region: Region) -> None:
-    """Raises SolverError when calibration met activations that are no numbers."""
-    if not gram.isfinite().all():
-        raise SolverError(
-            f"{region.name}: activations on the calibration text are infinite or NaN; the model overflows on it"
-        )
+    """Raises SolverError when calibration met activations that are no numbers, and names the expert if it is one's."""
+    if gram.isfinite().all():
+        return
+    whose = ""
+    if gram.ndim == 3:
+        broken = [str(expert) for expert, part in enumerate(gram) if not part.isfinite().all()]
+        whose = f" of expert {', '.join(broken)}"
+    raise SolverError(
+        f"{region.name}: activations{whose} on the calibration data are infinite or NaN; the model overflows on it"
+    )
+
+
+def padding_input(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The batch's attention mask (batch, length), not 0 where there is a token; None where none says so.
+
+    A mask of floats is added to scores, or multiplies something: its zeros are no padding. Beside a decoder's own
+    inputs the mask is the encoder's, and rows of the decoder might be taken for the encoder's.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.is_floating_point() or any(name.startswith("decoder_") for name in batch):
+        return None
+    return mask
 
 
 def padding_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The batch's attention mask (batch, length); None where there is none, or where it leaves nothing out.
+    """:func:`padding_input`, and None where it leaves nothing out.
 
     Asked once a batch: the answer waits for the device, and so does every selection of rows by a mask.
     """
-    mask = batch.get("attention_mask")
+    mask = padding_input(batch)
     return None if mask is None or bool(mask.all()) else mask
 
 
@@ -96,8 +113,6 @@ class RegionStatistics:
     writer_weights: (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some rows of x, or None.
     Of EXPERTS gram is (experts, n, n), reader_weight (experts, out, n), expert_rows (experts,) int64 how many rows
     each one saw, and ``of_experts`` the same one by one, once asked for.
-    sights: of a stream, by norm: (n, n) the mean of x x.T behind it, and (n, n) the sum of W.T W over what reads there,
-    each divided by the mean square of what it puts out; empty where they would not fit.
     eliminations: the orders in which neurons went, as far as elimination was run: a longer run begins as a shorter one
     does.
     """
@@ -109,7 +124,6 @@ class RegionStatistics:
     writer_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     samples: torch.Tensor | None = None
     coherence: torch.Tensor | None = None
-    sights: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     expert_rows: torch.Tensor | None = None
     of_experts: list[RegionStatistics] = field(default_factory=list, compare=False, repr=False)
     eliminations: list[torch.Tensor] = field(default_factory=list, compare=False, repr=False)

@@ -39,7 +39,7 @@ SELF_TOKENS = 393_216
 # Calibration text where nothing is said. An encoder is small, and what it loses it loses to text that it did not see.
 CALIBRATION_TOKENS = {"decoder": 24_576, "encoder": 98_304}
 # Steps that repair each cut sublayer, likewise.
-REPAIR_STEPS = {"decoder": 400, "encoder": 1200}
+REPAIR_STEPS = {"decoder": 400, "encoder": 1200, "logits": 400, "outputs": 1200}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,9 @@ class Options:
     sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
     whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
     as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
-    from. ``basis``: "shared" cuts the residual stream in one basis for all layers; "sublayer" gives each sublayer its
-    own, with a k x k adapter on each skip, and so also takes post-norm models. ``device`` is where calibration and
+    from. ``calibration`` are files of text, ``calibration_data`` .npz files or folders of them, for modules and
+    programs. ``basis``: "shared" cuts the residual stream in one basis for all layers; "sublayer" gives each sublayer
+    its own, with a k x k adapter on each skip, and so also takes post-norm models. ``device`` is where calibration and
     solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
@@ -79,6 +80,7 @@ class Options:
     self_tokens: int | None = None
     multiple: int | None = None
     calibration: tuple[Path, ...] = ()
+    calibration_data: tuple[Path, ...] = ()
     calibration_tokens: int | None = None
     sequence_length: int = 512
     evaluation_tokens: int = 8_192

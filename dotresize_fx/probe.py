@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dotresize_fx.expert_statistics import refit_experts
-from dotresize_fx.fidelity import Inputs, pooled
+from dotresize_fx.fidelity import Inputs, answer_rows, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import RegionStatistics, padding_mask, token_rows
@@ -16,6 +16,7 @@ from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.solvers import solvers_for
+from dotresize_fx.task import predicts_tokens
 
 # The share of its width that a probe keeps; a KV head is the least that can go.
 PROBED = {RegionKind.FFN: 0.6, RegionKind.EXPERTS: 0.6, RegionKind.VALUE: 0.75, RegionKind.QUERY_KEY: 0.75}
@@ -129,12 +130,12 @@ class _Answers:
     """
 
     def __init__(self, execution: Execution, batch: Inputs, task: str) -> None:
-        self.batch, self.mask, self.embeds = batch, padding_mask(batch), task == "encoder"
+        self.batch, self.mask, self.task = batch, padding_mask(batch), task
         self.node, self.head = execution.results[0], None
         graph, last = execution.graph, execution.results[0]
         op = graph.op(last.name)
         large = op.kind is Kind.LINEAR and len(graph.weight(op)) > SHORTLIST and graph.bias(op) is None
-        if large and not self.embeds:
+        if large and predicts_tokens(task):
             self.node = graph.node(op.inputs[0].name)
         values = execution.run(execution.start(batch), 0, len(execution.nodes), keep=[self.node, last])
         if self.node is not last:
@@ -143,23 +144,29 @@ class _Answers:
         self.rows = self._rows(values[self.node])
         # An encoder has one answer a sequence.
         self.count = len(self.rows)
-        self.chances = self.rows if self.embeds else self.rows.softmax(-1)
+        self.chances = self.rows.softmax(-1) if predicts_tokens(task) else self.rows
 
     def _rows(self, value: torch.Tensor) -> torch.Tensor:
-        if self.embeds:  # of nearly equal directions float32 leaves no more than rounding
+        if self.task == "encoder":  # of nearly equal directions float32 leaves no more than rounding
             return pooled(value, self.batch).double()
+        if self.task == "outputs":
+            return answer_rows(value, self.mask).double()
         rows = token_rows(value, self.mask)
         return (rows if self.head is None else rows @ self.head.T).float()
 
     def lost(self, value: torch.Tensor) -> float:
-        """Sum over tokens of KL(dense || cut); for an encoder over sequences of 1 - cosine of the embeddings.
+        """Sum over tokens of KL(dense || cut); for an encoder over sequences of 1 - cosine of the embeddings, for other
+        outputs over their rows of |cut - dense|² / |dense|², the mean row's.
 
         value: what another run has at ``node``.
         """
         rows = self._rows(value)
-        if self.embeds:
+        if self.task == "encoder":
             return float((1 - torch.nn.functional.cosine_similarity(self.rows, rows)).clamp_min(0).sum())
-        # ln of the mean of exp under the dense model's chances, less the mean: exact where the difference is small.
         away = rows - self.rows
+        if self.task == "outputs":
+            size = self.rows.square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
+            return float(self.count * away.square().sum() / size)
+        # ln of the mean of exp under the dense model's chances, less the mean: exact where the difference is small.
         away -= torch.linalg.vecdot(self.chances, away)[:, None]
         return float(torch.linalg.vecdot(self.chances, away.clamp_max_(LARGEST).expm1_()).log1p().double().sum())

@@ -57,7 +57,7 @@ class CudaRecorder:
             before = generator.clone_state()
             try:
                 # A capture that fails while it ends leaves its stream the current one.
-                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                with _uncollected(), torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                     work()
             except BaseException:
                 with contextlib.suppress(RuntimeError):
@@ -119,6 +119,18 @@ class RepeatedWork:
             said = (str(cause).strip().splitlines() or [""])[0]
             self.note = f"steps were not recorded as a CUDA graph ({type(cause).__name__}: {said})"
             return None
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected inside: an earlier recording that goes meanwhile would break the one that is made."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextlib.contextmanager

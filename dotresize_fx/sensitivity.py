@@ -20,11 +20,12 @@ from dotresize_fx.probe import Probe, price_probes
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region
 from dotresize_fx.solvers import CURVES
+from dotresize_fx.task import reads_text
 
 # Tokens whose Gram matrices give the curves, and tokens that price the probes.
 SHAPE_TOKENS = 4096
 # An encoder has one answer a sequence.
-PRICE_TOKENS = {"decoder": 528, "encoder": 3072}
+PRICE_TOKENS = {"decoder": 528, "logits": 528, "encoder": 3072, "outputs": 3072}
 # Of a decoder's sequence that prices no more is run, so that few tokens are of several texts.
 PRICE_LENGTH = 176
 # Tokens that are run at once.
@@ -45,11 +46,11 @@ def measure_curves(
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
 
     For encoders (``task``) the loss is the cosine that pooled embeddings lose: errors of single tokens average out in
-    them and those that a whole sequence shares do not. Regions come in graph order. ``advanced`` is called once a
-    batch and once a region.
+    them and those that a whole sequence shares do not. For outputs of any other kind it is their squared error,
+    relative. Regions come in graph order. ``advanced`` is called once a batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
-    shaping, pricing = _disjoint(batches, task)
+    shaping, pricing = _disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
     statistics = _dense_statistics(graph, watched, shaping, advanced)
     curves, probes = {}, []
     for inputs in watched:
@@ -67,24 +68,33 @@ def measure_curves(
     return curves
 
 
-def _disjoint(batches: Sequence[Inputs], task: str) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+def _ids(batch: Inputs) -> int:
+    return batch["input_ids"].numel()
+
+
+def _disjoint(
+    batches: Sequence[Inputs], task: str, tokens: Callable[[Inputs], int] = _ids
+) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
     """Batches that shape the curves and others that price the probes, spread evenly over the text.
 
     A probe has to be priced on text that it was not fitted to: what the first layers put out follows from the token
-    alone, and of few tokens a cut learns each.
+    alone, and of few tokens a cut learns each. Batches of inputs that are no text are taken as they are;
+    ``tokens`` says how many one has.
     """
-    on_gpu = batches[0]["input_ids"].is_cuda
-    pieces = [piece for batch in batches for piece in _pieces(batch, PIECE * (GPU_PIECE_SCALE if on_gpu else 1))]
-    pieces = [piece for piece in pieces if "attention_mask" not in piece or piece["attention_mask"].any()] or pieces
+    on_gpu = next(iter(batches[0].values())).is_cuda
+    pieces = batches
+    if reads_text(task):
+        pieces = [piece for batch in batches for piece in _pieces(batch, PIECE * (GPU_PIECE_SCALE if on_gpu else 1))]
+        pieces = [piece for piece in pieces if "attention_mask" not in piece or piece["attention_mask"].any()] or pieces
     if len(pieces) == 1:
         return pieces, pieces
     scale = GPU_SCALE if on_gpu else 1
-    short = pieces if task == "encoder" else [_cropped(piece, PRICE_LENGTH * scale) for piece in pieces]
+    short = [_cropped(piece, PRICE_LENGTH * scale) for piece in pieces] if task == "decoder" else pieces
     # One piece in three at most prices; all the others may shape.
-    priced = max(1, min(len(pieces) // 3, round(scale * PRICE_TOKENS[task] / _mean_tokens(short))))
+    priced = max(1, min(len(pieces) // 3, round(scale * PRICE_TOKENS[task] / _mean(tokens, short))))
     chosen = {(2 * i + 1) * len(pieces) // (2 * priced) for i in range(priced)}
     others = [piece for i, piece in enumerate(pieces) if i not in chosen]
-    count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean_tokens(pieces))))
+    count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean(tokens, pieces))))
     return [others[i * len(others) // count] for i in range(count)], [short[i] for i in sorted(chosen)]
 
 
@@ -100,8 +110,8 @@ def _cropped(piece: Inputs, length: int) -> Inputs:
     return piece if padding_mask(piece) is not None else {name: value[:, :length] for name, value in piece.items()}
 
 
-def _mean_tokens(pieces: Sequence[Inputs]) -> float:
-    return sum(piece["input_ids"].numel() for piece in pieces) / len(pieces)
+def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
+    return sum(map(tokens, pieces)) / len(pieces)
 
 
 def _dense_statistics(

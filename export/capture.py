@@ -7,7 +7,8 @@ exporter is stopped once it has the program, and :mod:`dotresize_fx.export.emit_
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.program_inputs import ProgramInputs
 
 # Traced with two sequences, one of them padded, so that the attention mask stays an input.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING = 2, 16, 5
@@ -35,7 +37,8 @@ class Captured:
 
     ``longest`` is the longest sequence the model takes, ``vocabulary`` the number of token ids (0: it reads none).
     ``doubt`` is what torch.export said against a free batch and length, if it did: such a program may hold for the
-    sample's shape only.
+    sample's shape only. ``inputs`` is what a module or a saved program reads, None for a model of text, ``predicts``
+    the one of them whose next token the first output predicts, and ``notes`` say which of its sizes are fixed, and why.
     """
 
     graph: FxGraph
@@ -44,6 +47,9 @@ class Captured:
     longest: int
     vocabulary: int
     doubt: str = ""
+    inputs: ProgramInputs | None = None
+    predicts: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
@@ -74,24 +80,45 @@ def capture(model: torch.nn.Module, sample: Mapping[str, torch.Tensor] | None = 
     free = torch.export.Dim.AUTO, torch.export.Dim.AUTO
     refusal: Exception | None = None
     for batch, length in (named, free):
-        shapes = {name: {0: batch, 1: length} if reads_text else {0: batch} for name in chosen}
         try:
-            with quiet_libraries():
-                _StoppedOnnxExporter().export(model, dict(chosen), OnnxConfig(dynamic=True, dynamic_shapes=shapes))
-        except _Captured as captured:
-            doubt = "" if refusal is None else _what_it_said(refusal)
-            return Captured(FxGraph(captured.program), chosen, captured.metadata, longest, vocabulary, doubt)
+            shapes = {name: {0: batch, 1: length} if reads_text else {0: batch} for name in chosen}
+            program, metadata = trace(model, chosen, shapes)
+            doubt = "" if refusal is None else what_it_said(refusal)
+            return Captured(FxGraph(program), chosen, metadata, longest, vocabulary, doubt)
         except Exception as error:
             refusal = refusal or error
             if "Constraints violated" not in str(error):
                 break
     raise CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: {_what_it_said(refusal or Exception())} (only a model "
+        f"torch.export cannot capture {type(model).__name__}: {what_it_said(refusal or Exception())} (only a model "
         "whose forward pass takes any batch and length and does not branch on its data can be slimmed)"
     ) from refusal
 
 
-def _what_it_said(error: Exception) -> str:
+def trace(
+    model: torch.nn.Module, sample: Mapping[str, torch.Tensor], shapes: Mapping[str, Any]
+) -> tuple[torch.export.ExportedProgram, Any]:
+    """The program of a forward pass, and what converting it needs; raises whatever torch.export does."""
+    try:
+        with quiet_libraries(), no_fast_path():
+            _StoppedOnnxExporter().export(model, dict(sample), OnnxConfig(dynamic=True, dynamic_shapes=dict(shapes)))
+    except _Captured as captured:
+        return captured.program, captured.metadata
+    raise AssertionError("the exporter handed on no program")
+
+
+@contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Inside, torch.nn's transformer layers compute op by op, not in one fused op that has nothing to cut."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def what_it_said(error: Exception) -> str:
     """Its first line; the first point of a list under it, which says more; and the source line it names."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = lines[0].partition(" For more information")[0][:LONGEST_QUOTE]

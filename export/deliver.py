@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,15 @@ from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
 from dotresize_fx.export.onnx_session import require_onnx_runtime
+from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.runtime_process import peak_rss_bytes
+from dotresize_fx.export.trials import latency_inputs, mask_name, measure_fidelity, verification_inputs
 from dotresize_fx.export.weight_files import file_sha256
-from dotresize_fx.fidelity import Inputs, compare_decoders, mean_cosine
 from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.gram import padding_input
 from dotresize_fx.plan_file import write_plan
 from dotresize_fx.regions import SEPARATOR
 from dotresize_fx.report.contents import (
-    DecoderFidelity,
-    EncoderFidelity,
     Figures,
     Latency,
     LinearRole,
@@ -38,14 +38,15 @@ from dotresize_fx.report.contents import (
 )
 from dotresize_fx.report.provenance import package_versions, this_machine
 from dotresize_fx.report.write import write_report
+from dotresize_fx.task import reads_text
 
 if TYPE_CHECKING:
     from dotresize_fx.compiler import SlimResult
 
 MACS_LENGTH = 512
 PLAN_FILE = "plan.json"
-# (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
-VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
+# What a model that reads no text was not asked.
+TEXT_OPTIONS = ("calibration", "calibration_tokens", "sequence_length", "evaluation_tokens", "latency_length")
 LATENCY_RUNS = 20
 # Two runtimes sum in other orders in every op, which is some roundings more than one in every weight.
 ROUNDINGS = 4
@@ -65,7 +66,7 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
         result.loaded.write_auxiliary_files(folder)
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
-        comparison = compare_outputs(path, _cases(result), work, mask="attention_mask")
+        comparison = compare_outputs(path, _cases(result), work, mask=mask_name(result))
         allowed, notes = options.tolerance, result.notes
         if comparison.max_abs_difference > allowed:
             noise = _rounding_noise(result)
@@ -86,20 +87,22 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
             f"(tolerance {allowed:.0e}): nothing was written; please report this model"
         )
     with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
-        fidelity = _fidelity(result, step)
+        fidelity = measure_fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
         gc.collect()
         dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work)
     with progress.stage("measure latency"):
-        length = min(options.latency_length, result.captured.longest)
-        inputs = {name: value.numpy() for name, value in _inputs(result, 1, length, 0).items()}
+        inputs = {name: value.numpy() for name, value in latency_inputs(result).items()}
         latency = measure_latency({"dense": dense_path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
+        if not reads_text(result.task):  # only of a text the second axis is sure to be its length
+            latency = {side: replace(found, length=None) for side, found in latency.items()}
     sizes = {"dense": onnx_size(dense_path), "slim": onnx_size(path)}
+    length = MACS_LENGTH if reads_text(result.task) else result.dense.attended_length
     peaks = [comparison.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
     figures = Figures(
-        dense=_side(result.dense, latency["dense"], sizes["dense"]),
-        slim=_side(result.slim, latency["slim"], sizes["slim"]),
-        macs_length=MACS_LENGTH,
+        dense=_side(result.dense, latency["dense"], sizes["dense"], length),
+        slim=_side(result.slim, latency["slim"], sizes["slim"], length),
+        macs_length=length,
         fidelity=(fidelity,),
         verification=verification,
         peak_export_bytes=peak_rss_bytes(),
@@ -110,19 +113,9 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
     return report
 
 
-def _inputs(result: SlimResult, batch: int, length: int, padding: int) -> dict[str, torch.Tensor]:
-    """Random token ids (a language model's answer to noise is as comparable as any) and a mask padded on the left."""
-    generator = torch.Generator().manual_seed(result.options.seed + 1)
-    ids = torch.randint(0, result.captured.vocabulary, (batch, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
     execution = Execution(result.slim)
-    for batch, length, padding in VERIFIED_SHAPES:
-        inputs = _inputs(result, batch, min(length, result.captured.longest), padding)
+    for inputs in verification_inputs(result):
         expected = [output.numpy() for output in execution.outputs(inputs)]
         yield {name: value.numpy() for name, value in inputs.items()}, expected
 
@@ -138,43 +131,17 @@ def _rounding_noise(result: SlimResult) -> float:
             last_bit = torch.finfo(weight.dtype).eps / 2
             weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
     largest = 0.0
-    for batch, length, padding in VERIFIED_SHAPES:
-        inputs = _inputs(result, batch, min(length, result.captured.longest), padding)
-        real = inputs["attention_mask"].bool()
+    for inputs in verification_inputs(result):
+        mask = padding_input(inputs)
         for one, other in zip(*(Execution(graph).outputs(inputs) for graph in (result.slim, moved)), strict=True):
             moves = (one - other).abs()
-            largest = max(largest, float((moves[real] if moves.shape[:2] == real.shape else moves).max()))
+            real = moves[mask.bool()] if mask is not None and moves.shape[:2] == mask.shape else moves
+            largest = max(largest, float(real.max()))
     return largest
 
 
-def _fidelity(result: SlimResult, step: Callable[[], None]) -> DecoderFidelity | EncoderFidelity:
-    dense, slim = Execution(result.dense), Execution(result.slim)
-
-    def first(execution: Execution, batch: Inputs) -> torch.Tensor:
-        return execution.outputs(batch)[0]
-
-    def batches() -> Iterator[Inputs]:
-        for batch in result.data.evaluation:
-            yield batch
-            step()
-
-    runs = (lambda batch: first(dense, batch)), (lambda batch: first(slim, batch))
-    if result.loaded.task == "encoder":
-        cosine, count = mean_cosine(*runs, batches())
-        return EncoderFidelity(text=result.data.description, count=count, mean_cosine=cosine)
-    figures = compare_decoders(*runs, batches())
-    return DecoderFidelity(
-        text=result.data.description,
-        tokens=figures.tokens,
-        dense_perplexity=figures.dense_perplexity,
-        slim_perplexity=figures.slim_perplexity,
-        top1_agreement=figures.top1_agreement,
-        kl_to_dense=figures.kl_to_dense,
-    )
-
-
-def _side(graph: Any, latency: Latency, size: int) -> SideFigures:
-    cost = count_cost(graph, MACS_LENGTH)
+def _side(graph: Any, latency: Latency, size: int, length: int) -> SideFigures:
+    cost = count_cost(graph, length)
     return SideFigures(
         parameters=cost.parameters,
         block_linear_weights=cost.block_linear_weights,
@@ -186,16 +153,17 @@ def _side(graph: Any, latency: Latency, size: int) -> SideFigures:
 
 
 def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str, ...]) -> Report:
-    options = {key: value for key, value in asdict(result.options).items() if key != "seed"}
+    left_out = {"seed"} if reads_text(result.task) else {"seed", *TEXT_OPTIONS}
+    options = {key: value for key, value in asdict(result.options).items() if key not in left_out}
     seconds = {**result.progress.seconds, "total": time.perf_counter() - result.started}
     return Report(
         tool_version=version("dotresize-fx"),
         packages=package_versions(),
         machine=this_machine(torch.get_num_threads()),
         model=ModelSource(
-            name=type(result.loaded.model).__name__,
+            name=model_name(result.loaded),
             description=result.loaded.source,
-            task=result.loaded.task,
+            task=result.task,
         ),
         options=options,
         seed=result.options.seed,

@@ -17,7 +17,7 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
-from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.capture import Captured, no_fast_path
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 
@@ -31,7 +31,7 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
     """
     graph.refresh_shapes()
-    with quiet_libraries(), torch.no_grad():
+    with quiet_libraries(), no_fast_path(), torch.no_grad():
         exporter = _GivenProgramExporter(graph.program, captured)  # inside: it warns of versions when it is made
         exported = exporter.export(model, dict(captured.sample), OnnxConfig(dynamic=True))
     path = folder / ONNX_FILE

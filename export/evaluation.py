@@ -14,8 +14,10 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.emit_onnx import ONNX_FILE
 from dotresize_fx.export.model_source import load_model
 from dotresize_fx.export.onnx_session import OnnxModel
+from dotresize_fx.export.program_file import is_program_file
 from dotresize_fx.fidelity import Inputs, Run, perplexity
 from dotresize_fx.progress import Progress
+from dotresize_fx.task import reads_text
 from dotresize_fx.text import read_text, token_batches
 
 DEFAULT_LONGEST = 2048
@@ -38,6 +40,8 @@ def open_decoder(name: str, *, trust_remote_code: bool = False) -> Decoder:
     """
     if (Path(name) / ONNX_FILE).is_file():
         return _open_exported(Path(name))
+    if is_program_file(name):
+        raise UsageError(f"{name} is a program, which reads no text: export's report compares it with its slim self")
     loaded = load_model(name, trust_remote_code=trust_remote_code)
     if loaded.task == "encoder":
         raise UsageError(f"{name} is an encoder, which has no perplexity: export's report gives its cosine instead")
@@ -58,6 +62,8 @@ def _open_exported(folder: Path) -> Decoder:
     model = OnnxModel(folder / ONNX_FILE)
     report = folder / "report.json"
     task = json.loads(report.read_text(encoding="utf-8"))["model"]["task"] if report.is_file() else "decoder"
+    if not reads_text(task):
+        raise UsageError(f"{folder} holds a module that reads no text: its report.json compares it with the dense one")
     if task == "encoder" or model.output_names[0] != "logits":
         raise UsageError(
             f"{folder} holds an encoder, which has no perplexity: its report.json gives the cosine instead"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -24,8 +25,7 @@ from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import file_sha256, first_line, weight_files
-
-Task = Literal["decoder", "encoder"]
+from dotresize_fx.task import Task
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -39,6 +39,9 @@ class LoadedModel:
     configuration as it was in the input (``use_cache`` included, quantisation dropped). ``tokenizer`` is None
     when ``tokenizer_problem`` says why. ``sha256`` maps the names of the input's config and weight files to
     their hashes.
+
+    A module or a saved program has neither config nor tokenizer, and ``sample``, inputs by name that it was tried with;
+    ``program`` is the saved one, for which ``model`` stands in.
     """
 
     model: torch.nn.Module
@@ -48,11 +51,14 @@ class LoadedModel:
     task: Task
     source: str
     sha256: dict[str, str]
+    sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    program: torch.export.ExportedProgram | None = None
 
     def write_auxiliary_files(self, folder: Path) -> None:
-        """Write ``config.json`` and the tokenizer's files into the existing ``folder``."""
+        """Write ``config.json`` and the tokenizer's files, as far as there are any, into the existing ``folder``."""
         with quiet_libraries():
-            self.config.save_pretrained(folder)
+            if self.config is not None:
+                self.config.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 

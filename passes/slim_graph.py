@@ -26,6 +26,7 @@ from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import Sweep, SweptRegion
+from dotresize_fx.task import predicts_tokens, reads_text
 from dotresize_fx.width_plan import WidthPlan
 
 
@@ -74,7 +75,8 @@ def slim_graph(
     else:
         matches = _with_parted_stream(slimmed, matches, options, RegionKind.RESIDUAL in options.kinds)
     refit = options.method != "magnitude" if refit is None else refit
-    cost = CostModel(options.cost or "weights", _length(batches))
+    length = next(iter(batches[0].values())).shape[1] if reads_text(task) else dense.attended_length
+    cost = CostModel(options.cost or "weights", length)
     total = cost.total(dense)
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
@@ -93,7 +95,7 @@ def slim_graph(
     found = find_regions(slimmed).regions
     if rest or plan:
         regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
-        notes += beside + _too_few_tokens(regions, batches)
+        notes += beside + _too_few_tokens(dense, regions, batches, task)
     else:
         regions = _refitted_alone(slimmed, found) if refit or options.effort != "fast" else []
     if plan is not None:
@@ -137,8 +139,8 @@ def _sweep(
         refit=refit,
         stream=stream,
         repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
-        repair_rate=ENCODER_LEARNING_RATE if task == "encoder" else None,
-        pull=ENCODER_PULL if task == "encoder" else PULL,
+        repair_rate=None if predicts_tokens(task) else ENCODER_LEARNING_RATE,
+        pull=PULL if predicts_tokens(task) else ENCODER_PULL,
         seed=options.seed,
     )
     swept: list[SweptRegion] = []
@@ -191,21 +193,22 @@ def _what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tupl
     return tuple(left_alone(why for _, why in matches.refused)) if asked else ()
 
 
-def _too_few_tokens(regions: Sequence[Region], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[str, ...]:
+def _too_few_tokens(
+    graph: FxGraph, regions: Sequence[Region], batches: Sequence[Mapping[str, torch.Tensor]], task: str
+) -> tuple[str, ...]:
     widest = max((region.width for region in regions), default=0)
     masks = [batch.get("attention_mask") for batch in batches]
-    tokens = sum(int(mask.count_nonzero()) for mask in masks if mask is not None)
-    if tokens >= widest or any(mask is None for mask in masks):
+    if reads_text(task):
+        tokens = sum(int(mask.count_nonzero()) for mask in masks if mask is not None)
+        unit, more = "tokens", " with --calibration-tokens"
+    else:
+        tokens, unit, more = sum(graph.expected_rows(batch) for batch in batches), "rows", ""
+    if tokens >= widest or (reads_text(task) and any(mask is None for mask in masks)):
         return ()
     return (
-        f"{tokens} calibration tokens say too little of a width of {widest}: its Gram matrix is singular and was "
-        "regularised; give more with --calibration-tokens",
+        f"{tokens} calibration {unit} say too little of a width of {widest}: its Gram matrix is singular and was "
+        f"regularised; give more{more}",
     )
-
-
-def _length(batches: Sequence[Mapping[str, torch.Tensor]]) -> int:
-    """Of the calibration's sequences, in tokens."""
-    return next(iter(batches[0].values())).shape[1]
 
 
 def _write_block(graph: FxGraph, region: Region, work: Path | None) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows
+from dotresize_fx.errors import SolverError
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, padding_mask, token_rows
+from dotresize_fx.regions import Region, RegionKind, Symmetry
 
 
 def rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -82,3 +85,20 @@ def test_a_mask_that_leaves_nothing_out_is_none() -> None:
     assert padding_mask({"attention_mask": mask}) is None
     mask[1, 0] = 0
     assert padding_mask({"attention_mask": mask}) is mask
+
+
+def test_a_mask_that_is_no_mask_of_the_programs_tokens_says_nothing() -> None:
+    mask = torch.tensor([[0, 1, 1]])
+    assert padding_mask({"attention_mask": mask}) is mask
+    assert padding_mask({"attention_mask": mask.float()}) is None
+    assert padding_mask({"attention_mask": mask[None]}) is None
+    assert padding_mask({"attention_mask": mask, "decoder_input_ids": mask}) is None
+
+
+def test_the_expert_that_overflows_is_named() -> None:
+    region = Region("layer", RegionKind.EXPERTS, Symmetry.PERMUTATION, 2, ("up",), ("down",))
+    gram = torch.ones(3, 2, 2)
+    check_finite(gram, region)
+    gram[1, 0, 0] = float("nan")
+    with pytest.raises(SolverError, match="layer: activations of expert 1 on the calibration data are infinite or NaN"):
+        check_finite(gram, region)

@@ -62,8 +62,12 @@ class FxGraph(FxEdits):
     def copy(self) -> FxGraph:
         program = self.program
         graph = torch.fx.Graph()
-        ends: Any = graph.graph_copy(program.graph_module.graph, {}, return_output_node=True)
+        made: dict[torch.fx.Node, torch.fx.Node] = {}
+        ends: Any = graph.graph_copy(program.graph_module.graph, made, return_output_node=True)
         result, old = ends
+        for source, node in made.items():
+            if node.op == "placeholder":  # an input may be called what a builtin is, which a copy is not
+                node.name = source.name
         graph.output(result).meta.update(old.meta)
         copied = FxGraph(
             ExportedProgram(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -46,7 +46,7 @@ class FxReading(Graph):
         val = node.meta.get("val")
         shape: tuple[int | str, ...] = ()
         if isinstance(val, torch.Tensor):
-            shape = tuple(size if isinstance(size, int) else str(size) for size in val.shape)
+            shape = tuple(plain_size(size) for size in val.shape)
         return Value(node.name, shape, node.name in self._parameter_targets)
 
     @property
@@ -148,6 +148,22 @@ class FxReading(Graph):
         shapes = [node.meta["val"].shape for node in self.nodes.nodes if node.name in inputs]
         return max((_hint(shape[:2]) for shape in shapes if len(shape) > 1), default=1)
 
+    def expected_rows(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """About how many rows a linear of the blocks is given when these inputs are run: as many for their size as when
+        it was traced.
+        """
+        linears = [op for op in self.ops if op.kind is Kind.LINEAR]
+        traced = [_hint(self.node(op.name).meta["val"].shape[:-1]) for op in linears]
+        name, value = next(iter(inputs.items()))
+        share = value.numel() / max(1, _hint(self.node(name).meta["val"].shape))
+        return max(1, round(max(traced, default=1) * share))
+
+    @property
+    def attended_length(self) -> int:
+        """The most keys that a query attended to when it was traced; 1 without attention."""
+        keys = [self.node(op.inputs[1].name).meta["val"] for op in self.ops if op.kind is Kind.ATTENTION]
+        return max((_hint(value.shape[-2:-1]) for value in keys), default=1)
+
     def _owned(self, node: torch.fx.Node, position: int, keyword: str) -> Value | None:
         argument = node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
         return self.value(argument) if isinstance(argument, torch.fx.Node) else None
@@ -164,6 +180,13 @@ class FxReading(Graph):
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None
         return self.oriented(op, self.parameter(op.weight))
+
+
+def plain_size(size: Any) -> int | str:
+    """A number, or the name of a size that is free; a symbol that turned out to be a number is one."""
+    if isinstance(size, int):
+        return size
+    return int(name) if (name := str(size)).isdigit() else name
 
 
 def _hint(sizes: Iterable[Any]) -> int:

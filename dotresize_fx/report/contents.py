@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dotresize_fx.task import Task
+
 SCHEMA_VERSION = 1
 
 Scalar = str | int | float | bool | None
@@ -22,7 +24,7 @@ class ModelSource:
 
     name: str
     description: str
-    task: Literal["decoder", "encoder"]
+    task: Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +156,20 @@ class EncoderFidelity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OutputFidelity:
+    """Any other model's first output against the dense one's on held-out inputs, ``data`` in words.
+
+    ``relative_error`` is ||slim - dense|| / ||dense|| over all of it, ``mean_cosine`` the mean over its ``count`` rows
+    along the last axis, None where such a row is one number.
+    """
+
+    data: str
+    count: int
+    relative_error: float | None = None
+    mean_cosine: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
     """Slim program against slim ONNX in ONNX Runtime: the largest absolute difference over ``cases`` inputs.
 
@@ -178,7 +194,7 @@ class Figures:
     dense: SideFigures = SideFigures()
     slim: SideFigures = SideFigures()
     macs_length: int | None = None
-    fidelity: tuple[DecoderFidelity | EncoderFidelity, ...] = ()
+    fidelity: tuple[DecoderFidelity | EncoderFidelity | OutputFidelity, ...] = ()
     verification: Verification | None = None
     peak_export_bytes: int | None = None
     peak_runtime_bytes: int | None = None

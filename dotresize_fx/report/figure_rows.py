@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dotresize_fx.report.contents import DecoderFidelity, Figures, Latency, Report
+from dotresize_fx.report.contents import DecoderFidelity, EncoderFidelity, Figures, Latency, OutputFidelity, Report
 
 NOT_MEASURED = "not measured"
 DASH = "–"
@@ -151,7 +151,8 @@ def figure_rows(report: Report) -> list[FigureRow]:
 
 def _fidelity_rows(report: Report) -> list[FigureRow]:
     if not report.figures.fidelity:
-        label = "perplexity" if report.model.task == "decoder" else "cosine of pooled outputs"
+        labels = {"encoder": "cosine of pooled outputs", "outputs": "relative error of outputs"}
+        label = labels.get(report.model.task, "perplexity")
         return [FigureRow(label, NOT_MEASURED, NOT_MEASURED, DASH)]
     rows = []
     for item in report.figures.fidelity:
@@ -164,6 +165,11 @@ def _fidelity_rows(report: Report) -> list[FigureRow]:
                 FigureRow("next-token top-1 agreement", DASH, share(item.top1_agreement), DASH),
                 FigureRow("KL to dense, nats per token", DASH, number(item.kl_to_dense), DASH),
             ]
+        elif isinstance(item, OutputFidelity):
+            where = f"{item.data}; {item.count} rows"
+            rows.append(FigureRow("relative error of outputs", DASH, number(item.relative_error), DASH, None, where))
+            if item.mean_cosine is not None:
+                rows.append(FigureRow("cosine of outputs", DASH, f"{item.mean_cosine:.4f}", DASH))
         else:
             where = f"{item.text}, {item.count} embeddings"
             cosine = NOT_MEASURED if item.mean_cosine is None else f"{item.mean_cosine:.4f}"
@@ -188,7 +194,9 @@ def verdict_parts(report: Report) -> list[str]:
     first = figures.fidelity[0] if figures.fidelity else None
     if isinstance(first, DecoderFidelity) and first.excess is not None:
         parts.append(f"excess {number(first.excess)} nats")
-    elif first is not None and not isinstance(first, DecoderFidelity) and first.mean_cosine is not None:
+    elif isinstance(first, OutputFidelity) and first.relative_error is not None:
+        parts.append(f"outputs off by {share(first.relative_error)}")
+    elif isinstance(first, EncoderFidelity) and first.mean_cosine is not None:
         parts.append(f"cosine {first.mean_cosine:.4f}")
     else:
         parts.append("fidelity not measured")

@@ -14,7 +14,15 @@ from typing import Any
 import jinja2
 
 from dotresize_fx.report import figure_rows as words
-from dotresize_fx.report.contents import DecoderFidelity, Figures, Latency, RegionRow, Report
+from dotresize_fx.report.contents import (
+    DecoderFidelity,
+    EncoderFidelity,
+    Figures,
+    Latency,
+    OutputFidelity,
+    RegionRow,
+    Report,
+)
 
 _KINDS = {
     "ffn": "FFN intermediate width",
@@ -139,7 +147,9 @@ def _tiles(report: Report) -> list[Tile]:
     if isinstance(first, DecoderFidelity) and first.excess is not None:
         note = f"perplexity {words.number(first.dense_perplexity)} → {words.number(first.slim_perplexity)}"
         tiles.append(Tile("Excess", words.number(first.excess), "nats", note))
-    elif first is not None and not isinstance(first, DecoderFidelity) and first.mean_cosine is not None:
+    elif isinstance(first, OutputFidelity) and first.relative_error is not None:
+        tiles.append(Tile("Error of outputs", words.share(first.relative_error), "", "relative, on held-out inputs"))
+    elif isinstance(first, EncoderFidelity) and first.mean_cosine is not None:
         tiles.append(Tile("Cosine to dense", f"{first.mean_cosine:.4f}", "", "pooled outputs, mean"))
     else:
         tiles.append(Tile("Fidelity", *missing))

@@ -20,7 +20,6 @@ from dotresize_fx.solvers.magnitude import solve_magnitude
 from dotresize_fx.solvers.obs import obs_curve, solve_obs
 from dotresize_fx.solvers.pca import solve_pca
 from dotresize_fx.solvers.query_key import drop_query_key, query_key_curve, solve_query_key
-from dotresize_fx.solvers.read_basis import solve_read_basis
 from dotresize_fx.solvers.value_rank import solve_value_rank, value_rank_curve
 
 Solver = Callable[[Region, RegionStatistics, int], RegionMap]
@@ -32,7 +31,6 @@ SOLVERS: dict[str, Solver] = {
     "magnitude": solve_magnitude,
     "obs": solve_obs,
     "pca": solve_pca,
-    "read-basis": solve_read_basis,
     "query-key": solve_query_key,
     "query-key-drop": drop_query_key,
     "value-rank": solve_value_rank,
@@ -51,7 +49,7 @@ METHODS: dict[str, dict[RegionKind, tuple[str, ...]]] = {
     "auto": {
         RegionKind.EXPERTS: ("obs",),
         RegionKind.FFN: ("obs", "dotresize"),
-        RegionKind.RESIDUAL: ("read-basis",),
+        RegionKind.RESIDUAL: ("pca",),
         **_HEADS,
     },
     "obs": {RegionKind.EXPERTS: ("obs",), RegionKind.FFN: ("obs",), **_HEADS},

@@ -26,7 +26,7 @@ def test_a_basis_a_sublayer(
     assert report["summary"]["verified"] is True
     assert any(note.startswith("5 bases, one a sublayer, and ") for note in report["notes"])
     (row,) = (row for row in report["regions"] if row["kind"] == "residual")
-    assert (row["width_before"], row["method"]) == (32, "read-basis")
+    assert (row["width_before"], row["method"]) == (32, "pca")
     assert row["width_after"] < 32
     again = tmp_path / "again"
     assert here("export", model, again, "--plan", out / "plan.json", "--basis", "sublayer", *few_tokens).code == 0

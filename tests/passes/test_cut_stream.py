@@ -35,7 +35,7 @@ def data(tiny_batch: Any) -> list[Any]:
 def test_by_the_ratio(tiny_graph: Any, tiny_batch: Any, run: Any, data: list[Any], method: str) -> None:
     _, graph = tiny_graph("llama")
     swept, stream, _ = cut(graph, data, method=method)
-    assert (swept.width, swept.method) == (24, "read-basis" if method == "auto" else method)
+    assert (swept.width, swept.method) == (24, "pca" if method == "auto" else method)
     assert {basis.shape for basis in stream.bases.values()} == {(32, 24)}
     assert run(graph, **tiny_batch(2, 9, 2))[0].isfinite().all()
 

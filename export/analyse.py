@@ -1,0 +1,60 @@
+"""From a loaded model to its graph and what can be cut in it: captured, compared, canonicalised, matched."""
+
+from __future__ import annotations
+
+import torch
+
+from dotresize_fx.errors import CaptureError
+from dotresize_fx.export.capture import Captured, capture
+from dotresize_fx.export.capture_module import capture_module
+from dotresize_fx.export.model_source import LoadedModel
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.progress import Progress
+from dotresize_fx.regions import MatchReport
+from dotresize_fx.task import reads_text
+
+# Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
+CAPTURE_TOLERANCE = 1e-4
+UNTRACED_LENGTH = 7
+
+
+def analyse(loaded: LoadedModel, progress: Progress, *, check: bool = False) -> tuple[Captured, FxGraph, MatchReport]:
+    """Capture, canonicalise and find regions; the model's weights are not changed.
+
+    Raises:
+        CaptureError: torch.export refused, or the program is not what the model computes.
+    """
+    with progress.stage("capture"):
+        if reads_text(loaded.task):
+            captured = capture(loaded.model)
+            _compare_capture(loaded.model, captured)
+        else:
+            captured = capture_module(loaded)
+    with progress.stage("find regions"):
+        canonicalise(captured.graph, check=check)
+        matches = find_regions(captured.graph)
+    return captured, captured.graph, matches
+
+
+@torch.no_grad()
+def _compare_capture(model: torch.nn.Module, captured: Captured) -> None:
+    """The traced sample, and a batch and length that were not traced, must come out as the model has them."""
+    other = {name: value[1:, :UNTRACED_LENGTH] for name, value in captured.sample.items()}
+    for inputs in (captured.sample, other):
+        expected = model(**inputs)[0]
+        try:
+            found = Execution(captured.graph).outputs(inputs)[0]
+            same = found.shape == expected.shape and bool(
+                (found - expected).abs().max() <= CAPTURE_TOLERANCE * expected.abs().max()
+            )
+        except RuntimeError:  # a batch or a length that tracing took for a constant
+            same = False
+        if not same:
+            why = f"torch.export said: {captured.doubt}" if captured.doubt else "it depends on Python state or sizes"
+            raise CaptureError(
+                f"the program captured from {type(model).__name__} does not compute what the model's forward pass "
+                f"does on inputs of shape {tuple(inputs['input_ids'].shape)}: {why}"
+            )

@@ -1,0 +1,96 @@
+"""What a slim model is tried on beside the dense one: inputs that verify and time it, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from dotresize_fx.export.capture_module import untraced_samples
+from dotresize_fx.fidelity import Inputs, compare_answers, compare_decoders, mean_cosine
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.gram import padding_input
+from dotresize_fx.report.contents import DecoderFidelity, EncoderFidelity, OutputFidelity
+from dotresize_fx.task import reads_text
+
+if TYPE_CHECKING:
+    from dotresize_fx.compiler import SlimResult
+
+# (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
+VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
+# Of held-out inputs so many batches verify a module or a program, beside the traced sample and its untraced sizes.
+VERIFIED_BATCHES = 2
+
+
+def verification_inputs(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of shapes that were traced and, where these are free, of others."""
+    captured = result.captured
+    if captured.inputs is None:
+        for batch, length, padding in VERIFIED_SHAPES:
+            yield _text_inputs(result, batch, min(length, captured.longest), padding)
+        return
+    yield from untraced_samples(captured.sample, captured.inputs)
+    for inputs in result.data.evaluation[:VERIFIED_BATCHES]:
+        yield dict(inputs)
+
+
+def latency_inputs(result: SlimResult) -> dict[str, torch.Tensor]:
+    """One sequence or sample, or as many as a run has to have."""
+    captured = result.captured
+    if captured.inputs is None:
+        return _text_inputs(result, 1, min(result.options.latency_length, captured.longest), 0)
+    inputs = result.data.evaluation[0]
+    return captured.inputs.part(inputs, 0, captured.inputs.batch_size or 1)
+
+
+def mask_name(result: SlimResult) -> str | None:
+    """The input that tells padding, whose outputs mean nothing and are not compared."""
+    return None if padding_input(result.captured.sample) is None else "attention_mask"
+
+
+def _text_inputs(result: SlimResult, batch: int, length: int, padding: int) -> dict[str, torch.Tensor]:
+    """Random token ids (a language model's answer to noise is as comparable as any) and a mask padded on the left."""
+    generator = torch.Generator().manual_seed(result.options.seed + 1)
+    ids = torch.randint(0, result.captured.vocabulary, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def measure_fidelity(
+    result: SlimResult, step: Callable[[], None]
+) -> DecoderFidelity | EncoderFidelity | OutputFidelity:
+    """Slim program against dense program on what did not calibrate; ``step`` is called once a batch."""
+    dense, slim = Execution(result.dense), Execution(result.slim)
+
+    def first(execution: Execution, batch: Inputs) -> torch.Tensor:
+        return execution.outputs(batch)[0]
+
+    def batches() -> Iterator[Inputs]:
+        for batch in result.data.evaluation:
+            yield batch
+            step()
+
+    runs = (lambda batch: first(dense, batch)), (lambda batch: first(slim, batch))
+    if result.task == "encoder":
+        cosine, count = mean_cosine(*runs, batches())
+        return EncoderFidelity(text=result.data.description, count=count, mean_cosine=cosine)
+    if result.task == "outputs":
+        found = compare_answers(*runs, batches())
+        return OutputFidelity(
+            data=result.data.description,
+            count=found.count,
+            relative_error=found.relative_error,
+            mean_cosine=found.mean_cosine,
+        )
+    ids = "input_ids" if reads_text(result.task) else result.captured.predicts
+    figures = compare_decoders(*runs, batches(), ids)
+    return DecoderFidelity(
+        text=result.data.description,
+        tokens=figures.tokens,
+        dense_perplexity=figures.dense_perplexity,
+        slim_perplexity=figures.slim_perplexity,
+        top1_agreement=figures.top1_agreement,
+        kl_to_dense=figures.kl_to_dense,
+    )
