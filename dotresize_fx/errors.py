@@ -82,3 +82,9 @@ class RanksError(DotresizeError):
     """One of several processes that heal together failed or is gone; the message says which, if it is known."""
 
     exit_code = 13
+
+
+class CheckpointError(DotresizeError):
+    """A stock model cannot hold the slim widths, or does not compute what the slim program does; the message says why."""
+
+    exit_code = 14

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from dotresize_fx.packing import Packing
+
 
 class Kind(StrEnum):
     """What an op does to the last dimension of its inputs."""
@@ -116,6 +118,11 @@ class Graph(ABC):
     def outputs(self) -> frozenset[Value]:
         """Values the graph returns."""
         return self._read_outputs()
+
+    @cached_property
+    def packings(self) -> dict[str, Packing]:
+        """By the model's name of a parameter, as which others its rows are seen; passes that split linears add to it."""
+        return {}
 
     @cached_property
     def _producers(self) -> dict[Value, Op]:

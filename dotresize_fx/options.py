@@ -31,6 +31,7 @@ PLANNED: dict[str, object] = {
     "allocation": "measured",
     "cost": "weights",
     "head_sizes": "free",
+    "uniform": False,
     "multiple": None,
 }
 # A few minutes of distillation see so much once or twice; text of few sources alone is learnt by heart.
@@ -46,15 +47,16 @@ class Options:
     """``ratio`` is the share of ``cost`` (COSTS) to remove. Lengths and counts are in tokens.
 
     ``regions`` are names of REGION_NAMES; none stands for what the method cuts of DEFAULT_REGIONS. ``head_sizes``:
-    "equal" cuts query, key and value heads of an attention to one size, a multiple of 8. ``multiple``: every width that
-    is cut becomes a multiple of it, heads are counted one by one; None is 16, with a finer grid for small widths. These
-    and ``allocation`` are None (or no regions) to take their defaults, of PLANNED; with a ``plan``, a file of widths to
+    "equal" cuts query, key and value heads of an attention to one size, a multiple of 8. ``uniform``: what is cut of
+    one kind takes one width in all layers. ``multiple``: every width that is cut becomes a multiple of it, heads are
+    counted one by one; None is 16, with a finer grid for small widths. These and ``allocation`` are None (or no regions) to take their defaults, of PLANNED; with a ``plan``, a file of widths to
     follow instead, they stay so, and none may be given. ``calibration_tokens`` and ``repair_steps`` None are what
     CALIBRATION_TOKENS and REPAIR_STEPS say of the task. ``effort``: fast is closed forms alone; best refines each cut
     sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
     whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
     as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
-    from. ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    from. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model can hold is refused.
+    ``device`` is where calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -67,7 +69,9 @@ class Options:
     allocation: str | None = None
     cost: str | None = None
     head_sizes: str | None = None
+    uniform: bool | None = None
     plan: Path | None = None
+    checkpoint: bool = False
     repair_steps: int | None = None
     heal_minutes: float = 5.0
     heal_steps: int | None = None

@@ -58,15 +58,17 @@ def cut_stream(
     options: Options,
     progress: Progress,
     width: int | None = None,
+    factor: int = 1,
 ) -> tuple[SweptRegion, torch.Tensor, tuple[str, ...]]:
-    """Cut it by ``ratio`` of what the graph costs, or to ``width``.
+    """Cut it by ``ratio`` of what the graph costs, to a multiple of ``factor``, or to ``width``.
 
     Returns the cut, the (d, k) matrix that takes the dense model's stream, mean and all, into the slim one's
     coordinates, and notes for the report.
     """
     stream = widest_stream(graph, matches)
     if width is None:
-        units, steps = {stream.name: cost.per_unit(graph, stream)}, {stream.name: step_of(stream, options.multiple)}
+        units = {stream.name: cost.per_unit(graph, stream)}
+        steps = {stream.name: step_of(stream, options.multiple, factor)}
         plan = plan_uniformly([stream], units, cost.total(graph), ratio, steps=steps, cost=cost.name)
         width = plan.widths[stream.name]
     centred = any(graph.op(name).kind is Kind.LAYER_NORM for name in stream.norms)
