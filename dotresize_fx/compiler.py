@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,17 +65,20 @@ class SlimResult:
         """What was cut."""
         return self.slimmed.swept
 
-    def save(self, out: Path | str, *, force: bool = False) -> Report:
+    def save(self, out: Path | str, *, force: bool = False, checkpoint: bool | None = None) -> Report:
         """Write model.onnx, its weights, config, tokenizer and the two reports into ``out``; returns the report.
 
+        ``checkpoint``: and a folder of that name which stock ``from_pretrained`` loads; None is what the options say.
         Nothing is left half-written. Raises OutputError when ``out`` cannot be written (it exists and is not empty
-        without ``force``), MissingExtraError without ONNX Runtime, VerificationError when it disagrees.
+        without ``force``), MissingExtraError without ONNX Runtime, VerificationError when it disagrees, CheckpointError
+        when no stock model has the slim widths.
         """
         from dotresize_fx.export.deliver import deliver
         from dotresize_fx.export.output_folder import OutputFolder
 
         with OutputFolder(out, force) as folder:
-            return deliver(self, folder.partial, folder.work)
+            wanted = self.options.checkpoint if checkpoint is None else checkpoint
+            return deliver(self, folder.partial, folder.work, checkpoint=wanted)
 
 
 def slim(
@@ -143,12 +146,18 @@ def slim_with(
             model if isinstance(model, LoadedModel) else load_model(str(model), trust_remote_code=trust_remote_code)
         )
     captured, dense, matches = analyse(loaded, progress, check=chosen.check)
+    factors: Mapping[str, int] = {}
+    if chosen.checkpoint and chosen.ratio != 0:
+        from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint
+
+        with progress.stage("rehearse the checkpoint"):
+            factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     device = compute_device(chosen)
     tokens, steps = chosen.tokens_that_calibrate(loaded.task), chosen.steps_that_repair(loaded.task)
     chosen = replace(chosen, calibration_tokens=tokens, repair_steps=steps)
     data = prepare_data(text, chosen, loaded.tokenizer, loaded.task, captured.longest, device)
     own = _own_text(loaded, data, chosen, device, progress)
-    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task, launched)
+    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, loaded.task, launched, factors)
     return SlimResult(
         loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=slimmed.notes, started=started
     )
@@ -180,6 +189,7 @@ def _slim_on_device(
     work: Path | None,
     task: str,
     launched: Launched,
+    factors: Mapping[str, int],
 ) -> Slimmed:
     """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
     device = compute_device(options)
@@ -188,7 +198,7 @@ def _slim_on_device(
         moved = dense.copy()
         moved.to(device)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
-    slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan)
+    slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan, factors=factors)
     if options.effort == "heal" and slimmed.swept:
         from dotresize_fx.healing.hand_out import Handed, give
 
@@ -295,7 +305,7 @@ def export(
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
             )
-            return deliver(result, folder.partial, folder.work)
+            return deliver(result, folder.partial, folder.work, checkpoint=options.checkpoint)
 
 
 def inspect(name: str, *, trust_remote_code: bool, progress: Progress) -> tuple[MatchReport, dict[str, str]]:

@@ -85,6 +85,6 @@ class RanksError(DotresizeError):
 
 
 class CheckpointError(DotresizeError):
-    """A stock model cannot hold the slim widths, or does not compute what the slim program does; the message says why."""
+    """No stock model has the slim widths, or one computes something else; the message says which and why."""
 
     exit_code = 14

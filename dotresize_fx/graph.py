@@ -121,7 +121,7 @@ class Graph(ABC):
 
     @cached_property
     def packings(self) -> dict[str, Packing]:
-        """By the model's name of a parameter, as which others its rows are seen; passes that split linears add to it."""
+        """By a parameter's name in the model, as which others its rows are seen; passes that split linears note it."""
         return {}
 
     @cached_property

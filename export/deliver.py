@@ -14,6 +14,7 @@ import torch
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
+from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
 from dotresize_fx.export.onnx_session import require_onnx_runtime
@@ -46,15 +47,17 @@ MACS_LENGTH = 512
 PLAN_FILE = "plan.json"
 # (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
 VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
+CHECKPOINT_LENGTHS = (41, 128)
 LATENCY_RUNS = 20
 # Two runtimes sum in other orders in every op, which is some roundings more than one in every weight.
 ROUNDINGS = 4
 
 
-def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
+def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = False) -> Report:
     """Fill ``folder`` with everything OUT holds; ``work`` takes what is not kept.
 
     Raises:
+        CheckpointError: a ``checkpoint`` is wanted and no stock model computes what the slim program does.
         MissingExtraError: ONNX Runtime is not installed.
         VerificationError: slim ONNX and slim program differ by more than the tolerance.
     """
@@ -85,6 +88,13 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
             f"the slim ONNX differs from the slim program by {comparison.max_abs_difference:.2e} "
             f"(tolerance {allowed:.0e}): nothing was written; please report this model"
         )
+    written = None
+    if checkpoint:
+        with progress.stage("write checkpoint"):
+            noise = 0.0 if comparison.max_abs_difference <= options.tolerance else allowed
+            written, said = write_checkpoint(result, folder, _checkpoint_cases(result), noise)
+            notes += said
+            gc.collect()
     with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
         fidelity = _fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
@@ -102,6 +112,7 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
         macs_length=MACS_LENGTH,
         fidelity=(fidelity,),
         verification=verification,
+        checkpoint=written,
         peak_export_bytes=peak_rss_bytes(),
         peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
@@ -125,6 +136,15 @@ def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         inputs = _inputs(result, batch, min(length, result.captured.longest), padding)
         expected = [output.numpy() for output in execution.outputs(inputs)]
         yield {name: value.numpy() for name, value in inputs.items()}, expected
+
+
+def _checkpoint_cases(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]:
+    """Text that did not calibrate, at lengths that were not traced, and noise with padding."""
+    text = next(iter(result.data.evaluation))
+    for length in CHECKPOINT_LENGTHS:
+        yield {name: value[:2, :length] for name, value in text.items()}
+    for batch, length, padding in VERIFIED_SHAPES:
+        yield _inputs(result, batch, min(length, result.captured.longest), padding)
 
 
 @torch.no_grad()
@@ -200,7 +220,11 @@ def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str
         options=options,
         seed=result.options.seed,
         inputs_sha256={**result.loaded.sha256, **result.data.sha256},
-        outputs_sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()},
+        outputs_sha256={
+            file.relative_to(folder).as_posix(): file_sha256(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
         regions=_region_rows(result),
         linears=_linear_rows(result),
         figures=figures,

@@ -12,8 +12,8 @@ from dotresize_fx.passes.fold_linears import FoldLinears
 from dotresize_fx.regions import Region, RegionKind
 
 CENTRED = (
-    "its layer norms became RMSNorms, since the mean of what is left of the stream is none; no stock model has those; "
-    "leave the stream alone: --regions ffn"
+    "a cut stream's layer norms become RMSNorms (what is left has a mean of its own), and no stock model of this class "
+    "has those; leave the stream alone: --regions ffn"
 )
 
 
@@ -47,8 +47,10 @@ def _fold_away(graph: Graph, op: Op) -> None:
 
 
 def _restore_epsilons(graph: Graph, known: dict[str, Op]) -> None:
-    """An RMSNorm of c x with epsilon c² e is that of x with e: so a stream that was cut is scaled, norm by norm alike."""
-    changed = {op.name: _ratio(op, known[op.name]) for op in graph.ops if op.name in known and _differs(op, known[op.name])}
+    """An RMSNorm of c x with epsilon c² e is that of x with e: so a stream that was cut is scaled, all of it alike."""
+    changed = {
+        op.name: _ratio(op, known[op.name]) for op in graph.ops if op.name in known and _differs(op, known[op.name])
+    }
     if not changed:
         return
     for region in find_regions(graph).of_kind(RegionKind.RESIDUAL):

@@ -8,15 +8,17 @@ import torch
 
 from dotresize_fx.errors import CheckpointError, NothingToSlimError
 from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.fit_stock import CENTRED
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.stock_config import StockConfig
-from dotresize_fx.export.stock_model import require_stock_class, stock_model
+from dotresize_fx.export.stock_model import cuts_of, require_stock_class, stock_model
+from dotresize_fx.export.stock_weights import StockWeights
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
+from dotresize_fx.passes.choose_regions import choose_regions
 from dotresize_fx.passes.cut_stream import apply_map, widest_stream
-from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan
 from dotresize_fx.passes.open_stream import open_stream
 from dotresize_fx.region_map import RegionMap, selection
@@ -48,7 +50,7 @@ def rehearse_checkpoint(
     factors = {region.kind: stock.factor(region.kind, region.width) for region in regions}
     widths = {} if plan is None else dict(plan.widths)
     for region in regions if plan is None else ():
-        _why_never(region)
+        _why_never(dense, region)
         step = step_of(region, options.multiple, factors[region.kind])
         if step < region.width:
             widths[region.name] = (region.width - 1) // step * step
@@ -59,6 +61,8 @@ def rehearse_checkpoint(
         slim = _truncated(dense, chosen, widths)
         model = stock_model(loaded, dense, slim, chosen, widths).model
         _compare(model, slim, captured, kind)
+    cuts = cuts_of(regions, widths, StockWeights(loaded.model, dense))
+    stock.narrowed(cuts)  # one by one they are fine; the configuration may not take them together
     return {str(kind): factor for kind, factor in factors.items()}
 
 
@@ -67,7 +71,7 @@ def _cut_regions(dense: FxGraph, matches: MatchReport, options: Options, plan: W
     if plan is not None:
         cut = [region for region in matches.regions if plan.widths.get(region.name, region.width) < region.width]
         for region in cut:
-            _why_never(region)
+            _why_never(dense, region)
         return cut
     regions = [widest_stream(dense, matches)] if RegionKind.RESIDUAL in options.kinds and streams else []
     rest = [kind for kind in options.kinds if kind is not RegionKind.RESIDUAL]
@@ -77,11 +81,14 @@ def _cut_regions(dense: FxGraph, matches: MatchReport, options: Options, plan: W
         return regions  # slimming says it
 
 
-def _why_never(region: Region) -> None:
+def _why_never(dense: FxGraph, region: Region) -> None:
+    if any(dense.op(name).kind is Kind.LAYER_NORM for name in region.norms):
+        raise CheckpointError(f"--checkpoint: {CENTRED}")
     if region.kind is RegionKind.QUERY_KEY and region.symmetry is Symmetry.ROTARY_PAIRS:
         raise CheckpointError(
-            "--checkpoint: query and key heads of another size: a stock model turns a narrower head by other angles "
-            "than those of the rotary pairs that are kept; leave the sizes of heads alone: --regions ffn or ffn,kv_heads"
+            f"--checkpoint: no stock model has a query_key width below {region.width}: it would turn a narrower head "
+            "by other angles than those of the rotary pairs that are kept; leave the sizes of heads alone: "
+            "--regions ffn or ffn,kv_heads"
         )
 
 

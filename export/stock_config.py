@@ -29,7 +29,7 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Cut:
-    """One width that is cut from ``width`` to ``narrow`` in all layers; ``keys`` are the parameters that change shape."""
+    """``width`` becomes ``narrow`` in all layers; ``keys`` are the names of parameters that change shape."""
 
     kind: RegionKind
     width: int
@@ -89,10 +89,11 @@ class StockConfig:
                 return changes
         name = type(self._config).__name__
         tried = ", ".join(sorted({field for changes in candidates for field in changes}))
-        why = refusal or (f"{tried} changes other widths too, or not all of these" if tried else f"{name} has no field for it")
+        why = refusal or (f"{tried} does not say it alone" if tried else f"{name} has no field for it")
         hint = _HINTS.get(cut.kind, "leave out --checkpoint")
         raise CheckpointError(
-            f"--checkpoint: no {self._class.__name__} has a {cut.kind} width of {cut.narrow} for {cut.width}: {why}; {hint}"
+            f"--checkpoint: no {self._class.__name__} has a {cut.kind} width of {cut.narrow} for {cut.width}: {why}; "
+            f"{hint}"
         )
 
     def _candidates(self, kind: RegionKind, width: int, narrow: int) -> list[Changes]:

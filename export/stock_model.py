@@ -22,8 +22,8 @@ from dotresize_fx.regions import Region, RegionKind, counted
 
 @dataclass(frozen=True)
 class StockModel:
-    """``model`` may share its weights' memory with the graphs. ``changes``: fields of the configuration that say another
-    width now, and whether the head is tied, (before, after) each.
+    """``model`` may share memory with the graphs. ``changes``: fields of the configuration that say something else
+    now, widths and whether the head is tied, (before, after) each.
     """
 
     model: Any
@@ -78,9 +78,10 @@ def cuts_of(regions: Sequence[Region], widths: Mapping[str, int], weights: Stock
     for (kind, width), cut in groups.items():
         narrow = sorted({widths[region.name] for region in cut})
         if len(narrow) > 1:
+            many = counted(len(cut), f"{kind} width")
             raise CheckpointError(
-                f"--checkpoint: {counted(len(cut), f'{kind} width')} of {width} would be from {narrow[0]} to {narrow[-1]}, "
-                "and a stock model has one for all layers: cut with --uniform"
+                f"--checkpoint: {many} of {width} would be from {narrow[0]} to {narrow[-1]}, and "
+                "a stock model has one for all layers: cut with --uniform"
             )
         cuts.append(Cut(kind, width, narrow[0], frozenset(key for region in cut for key in weights.keys(region))))
     return cuts

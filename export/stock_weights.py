@@ -74,7 +74,9 @@ class StockWeights:
     def keys(self, region: Region) -> set[str]:
         """The names of the model's parameters that have the region's dimension, of the dense graph."""
         ends = {*region.writers, *region.norms}
-        return {key for key in self._turns if any(self._has(place, ends, region.readers) for place in self._behind(key))}
+        return {
+            key for key in self._turns if any(self._has(place, ends, region.readers) for place in self._behind(key))
+        }
 
     @staticmethod
     def _has(place: _Place, ends: Collection[str], readers: Collection[str]) -> bool:
@@ -86,7 +88,8 @@ class StockWeights:
     def tied(self, graph: Graph) -> bool:
         """Whether parameters that the model ties are still one in ``graph``."""
         return all(
-            self._read(graph, one) is self._read(graph, key) or torch.equal(self._read(graph, one), self._read(graph, key))
+            self._read(graph, one) is self._read(graph, key)
+            or torch.equal(self._read(graph, one), self._read(graph, key))
             for key in self._turns
             for one in self._aliases[key]
         )
