@@ -101,12 +101,26 @@ def _truncated(dense: FxGraph, regions: Sequence[Region], widths: Mapping[str, i
             continue
         if region.kind is RegionKind.RESIDUAL:
             region, _ = open_stream(graph, region)
+        if region.kind in (RegionKind.FFN, RegionKind.EXPERTS):
+            _truncate(graph, region, narrow)
+            continue
         down = selection(torch.arange(narrow), region.width)
-        if region.kind is RegionKind.EXPERTS:
-            down = down.expand(region.heads, *down.shape).contiguous()
         apply_map(graph, region, RegionMap(down, down.mT.contiguous()), check=False)
     graph.refresh_shapes()
     return graph
+
+
+def _truncate(graph: FxGraph, region: Region, narrow: int) -> None:
+    """What a map would do to an FFN, without multiplying: nothing between its linears states the width."""
+    for name in region.writers:
+        op = graph.op(name)
+        bias = graph.bias(op) if op.is_linear else None
+        weight = graph.weight(op)
+        graph.set_weight(op, (weight[..., :narrow, :] if op.is_linear else weight[:, :narrow]).clone())
+        if bias is not None:
+            graph.set_bias(graph.op(name), bias[:narrow].clone())
+    for name in region.readers:
+        graph.set_weight(graph.op(name), graph.weight(graph.op(name))[..., :narrow].clone())
 
 
 @torch.no_grad()

@@ -141,7 +141,9 @@ class StockWeights:
         stored, seen = self._stored[key], self._read(dense, key)
         for turn in _TURNS:
             turned = turn(seen)
-            if turned.shape == stored.shape and torch.allclose(turned, stored, rtol=0, atol=ROUNDING):
+            if turned.shape == stored.shape and (
+                torch.equal(turned, stored) or torch.allclose(turned, stored, rtol=0, atol=ROUNDING)
+            ):
                 return turn
         raise CheckpointError(f"{key}: it went into another weight, which the checkpoint has no way back from")
 
