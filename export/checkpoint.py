@@ -13,6 +13,7 @@ from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import CheckpointError
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.stock_model import stock_model
+from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.report.contents import CheckpointFigures
@@ -45,7 +46,10 @@ def write_checkpoint(
         made.model.generation_config = generation
     made.model.config.use_cache = getattr(loaded.config, "use_cache", None)
     with quiet_libraries():
-        made.model.save_pretrained(place)
+        try:
+            made.model.save_pretrained(place)
+        except ValueError as error:  # it checks the generation settings that came with the model
+            raise CheckpointError(f"--checkpoint: transformers does not save it: {first_line(error)}") from error
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(place)
     changes = dict(made.changes)

@@ -48,9 +48,14 @@ class StockWeights:
                     self._places[dense.parameter_name(value)].append(place)
         self._biased = {place.op for places in self._places.values() for place in places if place.is_bias}
         parts = {part for packing in self._packings.values() for part in packing.parts}
-        self._whole = {name: self._owner(name) for name in (*self._packings, *self._places) if name not in parts}
         self._aliases = _aliases(self._stored)
-        self._turns = {key: self._turn(key, dense) for key in self._stored if self._names(key)}
+        # Under which names the dense graph holds what the model calls so.
+        self._names: dict[str, list[str]] = {}
+        for name in (*self._packings, *self._places):
+            if name not in parts:
+                for key in self._aliases.get(self._owner(name), ()):
+                    self._names.setdefault(key, []).append(name)
+        self._turns = {key: self._turn(key, dense) for key in self._names}
 
     def of(self, graph: Graph) -> dict[str, torch.Tensor]:
         """The state dict that ``graph``, made of the dense one, asks for.
@@ -83,7 +88,7 @@ class StockWeights:
         return place.op in ends or (place.op in readers and not place.is_bias)
 
     def _behind(self, key: str) -> list[_Place]:
-        return [place for name in self._names(key) for place in self._of(name)]
+        return [place for name in self._names[key] for place in self._of(name)]
 
     def tied(self, graph: Graph) -> bool:
         """Whether parameters that the model ties are still one in ``graph``."""
@@ -100,11 +105,6 @@ class StockWeights:
             return name
         return max((key for key in self._stored if name.startswith(f"{key}_")), key=len, default=name)
 
-    def _names(self, key: str) -> list[str]:
-        """Under which names the dense graph holds what the model calls ``key``."""
-        aliases = self._aliases[key]
-        return [name for name, owner in self._whole.items() if owner in aliases]
-
     def _of(self, name: str) -> list[_Place]:
         packing = self._packings.get(name)
         if packing is None:
@@ -115,7 +115,7 @@ class StockWeights:
         """What stands for ``key``; of a table that a head shares the table or the head's weight, as the module is."""
         module = self._model.get_submodule(key.rpartition(".")[0])
         table = isinstance(module, torch.nn.Embedding) if len(self._aliases[key]) > 1 else None
-        found = [value for name in self._names(key) for value in self._all_read(graph, name, table)]
+        found = [value for name in self._names[key] for value in self._all_read(graph, name, table)]
         if not found:
             raise CheckpointError(f"{key}: what it stands in is gone from the slim program")
         if any(other is not found[0] and not torch.equal(other, found[0]) for other in found[1:]):

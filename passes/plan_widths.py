@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import lcm
 
 import torch
@@ -59,6 +60,8 @@ def plan_widths(
         raise NothingToSlimError("; ".join(notes))
     # One of each group stands for all: they take its width.
     leads = [group[-1] for group in groups]
+    if options.uniform:  # where whole heads go in all layers no head gets narrower, and the other way round
+        leads = [replace(lead, attention="all" if lead.attention else "") for lead in leads]
     units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
     steps = {group[-1].name: _step(group, options.multiple, factors or {}) for group in groups}
     curves: Mapping[str, torch.Tensor] = {}

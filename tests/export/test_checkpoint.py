@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import dotresize_fx
-from dotresize_fx.errors import CheckpointError, UsageError
+from dotresize_fx.errors import CheckpointError
 from dotresize_fx.export.capture import Captured, sample_inputs
 from dotresize_fx.export.checkpoint import largest_difference
 from dotresize_fx.export.model_source import LoadedModel
@@ -116,12 +116,6 @@ def test_a_stream_and_heads_that_the_configuration_does_not_take_together_are_re
     widths = {region.name: 1 for region in matches.of_kind("kv_heads")}  # two query heads
     with pytest.raises(CheckpointError, match=r"hidden size \(26\) is not a multiple"):
         rehearse_checkpoint(loaded, captured, matches, Options(checkpoint=True), WidthPlan({stream: 26} | widths))
-
-
-def test_uniform_is_asked_for() -> None:
-    with pytest.raises(UsageError, match="one width for all layers: say --uniform too"):
-        Options(checkpoint=True, regions=("ffn",))
-    Options(checkpoint=True, regions=("residual",))
 
 
 def test_save_writes_what_from_pretrained_loads_and_generates_with(save_tiny_model: Any, tmp_path: Path) -> None:
