@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.runtime_process import peak_rss_bytes
+from dotresize_fx.export.verified_inputs import random_inputs, text_inputs, verified_inputs
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.fidelity import Inputs, compare_decoders, mean_cosine
 from dotresize_fx.fx_form.execution import Execution
@@ -45,9 +47,6 @@ if TYPE_CHECKING:
 
 MACS_LENGTH = 512
 PLAN_FILE = "plan.json"
-# (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
-VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
-CHECKPOINT_LENGTHS = (41, 128)
 LATENCY_RUNS = 20
 # Two runtimes sum in other orders in every op, which is some roundings more than one in every weight.
 ROUNDINGS = 4
@@ -92,7 +91,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     if checkpoint:
         with progress.stage("write checkpoint"):
             noise = 0.0 if comparison.max_abs_difference <= options.tolerance else allowed
-            written, said = write_checkpoint(result, folder, _checkpoint_cases(result), noise)
+            written, said = write_checkpoint(result, folder, chain(text_inputs(result), verified_inputs(result)), noise)
             notes += said
             gc.collect()
     with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
@@ -102,7 +101,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work)
     with progress.stage("measure latency"):
         length = min(options.latency_length, result.captured.longest)
-        inputs = {name: value.numpy() for name, value in _inputs(result, 1, length, 0).items()}
+        inputs = {name: value.numpy() for name, value in random_inputs(result, 1, length, 0).items()}
         latency = measure_latency({"dense": dense_path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
     sizes = {"dense": onnx_size(dense_path), "slim": onnx_size(path)}
     peaks = [comparison.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
@@ -121,30 +120,11 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     return report
 
 
-def _inputs(result: SlimResult, batch: int, length: int, padding: int) -> dict[str, torch.Tensor]:
-    """Random token ids (a language model's answer to noise is as comparable as any) and a mask padded on the left."""
-    generator = torch.Generator().manual_seed(result.options.seed + 1)
-    ids = torch.randint(0, result.captured.vocabulary, (batch, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
     execution = Execution(result.slim)
-    for batch, length, padding in VERIFIED_SHAPES:
-        inputs = _inputs(result, batch, min(length, result.captured.longest), padding)
+    for inputs in verified_inputs(result):
         expected = [output.numpy() for output in execution.outputs(inputs)]
         yield {name: value.numpy() for name, value in inputs.items()}, expected
-
-
-def _checkpoint_cases(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]:
-    """Text that did not calibrate, at lengths that were not traced, and noise with padding."""
-    text = next(iter(result.data.evaluation))
-    for length in CHECKPOINT_LENGTHS:
-        yield {name: value[:2, :length] for name, value in text.items()}
-    for batch, length, padding in VERIFIED_SHAPES:
-        yield _inputs(result, batch, min(length, result.captured.longest), padding)
 
 
 @torch.no_grad()
@@ -158,8 +138,7 @@ def _rounding_noise(result: SlimResult) -> float:
             last_bit = torch.finfo(weight.dtype).eps / 2
             weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
     largest = 0.0
-    for batch, length, padding in VERIFIED_SHAPES:
-        inputs = _inputs(result, batch, min(length, result.captured.longest), padding)
+    for inputs in verified_inputs(result):
         real = inputs["attention_mask"].bool()
         for one, other in zip(*(Execution(graph).outputs(inputs) for graph in (result.slim, moved)), strict=True):
             moves = (one - other).abs()

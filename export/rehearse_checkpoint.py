@@ -48,7 +48,7 @@ def rehearse_checkpoint(
     regions = _cut_regions(dense, matches, options, plan)
     stock = StockConfig(loaded.model, loaded.config)
     factors = {region.kind: stock.factor(region.kind, region.width) for region in regions}
-    widths = {} if plan is None else dict(plan.widths)
+    widths: dict[str, int] = {} if plan is None else dict(plan.widths)
     for region in regions if plan is None else ():
         _why_never(dense, region)
         step = step_of(region, options.multiple, factors[region.kind])

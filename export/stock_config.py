@@ -108,7 +108,7 @@ class StockConfig:
         implied = [name for name in _IMPLIED_WIDTHS if name in self._fields and self._fields[name] is None]
         return [{name: narrow} | pinned for name in (*same, *implied)]
 
-    def _head_size(self) -> Changes:
+    def _head_size(self) -> dict[str, Any]:
         """The size of a head, where it is not said and would follow from what is changed."""
         heads, hidden = self._fields.get(self._name("num_attention_heads")), self._fields.get(self._name("hidden_size"))
         if self._fields.get("head_dim") is not None or not heads or not hidden:
