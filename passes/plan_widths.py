@@ -65,7 +65,8 @@ def plan_widths(
     units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
     steps = {group[-1].name: _step(group, options.multiple, factors or {}) for group in groups}
     curves: Mapping[str, torch.Tensor] = {}
-    if options.allocation == "uniform":
+    settled = options.uniform and len(groups) == 1  # one width for all is what the ratio says: nothing to measure
+    if options.allocation == "uniform" or settled:
         plan = plan_uniformly(leads, units, left, ratio, steps=steps, cost=cost.name)
     else:
         grouped = {region.name for group in groups for region in group}

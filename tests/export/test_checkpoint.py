@@ -122,7 +122,7 @@ def test_a_plan_of_uneven_widths_is_refused(prepared: Callable[[str], Prepared])
     first, second = (region.name for region in matches.of_kind("ffn"))
     uneven = WidthPlan({first: 48, second: 40})
     with pytest.raises(CheckpointError, match=r"2 ffn widths of 64 would be from 40 to 48, .* cut with --uniform"):
-        rehearse_checkpoint(loaded, captured, matches, Options(checkpoint=True), uneven)
+        rehearse_checkpoint(loaded, captured, matches, Options(plan=Path("plan.json"), checkpoint=True), uneven)
 
 
 def test_a_stream_and_heads_that_the_configuration_does_not_take_together_are_refused(
@@ -133,7 +133,13 @@ def test_a_stream_and_heads_that_the_configuration_does_not_take_together_are_re
     stream = next(region.name for region in matches.of_kind("residual"))
     widths = {region.name: 1 for region in matches.of_kind("kv_heads")}  # two query heads
     with pytest.raises(CheckpointError, match=r"hidden size \(26\) is not a multiple"):
-        rehearse_checkpoint(loaded, captured, matches, Options(checkpoint=True), WidthPlan({stream: 26} | widths))
+        rehearse_checkpoint(
+            loaded,
+            captured,
+            matches,
+            Options(plan=Path("plan.json"), checkpoint=True),
+            WidthPlan({stream: 26} | widths),
+        )
 
 
 def test_save_writes_what_from_pretrained_loads_and_generates_with(save_tiny_model: Any, tmp_path: Path) -> None:

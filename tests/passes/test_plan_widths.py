@@ -110,6 +110,12 @@ def test_uniform_gives_all_layers_one_width(wide_heads: FxGraph, tiny_batch: Any
     assert 0.25 - (steps if options.get("allocation") else 1e-9) <= removed <= 0.25 + steps
 
 
+def test_where_one_width_alone_is_to_be_found_nothing_is_measured(wide_heads: FxGraph, tiny_batch: Any) -> None:
+    found = slimmed(wide_heads, tiny_batch, uniform=True, ratio=0.2, regions=("ffn",))
+    assert not found.plan.losses
+    assert len(set(found.plan.widths.values())) == 1
+
+
 def test_measured_widths_differ_where_uniform_ones_do_not(wide_heads: FxGraph, tiny_batch: Any) -> None:
     """So that the test of uniform ones does not pass by chance."""
     widths = slimmed(wide_heads, tiny_batch, ratio=0.1, regions=("ffn",)).plan.widths
