@@ -153,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--head-sizes", help="free, or equal: query, key and value heads of one size (free)")
     export.add_argument(
+        "--uniform", action="store_true", default=None, help="one width in all layers for what is cut of a kind"
+    )
+    export.add_argument(
+        "--checkpoint", action="store_true", help="also write OUT/checkpoint, which stock from_pretrained loads"
+    )
+    export.add_argument(
         "--repair-steps", type=int, metavar="N", help="of best and heal, a sublayer (400; 1200 for an encoder)"
     )
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")

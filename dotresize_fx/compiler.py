@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,18 +68,21 @@ class SlimResult:
         """What was cut."""
         return self.slimmed.swept
 
-    def save(self, out: Path | str, *, force: bool = False) -> Report:
+    def save(self, out: Path | str, *, force: bool = False, checkpoint: bool | None = None) -> Report:
         """Write model.onnx, its weights, config and tokenizer if it has any, and the reports into ``out``; returns the
         report.
 
+        ``checkpoint``: and a folder of that name which stock ``from_pretrained`` loads; None is what the options say.
         Nothing is left half-written. Raises OutputError when ``out`` cannot be written (it exists and is not empty
-        without ``force``), MissingExtraError without ONNX Runtime, VerificationError when it disagrees.
+        without ``force``), MissingExtraError without ONNX Runtime, VerificationError when it disagrees, CheckpointError
+        when no stock model has the slim widths.
         """
         from dotresize_fx.export.deliver import deliver
         from dotresize_fx.export.output_folder import OutputFolder
 
         with OutputFolder(out, force) as folder:
-            return deliver(self, folder.partial, folder.work)
+            wanted = self.options.checkpoint if checkpoint is None else checkpoint
+            return deliver(self, folder.partial, folder.work, checkpoint=wanted)
 
 
 def slim(
@@ -156,6 +159,12 @@ def slim_with(
     with progress.stage("load"):
         loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code)
     captured, dense, matches = analyse(loaded, progress, check=chosen.check)
+    factors: Mapping[str, int] = {}
+    if chosen.checkpoint and chosen.ratio != 0:
+        from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint
+
+        with progress.stage("rehearse the checkpoint"):
+            factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     device = compute_device(chosen)
     task: Task = "logits" if captured.predicts else loaded.task
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
@@ -167,7 +176,7 @@ def slim_with(
         chosen = replace(chosen, calibration_tokens=chosen.tokens_that_calibrate(task))
         data = prepare_data(text, chosen, loaded.tokenizer, task, captured.longest, device)
         own = _own_text(loaded, data, chosen, device, progress)
-    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, task, launched)
+    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, task, launched, factors)
     notes = (*captured.notes, *slimmed.notes)
     return SlimResult(loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=notes, started=started)
 
@@ -215,6 +224,7 @@ def _slim_on_device(
     work: Path | None,
     task: str,
     launched: Launched,
+    factors: Mapping[str, int],
 ) -> Slimmed:
     """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
     device = compute_device(options)
@@ -223,7 +233,7 @@ def _slim_on_device(
         moved = dense.copy()
         moved.to(device)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
-    slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan)
+    slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan, factors=factors)
     if options.effort == "heal" and slimmed.swept:
         from dotresize_fx.healing.hand_out import Handed, give
         from dotresize_fx.healing.together import heal_handed
@@ -253,7 +263,7 @@ def export(
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
             )
-            return deliver(result, folder.partial, folder.work)
+            return deliver(result, folder.partial, folder.work, checkpoint=options.checkpoint)
 
 
 def inspect(name: str, *, trust_remote_code: bool, progress: Progress) -> tuple[MatchReport, dict[str, str]]:

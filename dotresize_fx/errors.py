@@ -86,3 +86,9 @@ class RanksError(DotresizeError):
     """One of several processes that heal together failed or is gone; the message says which, if it is known."""
 
     exit_code = 13
+
+
+class CheckpointError(DotresizeError):
+    """No stock model has the slim widths, or one computes something else; the message says which and why."""
+
+    exit_code = 14

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from dotresize_fx.packing import Packing
+
 
 class Kind(StrEnum):
     """What an op does to the last dimension of its inputs."""
@@ -118,6 +120,11 @@ class Graph(ABC):
     def outputs(self) -> frozenset[Value]:
         """Values the graph returns."""
         return self._read_outputs()
+
+    @cached_property
+    def packings(self) -> dict[str, Packing]:
+        """By a parameter's name in the model, as which others its rows are seen; passes that split linears note it."""
+        return {}
 
     @cached_property
     def _producers(self) -> dict[Value, Op]:

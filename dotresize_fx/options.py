@@ -32,6 +32,7 @@ PLANNED: dict[str, object] = {
     "allocation": "measured",
     "cost": "weights",
     "head_sizes": "free",
+    "uniform": False,
     "multiple": None,
 }
 # A few minutes of distillation see so much once or twice; text of few sources alone is learnt by heart.
@@ -47,17 +48,19 @@ class Options:
     """``ratio`` is the share of ``cost`` (COSTS) to remove. Lengths and counts are in tokens.
 
     ``regions`` are names of REGION_NAMES; none stands for what the method cuts of DEFAULT_REGIONS. ``head_sizes``:
-    "equal" cuts query, key and value heads of an attention to one size, a multiple of 8. ``multiple``: every width that
-    is cut becomes a multiple of it, heads are counted one by one; None is 16, with a finer grid for small widths. These
-    and ``allocation`` are None (or no regions) to take their defaults, of PLANNED; with a ``plan``, a file of widths to
-    follow instead, they stay so, and none may be given. ``calibration_tokens`` and ``repair_steps`` None are what
-    CALIBRATION_TOKENS and REPAIR_STEPS say of the task. ``effort``: fast is closed forms alone; best refines each cut
-    sublayer for ``repair_steps`` steps; heal also distils end to end for ``heal_minutes`` (or for ``heal_steps``,
-    whatever the clock says), on calibration text and ``self_tokens`` tokens that the dense model itself writes (None:
-    as many as pay on this device), in all processes that torchrun started. ``heal_checkpoint`` is a folder to go on
-    from. ``calibration`` are files of text, ``calibration_data`` .npz files or folders of them, for modules and
-    programs. ``basis``: "shared" cuts the residual stream in one basis for all layers; "sublayer" gives each sublayer
-    its own, with a k x k adapter on each skip, and so also takes post-norm models. ``device`` is where calibration and
+    "equal" cuts query, key and value heads of an attention to one size, a multiple of 8. ``uniform``: what is cut of
+    one kind takes one width in all layers. ``multiple``: every width that is cut becomes a multiple of it, heads are
+    counted one by one; None is 16, with a finer grid for small widths. These and ``allocation`` are None (or no
+    regions) to take their defaults, of PLANNED; with a ``plan``, a file of widths to follow instead, they stay so, and
+    none may be given. ``calibration_tokens`` and ``repair_steps`` None are what CALIBRATION_TOKENS and REPAIR_STEPS say
+    of the task. ``effort``: fast is closed forms alone; best refines each cut sublayer for ``repair_steps`` steps; heal
+    also distils end to end for ``heal_minutes`` (or for ``heal_steps``, whatever the clock says), on calibration text
+    and ``self_tokens`` tokens that the dense model itself writes (None: as many as pay on this device), in all
+    processes that torchrun started. ``heal_checkpoint`` is a folder to go on from. ``calibration`` are files of text,
+    ``calibration_data`` .npz files or folders of them, for modules and programs. ``basis``: "shared" cuts the residual
+    stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
+    so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
+    can hold is refused. ``device`` is where calibration and
     solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
@@ -72,7 +75,9 @@ class Options:
     allocation: str | None = None
     cost: str | None = None
     head_sizes: str | None = None
+    uniform: bool | None = None
     plan: Path | None = None
+    checkpoint: bool = False
     repair_steps: int | None = None
     heal_minutes: float = 5.0
     heal_steps: int | None = None
@@ -113,6 +118,8 @@ class Options:
                 f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
                 f"choose --regions from {', '.join(takes)}"
             )
+        if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
+            raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
         if self.head_sizes == "equal" and len({RegionKind.QUERY_KEY, RegionKind.VALUE} & set(self.kinds)) == 1:
             raise UsageError(f"{said}: --head-sizes equal cuts query_key and value together: name both")
         if not math.isfinite(self.heal_minutes) or self.heal_minutes <= 0:

@@ -46,4 +46,3 @@ def stream_statistics(
         check_finite(total.gram, region)
         found.append(RegionStatistics(total.tokens, total.gram / total.tokens, samples=torch.cat(samples)))
     return found
-

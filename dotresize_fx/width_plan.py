@@ -35,21 +35,24 @@ def check_ratio(ratio: float) -> None:
         raise UsageError(f"--ratio is {ratio}: it is a share, at least 0 and below 1")
 
 
-def grid(width: int, multiple: int = MULTIPLE) -> int:
-    """The largest power-of-two divisor of ``multiple`` that leaves a region of this width enough steps."""
-    while multiple > 1 and width < multiple * STEPS_AT_LEAST:
+def grid(width: int, multiple: int = MULTIPLE, factor: int = 1) -> int:
+    """The largest power-of-two divisor of ``multiple``, made a multiple of ``factor``, that leaves a region of this
+    width enough steps.
+    """
+    while multiple > 1 and width < lcm(multiple, factor) * STEPS_AT_LEAST:
         multiple //= 2
-    return multiple
+    return lcm(multiple, factor)
 
 
-def step_of(region: Region, multiple: int | None = None) -> int:
+def step_of(region: Region, multiple: int | None = None, factor: int = 1) -> int:
     """The region's grid: the multiple that was asked for, or MULTIPLE and a finer one for small widths.
 
-    Whole rotary pairs go where they go in pairs; KV heads are counted, and go one by one.
+    Whole rotary pairs go where they go in pairs; KV heads are counted, and go one by one. Every step is a multiple of
+    ``factor``.
     """
     if region.kind is RegionKind.HEADS:
-        return 1
-    step = grid(region.width) if multiple is None else multiple
+        return factor
+    step = grid(region.width, factor=factor) if multiple is None else lcm(multiple, factor)
     return lcm(step, 2) if region.symmetry is Symmetry.ROTARY_PAIRS else step
 
 

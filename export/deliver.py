@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ import torch
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
+from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.runtime_process import peak_rss_bytes
-from dotresize_fx.export.trials import latency_inputs, mask_name, measure_fidelity, verification_inputs
+from dotresize_fx.export.trials import latency_inputs, mask_name, measure_fidelity, text_inputs, verification_inputs
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.gram import padding_input
@@ -52,10 +54,11 @@ LATENCY_RUNS = 20
 ROUNDINGS = 4
 
 
-def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
+def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = False) -> Report:
     """Fill ``folder`` with everything OUT holds; ``work`` takes what is not kept.
 
     Raises:
+        CheckpointError: a ``checkpoint`` is wanted and no stock model computes what the slim program does.
         MissingExtraError: ONNX Runtime is not installed.
         VerificationError: slim ONNX and slim program differ by more than the tolerance.
     """
@@ -86,6 +89,15 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
             f"the slim ONNX differs from the slim program by {comparison.max_abs_difference:.2e} "
             f"(tolerance {allowed:.0e}): nothing was written; please report this model"
         )
+    written = None
+    if checkpoint:
+        with progress.stage("write checkpoint"):
+            noise = 0.0 if comparison.max_abs_difference <= options.tolerance else allowed
+            written, said = write_checkpoint(
+                result, folder, chain(text_inputs(result), verification_inputs(result)), noise
+            )
+            notes += said
+            gc.collect()
     with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
         fidelity = measure_fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
@@ -105,6 +117,7 @@ def deliver(result: SlimResult, folder: Path, work: Path) -> Report:
         macs_length=length,
         fidelity=(fidelity,),
         verification=verification,
+        checkpoint=written,
         peak_export_bytes=peak_rss_bytes(),
         peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
@@ -168,7 +181,11 @@ def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str
         options=options,
         seed=result.options.seed,
         inputs_sha256={**result.loaded.sha256, **result.data.sha256},
-        outputs_sha256={file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()},
+        outputs_sha256={
+            file.relative_to(folder).as_posix(): file_sha256(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
         regions=_region_rows(result),
         linears=_linear_rows(result),
         figures=figures,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))
 # Of held-out inputs so many batches verify a module or a program, beside the traced sample and its untraced sizes.
 VERIFIED_BATCHES = 2
+# Of the text that did not calibrate, at its beginning.
+TEXT_LENGTHS = (41, 128)
 
 
 def verification_inputs(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]:
@@ -28,7 +30,7 @@ def verification_inputs(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]
     captured = result.captured
     if captured.inputs is None:
         for batch, length, padding in VERIFIED_SHAPES:
-            yield _text_inputs(result, batch, min(length, captured.longest), padding)
+            yield _random_inputs(result, batch, min(length, captured.longest), padding)
         return
     yield from untraced_samples(captured.sample, captured.inputs)
     for inputs in result.data.evaluation[:VERIFIED_BATCHES]:
@@ -39,7 +41,7 @@ def latency_inputs(result: SlimResult) -> dict[str, torch.Tensor]:
     """One sequence or sample, or as many as a run has to have."""
     captured = result.captured
     if captured.inputs is None:
-        return _text_inputs(result, 1, min(result.options.latency_length, captured.longest), 0)
+        return _random_inputs(result, 1, min(result.options.latency_length, captured.longest), 0)
     inputs = result.data.evaluation[0]
     return captured.inputs.part(inputs, 0, captured.inputs.batch_size or 1)
 
@@ -49,7 +51,14 @@ def mask_name(result: SlimResult) -> str | None:
     return None if padding_input(result.captured.sample) is None else "attention_mask"
 
 
-def _text_inputs(result: SlimResult, batch: int, length: int, padding: int) -> dict[str, torch.Tensor]:
+def text_inputs(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]:
+    """The beginning of the text that did not calibrate, at several lengths."""
+    text = next(iter(result.data.evaluation))
+    for length in TEXT_LENGTHS:
+        yield {name: value[:2, :length] for name, value in text.items()}
+
+
+def _random_inputs(result: SlimResult, batch: int, length: int, padding: int) -> dict[str, torch.Tensor]:
     """Random token ids (a language model's answer to noise is as comparable as any) and a mask padded on the left."""
     generator = torch.Generator().manual_seed(result.options.seed + 1)
     ids = torch.randint(0, result.captured.vocabulary, (batch, length), generator=generator)

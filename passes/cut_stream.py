@@ -77,8 +77,10 @@ def cut_stream(
     options: Options,
     progress: Progress,
     width: int | None = None,
+    factor: int = 1,
 ) -> StreamCut:
-    """Cut it by ``ratio`` of what the graph costs, or to ``width``; in one basis for all layers or one a sublayer.
+    """Cut it by ``ratio`` of what the graph costs, to a multiple of ``factor``, or to ``width``; in one basis for all
+    layers or one a sublayer.
 
     Raises:
         NothingToSlimError: it cannot be cut, or not by that much.
@@ -87,7 +89,7 @@ def cut_stream(
     total = cost.total(graph) - _adapter_weights(graph)
     first, streams, centred = _opened(graph, matches, options)
     if width is None:
-        width = _width(graph, first, streams, cost, total, ratio, options)
+        width = _width(graph, first, streams, cost, total, ratio, options, factor)
     with progress.stage("stream statistics", len(batches)) as step:
         statistics = stream_statistics(graph, streams, batches, step)
     name, solver = solvers_for(options.method, first.kind)[0]
@@ -146,9 +148,10 @@ def _width(
     total: int,
     ratio: float,
     options: Options,
+    factor: int,
 ) -> int:
     """The width that leaves ``1 - ratio`` of ``total``, adapters counted."""
-    step = step_of(first, options.multiple)
+    step = step_of(first, options.multiple, factor)
     if len(streams) == 1:
         units = {streams[0].name: cost.per_unit(graph, streams[0])}
         return plan_uniformly(streams, units, total, ratio, steps={streams[0].name: step}, cost=cost.name).widths[

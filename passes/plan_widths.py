@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import lcm
 
 import torch
@@ -32,11 +33,13 @@ def plan_widths(
     progress: Progress,
     task: str,
     measured: Mapping[str, torch.Tensor] | None = None,
+    factors: Mapping[str, int] | None = None,
 ) -> tuple[WidthPlan, tuple[str, ...]]:
     """A width for each of the regions, and why some of them keep theirs.
 
     ``total`` is the cost of the dense model, of which the options' ratio is a share; where the graph's is less by now,
     that much less is left to remove. ``measured`` are curves of the same graph and text, if there are any yet.
+    ``factors`` are, by kind, what widths must be multiples of.
 
     Raises:
         NothingToSlimError: there is no region, or they hold too little for the ratio.
@@ -47,6 +50,8 @@ def plan_widths(
     # As it was asked for where nothing went: it is named in what a refusal says.
     ratio = options.ratio if left == total else max(0.0, 1 - (1 - options.ratio) * total / left)
     groups, notes = pair_heads(regions) if options.head_sizes == "equal" else ([(region,) for region in regions], ())
+    if options.uniform:
+        groups = join_layers(groups)
     if options.allocation == "uniform":
         groups = [group for group in groups if group[0].kind is not RegionKind.HEADS]
         if regions and not groups and not notes:
@@ -55,10 +60,13 @@ def plan_widths(
         raise NothingToSlimError("; ".join(notes))
     # One of each group stands for all: they take its width.
     leads = [group[-1] for group in groups]
+    if options.uniform:  # where whole heads go in all layers no head gets narrower, and the other way round
+        leads = [replace(lead, attention="all" if lead.attention else "") for lead in leads]
     units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
-    steps = {group[-1].name: _step(group, options.multiple) for group in groups}
+    steps = {group[-1].name: _step(group, options.multiple, factors or {}) for group in groups}
     curves: Mapping[str, torch.Tensor] = {}
-    if options.allocation == "uniform":
+    settled = options.uniform and len(groups) == 1  # one width for all is what the ratio says: nothing to measure
+    if options.allocation == "uniform" or settled:
         plan = plan_uniformly(leads, units, left, ratio, steps=steps, cost=cost.name)
     else:
         grouped = {region.name for group in groups for region in group}
@@ -92,6 +100,14 @@ def pair_heads(regions: Sequence[Region]) -> tuple[list[Group], tuple[str, ...]]
     return groups, tuple(left)
 
 
+def join_layers(groups: Sequence[Group]) -> list[Group]:
+    """Groups of the same kinds and widths as one, so that these are the same in all layers."""
+    joined: dict[tuple[tuple[str, int], ...], list[Region]] = {}
+    for group in groups:
+        joined.setdefault(tuple((region.kind, region.width) for region in group), []).extend(group)
+    return [tuple(regions) for regions in joined.values()]
+
+
 def _why_not_paired(heads: Sequence[Region]) -> str:
     """Why the widths of an attention's heads cannot be cut to one size; empty when they can."""
     if len(heads) < 2:
@@ -104,7 +120,8 @@ def _why_not_paired(heads: Sequence[Region]) -> str:
     return ""
 
 
-def _step(group: Group, multiple: int | None) -> int:
-    if len(group) == 1:
-        return step_of(group[0], multiple)
-    return lcm(HEAD_MULTIPLE, multiple or 1)
+def _step(group: Group, multiple: int | None, factors: Mapping[str, int]) -> int:
+    factor = lcm(*(factors.get(region.kind, 1) for region in group))
+    if len({region.kind for region in group}) == 1:
+        return step_of(group[0], multiple, factor)
+    return lcm(HEAD_MULTIPLE, multiple or 1, factor)

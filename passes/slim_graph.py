@@ -52,11 +52,12 @@ def slim_graph(
     plan: WidthPlan | None = None,
     curves: Mapping[str, torch.Tensor] | None = None,
     refit: bool | None = None,
+    factors: Mapping[str, int] | None = None,
 ) -> Slimmed:
     """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
 
     ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
-    several ratios.
+    several ratios. ``factors`` are, by kind, what planned widths must be multiples of.
 
     ``refit``: whether readers are refitted; None says so of every method but the baseline ``magnitude``.
 
@@ -87,7 +88,8 @@ def slim_graph(
     asked = next((plan.widths[name] for name in streams if name in plan.widths), None) if plan else None
     if asked is not None if plan else RegionKind.RESIDUAL in kinds:
         share = (options.ratio or 0) / (1 if len(kinds) == 1 else 2)
-        cut = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked)
+        factor = (factors or {}).get(RegionKind.RESIDUAL, 1)
+        cut = cut_stream(slimmed, matches, batches, cost, share, options, progress, asked, factor)
         stream, notes = cut.stream, cut.notes
         swept.append(cut.swept)
         widths[cut.swept.region.name] = cut.swept.width
@@ -103,7 +105,7 @@ def slim_graph(
         regions = [region for region in regions if region.name in plan.widths]
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
-        chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task, curves)
+        chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task, curves, factors)
         notes += _what_was_refused(matches, kinds) + kept
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})

@@ -8,7 +8,7 @@ import torch
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.pass_base import Pass, PassResult
-from dotresize_fx.passes.split_packed_linears import parts_of_split
+from dotresize_fx.passes.split_packed_linears import note_packing, parts_of_split
 
 
 class _Part(NamedTuple):
@@ -63,21 +63,24 @@ class SplitPackedHeads(Pass):
         size = len(weight) // packed.heads
         rows = torch.arange(len(weight), device=weight.device).view(packed.heads, size)
         first = None
+        seen: list[Op] = []
         for index, part in enumerate(packed.parts):
             taken = rows[:, part.start : part.end].flatten()
-            value = graph.insert_linear(
+            made = graph.insert_linear(
                 _unshaped(graph, packed),
                 weight[taken].clone(),
                 None if bias is None else bias[taken].clone(),
                 users=(),
                 name=f"{name}.{index}",
-            ).output
+            )
+            seen.append(made)
             last = packed.last or (packed.heads, part.end - part.start)
-            value = graph.insert_like(packed.view, value, last, packed.axes)
+            value = graph.insert_like(packed.view, made.output, last, packed.axes)
             if packed.permute is not None:
                 value = graph.insert_like(packed.permute, value)
             graph.redirect(graph.op(part.op.name), value)
             first = value if first is None else first
+        note_packing(graph, linear, seen, packed.heads)
         for op in packed.shaped:
             assert first is not None
             graph.reread(graph.op(op.name), first)

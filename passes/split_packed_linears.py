@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from dotresize_fx.graph import Graph, Op
+from dotresize_fx.packing import Packing
 from dotresize_fx.passes.pass_base import Pass, PassResult, promise
 
 
@@ -38,6 +39,7 @@ class SplitPackedLinears(Pass):
         assert linear.weight is not None
         name = graph.parameter_name(linear.weight)
         weight, bias = graph.weight(linear), graph.bias(linear)
+        seen: list[Op] = []
         for index, part in reversed(list(enumerate(parts))):  # each goes right behind what they read: so in order
             rows = graph.insert_linear(
                 linear.inputs[0],
@@ -50,11 +52,21 @@ class SplitPackedLinears(Pass):
             beside = _unsqueezed(graph, linear)
             value = rows.output if beside is None else graph.insert_like(beside, rows.output)
             graph.redirect(graph.op(part.op.name), value)
+            seen.append(rows)
+        note_packing(graph, linear, seen[::-1], groups=1 if parts[0].step == 1 else 0)
         return f"{name}: seen as {len(parts)} linears"
 
     def ensures(self, graph: Graph) -> None:
         left = [op.name for op in graph.ops if _parts(graph, op)]
         promise(not left, f"packed linears are left: {left}")
+
+
+def note_packing(graph: Graph, linear: Op, parts: list[Op], groups: int) -> None:
+    """Note in the graph as which linears a packed one is seen, see :class:`Packing`."""
+    for stored, seen in ((linear.weight, [op.weight for op in parts]), (linear.bias, [op.bias for op in parts])):
+        if stored is not None:
+            names = tuple(graph.parameter_name(value) for value in seen if value is not None)
+            graph.packings[graph.parameter_name(stored)] = Packing(names, groups)
 
 
 def _parts(graph: Graph, linear: Op) -> list[_Part]:

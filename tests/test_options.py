@@ -130,7 +130,7 @@ def test_equal_head_sizes_need_both_widths_of_a_head() -> None:
 
 # What a plan settles, each as a user may say it: also where that is the default.
 SAID = {"ratio": 0.2, "regions": ("ffn",), "allocation": "measured", "cost": "weights", "head_sizes": "free"}
-SAID |= {"multiple": 16}
+SAID |= {"uniform": True, "multiple": 16}
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -139,6 +139,13 @@ def test_what_a_plan_settles_cannot_be_given_beside_it(name: str) -> None:
     option = f"--{name.replace('_', '-')}"
     said = f"--plan says all widths, so {option} cannot be given beside it: leave out one of the two"
     assert refusal(plan=Path("plan.json"), **{name: SAID[name]}) == said
+
+
+def test_a_checkpoint_has_one_width_for_all_layers() -> None:
+    assert refusal(checkpoint=True).endswith("one width for all layers: say --uniform too")
+    assert Options(checkpoint=True, uniform=True).uniform
+    assert Options(checkpoint=True, regions=("residual",)).uniform is False
+    assert Options(checkpoint=True, plan=Path("plan.json")).checkpoint
 
 
 def test_a_ratio_of_zero_is_one_that_was_given() -> None:

@@ -237,3 +237,12 @@ def test_the_ratio_that_a_refusal_by_curves_names_can_be_had(
 def test_a_multiple_that_is_asked_for_holds_everywhere_but_for_heads(multiple: int | None, steps: list[int]) -> None:
     """By default heads of 16 go by twos and FFNs of 512 by sixteens; rotary pairs stay whole, KV heads are counted."""
     assert [step_of(region, multiple) for region in (*attention(), *regions([512]))] == steps
+
+
+def test_a_step_is_a_multiple_of_what_the_model_asks_for() -> None:
+    """A stream of 576 under nine heads goes by 72: eight steps, where sixteens would leave four."""
+    stream = Region("stream", RegionKind.RESIDUAL, Symmetry.ORTHOGONAL, 576, ("w",), ("r",))
+    assert [step_of(stream, factor=factor) for factor in (1, 9, 64)] == [16, 72, 64]
+    assert step_of(stream, 8, 9) == 72
+    heads = next(region for region in attention() if region.kind is RegionKind.HEADS)
+    assert step_of(heads, factor=2) == 2

@@ -83,4 +83,5 @@ class FxGraph(FxEdits):
             )
         )
         copied._shapes_stale = self._shapes_stale
+        copied.packings.update(self.packings)
         return copied

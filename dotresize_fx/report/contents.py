@@ -188,6 +188,27 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointFigures:
+    """The Hugging Face checkpoint in ``folder`` of OUT, loaded with from_pretrained, against the slim program.
+
+    ``config_changes`` maps fields of config.json to what they were and are. Of ``tokens_generated`` greedy ones the
+    first ``tokens_equal`` are the slim program's, whose next two candidates were then level; None for encoders.
+    ``file_bytes`` are the weights'.
+    """
+
+    folder: str
+    config_changes: dict[str, list[Any]]
+    parameters: int
+    file_bytes: int
+    max_abs_difference: float
+    tolerance: float
+    max_abs_output: float
+    cases: int
+    tokens_generated: int | None = None
+    tokens_equal: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """Everything measured. ``macs_length`` is the length in tokens at which attention's MACs are counted."""
 
@@ -196,6 +217,7 @@ class Figures:
     macs_length: int | None = None
     fidelity: tuple[DecoderFidelity | EncoderFidelity | OutputFidelity, ...] = ()
     verification: Verification | None = None
+    checkpoint: CheckpointFigures | None = None
     peak_export_bytes: int | None = None
     peak_runtime_bytes: int | None = None
 

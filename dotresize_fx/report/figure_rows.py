@@ -140,13 +140,33 @@ def figure_rows(report: Report) -> list[FigureRow]:
     verification = figures.verification
     label = "largest difference to slim program"
     if verification is None:
-        return [*rows, FigureRow(label, DASH, NOT_MEASURED, DASH)]
+        return [*rows, FigureRow(label, DASH, NOT_MEASURED, DASH), *_checkpoint_rows(figures)]
     limit = (
         f"within {number(verification.tolerance)}" if verification.passed else f"over {number(verification.tolerance)}"
     )
     scale = "" if verification.max_abs_output is None else f"largest output {number(verification.max_abs_output)}"
     difference = number(verification.max_abs_difference)
-    return [*rows, FigureRow(label, DASH, difference, limit, verification.passed, scale)]
+    rows.append(FigureRow(label, DASH, difference, limit, verification.passed, scale))
+    return rows + _checkpoint_rows(figures)
+
+
+def _checkpoint_rows(figures: Figures) -> list[FigureRow]:
+    found = figures.checkpoint
+    if found is None:
+        return []
+    said = ", ".join(f"{name} {before} → {after}" for name, (before, after) in found.config_changes.items())
+    generated = ""
+    if found.tokens_generated:
+        generated = f"; {found.tokens_equal} of {found.tokens_generated} greedy tokens equal"
+    within = f"within {number(found.tolerance)}"
+    detail = f"largest output {number(found.max_abs_output)}, loaded with from_pretrained{generated}"
+    return [
+        FigureRow("checkpoint: parameters", DASH, count(found.parameters), DASH, None, said or "config unchanged"),
+        FigureRow(
+            "checkpoint: weight files", DASH, size(found.file_bytes), DASH, None, f"{found.folder}/, safetensors"
+        ),
+        FigureRow("checkpoint: to slim program", DASH, number(found.max_abs_difference), within, True, detail),
+    ]
 
 
 def _fidelity_rows(report: Report) -> list[FigureRow]:

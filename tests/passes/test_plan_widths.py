@@ -91,6 +91,48 @@ def test_a_multiple_that_is_asked_for_holds(wide_heads: FxGraph, tiny_batch: Any
     assert all(width % multiple == 0 for name, width in cut.items() if whole[name].kind is not RegionKind.HEADS)
 
 
+# -- one width in all layers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"allocation": "uniform"}, {"regions": ("ffn", "kv_heads")}])
+def test_uniform_gives_all_layers_one_width(wide_heads: FxGraph, tiny_batch: Any, options: dict[str, Any]) -> None:
+    asked = {"regions": ("ffn", "value", "query_key"), "ratio": 0.25, **options}
+    found = slimmed(wide_heads, tiny_batch, uniform=True, **asked)
+    regions = [region for region in find_regions(wide_heads).regions if region.name in found.plan.widths]
+    widths = {
+        kind: {found.plan.widths[r.name] for r in regions if r.kind is kind} for kind in {r.kind for r in regions}
+    }
+    assert len(regions) >= 4
+    assert all(len(kinds) == 1 for kinds in widths.values())
+    removed = 1 - CostModel().total(found.graph) / CostModel().total(wide_heads)
+    # A step is one of every layer's; of two KV heads it is half of all.
+    steps = 2 * largest_step(wide_heads, CostModel())
+    assert 0.25 - (steps if options.get("allocation") else 1e-9) <= removed <= 0.25 + steps
+
+
+def test_where_one_width_alone_is_to_be_found_nothing_is_measured(wide_heads: FxGraph, tiny_batch: Any) -> None:
+    found = slimmed(wide_heads, tiny_batch, uniform=True, ratio=0.2, regions=("ffn",))
+    assert not found.plan.losses
+    assert len(set(found.plan.widths.values())) == 1
+
+
+def test_measured_widths_differ_where_uniform_ones_do_not(wide_heads: FxGraph, tiny_batch: Any) -> None:
+    """So that the test of uniform ones does not pass by chance."""
+    widths = slimmed(wide_heads, tiny_batch, ratio=0.1, regions=("ffn",)).plan.widths
+    assert len(set(widths.values())) > 1
+
+
+def test_widths_are_multiples_of_what_is_asked_for_by_kind(wide_heads: FxGraph, tiny_batch: Any) -> None:
+    data = [tiny_batch(4, LENGTH, 3, seed=seed) for seed in range(3)]
+    options = Options(ratio=0.15, regions=("ffn", "residual"), uniform=True)
+    factors = {"ffn": 12, "residual": 10}
+    plan = slim_graph(wide_heads, find_regions(wide_heads), data, options, Progress(quiet=True), factors=factors).plan
+    kinds = {region.name: (region.kind, region.width) for region in find_regions(wide_heads).regions}
+    cut = {kinds[name][0]: width for name, width in plan.widths.items() if width < kinds[name][1]}
+    assert cut.keys() == {RegionKind.FFN, RegionKind.RESIDUAL}
+    assert all(width % factors[kind] == 0 for kind, width in cut.items())
+
+
 # -- heads of one size -----------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dotresize_fx.report import figure_rows as words
-from dotresize_fx.report.contents import Figures, Latency, SideFigures
+from dotresize_fx.report.contents import CheckpointFigures, Figures, Latency, SideFigures
 
 
 @pytest.mark.parametrize(
@@ -99,3 +99,24 @@ def test_conditions_and_spread() -> None:
     assert item is not None
     assert words.conditions(item) == "ONNX Runtime, P, 1 thread, batch 2, 9 interleaved runs each"
     assert words.spread(item) == "123.2 ± 2.1 ms"
+
+
+def test_a_checkpoint_is_shown_with_what_its_configuration_says() -> None:
+    found = CheckpointFigures(
+        folder="checkpoint",
+        config_changes={"intermediate_size": [64, 48], "tie_word_embeddings": [True, False]},
+        parameters=1_200_000,
+        file_bytes=4_800_000,
+        max_abs_difference=3e-5,
+        tolerance=1e-3,
+        max_abs_output=12.0,
+        cases=6,
+        tokens_generated=32,
+        tokens_equal=31,
+    )
+    assert words._checkpoint_rows(Figures()) == []
+    size, files, difference = words._checkpoint_rows(Figures(checkpoint=found))
+    assert (size.slim, size.detail) == ("1.2 M", "intermediate_size 64 → 48, tie_word_embeddings True → False")
+    assert (files.slim, files.detail) == ("4.8 MB", "checkpoint/, safetensors")
+    assert (difference.slim, difference.change) == ("3e-5", "within 1e-3")
+    assert difference.detail == "largest output 12.00, loaded with from_pretrained; 31 of 32 greedy tokens equal"
