@@ -116,8 +116,9 @@ def slim(
     """
     files: list[Any] = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
     in_memory = bool(files) and reads_given_inputs(model) and not all(isinstance(file, (str, Path)) for file in files)
-    named = "calibration_data" if reads_given_inputs(model) else "calibration"
-    chosen = Options(ratio=ratio, **{named: () if in_memory else tuple(Path(file) for file in files)}, **options)
+    paths = () if in_memory else tuple(Path(file) for file in files)
+    texts, data = ((), paths) if reads_given_inputs(model) else (paths, ())
+    chosen = Options(ratio=ratio, calibration=texts, calibration_data=data, **options)
     progress = progress or Progress(quiet=True)
     with _alone_or_together(chosen, progress) as launched:
         return slim_with(

@@ -155,7 +155,7 @@ def _metric(dense: ActivationStream, tables: torch.Tensor, masks: Sequence[torch
         if tokens >= METRIC_TOKENS:
             break
     weighted = torch.zeros_like(seen)
-    for part, mass in zip(tables.split(16384), probability.split(16384), strict=True):
+    for part, mass in zip(torch.split(tables, 16384), torch.split(probability, 16384), strict=True):
         weighted += part.double().T @ (part.double() * mass[:, None])
     return (weighted - seen) / max(tokens, 1)
 

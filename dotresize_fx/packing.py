@@ -26,7 +26,7 @@ class Packing:
         groups = self.groups or parts[0].shape[axis]
         if any(part.shape[axis] % groups for part in parts):
             raise ValueError(f"{[part.shape[axis] for part in parts]} rows do not make {groups} groups")
-        shares = [part.unflatten(axis, (groups, part.shape[axis] // groups)) for part in parts]
+        shares = [torch.unflatten(part, axis, (groups, part.shape[axis] // groups)) for part in parts]
         inner = axis if axis < 0 else axis + 1
         joined: torch.Tensor = torch.cat(shares, inner).flatten(inner - 1, inner)
         return joined

@@ -6,6 +6,7 @@ A small model's training step is thousands of short kernels, and Python launches
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
