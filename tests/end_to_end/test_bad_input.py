@@ -161,7 +161,7 @@ def test_a_model_in_which_nothing_can_be_cut(export: Refused, model_folder: Fold
 def test_a_stream_that_cannot_be_cut(export: Refused, model_folder: Folder) -> None:
     said = export(6, model_folder("bert"), "--regions", "residual")
     assert "the residual stream cannot be cut: post-norm" in said
-    assert "use --regions ffn" in said
+    assert "use --basis sublayer or --regions ffn" in said
 
 
 def test_a_ratio_at_which_a_region_would_vanish(export: Refused, model_folder: Folder) -> None:
