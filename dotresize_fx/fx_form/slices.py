@@ -48,6 +48,8 @@ def distribute_slices(graph: FxEdits) -> list[str]:
 
 def _takers(node: torch.fx.Node) -> dict[torch.fx.Node, _Range]:
     """The nodes that take parts of this value's last axis; empty if anything else reads it."""
+    if not node.meta["val"].shape:  # a number
+        return {}
     width, found = node.meta["val"].shape[-1], {}
     for user in node.users:
         if user.target in _SPLITS and (form := axes_form(user))["axis"] == node.meta["val"].ndim - 1:

@@ -64,3 +64,8 @@ def test_two_linears_that_are_split_together(trace: Any, run: Any, difference: A
 )
 def test_others_stay(trace: Any, forward: Any) -> None:
     assert not DistributeSlices()(trace(forward, (2, 4), **parts())).modified
+
+
+def test_a_sum_of_numbers_has_no_parts(trace: Any) -> None:
+    graph = trace(lambda m, x: m.packed(x)[..., :4] * (x.sum() + x.mean()), (2, 4), **parts())
+    assert not DistributeSlices()(graph).modified
