@@ -73,8 +73,12 @@ def main() -> None:
     print("| weights off | row | mean cosine | 5th percentile | seconds |\n|---|---|---|---|---|")
     for ratio in arguments.ratios:
         for row in arguments.rows:
-            steps = {} if arguments.repair_steps is None else {"repair_steps": arguments.repair_steps}
-            chosen = Options(ratio=ratio, calibration_tokens=arguments.calibration_tokens, **steps, **ROWS[row])
+            chosen = Options(
+                ratio=ratio,
+                calibration_tokens=arguments.calibration_tokens,
+                repair_steps=arguments.repair_steps,
+                **ROWS[row],
+            )
             with spending(device) as spent:
                 slim = slim_graph(dense, matches, calibrating, chosen, Progress(quiet=True), task=loaded.task).graph
             found = torch.nn.functional.cosine_similarity(expected, embeddings(runs(slim), measured))

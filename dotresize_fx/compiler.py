@@ -56,7 +56,7 @@ class SlimResult:
     @property
     def task(self) -> Task:
         """What the model is for."""
-        return "logits" if self.captured.predicts else self.loaded.task
+        return _task(self.loaded, self.captured)
 
     @property
     def slim(self) -> FxGraph:
@@ -167,7 +167,7 @@ def slim_with(
         with progress.stage("rehearse the checkpoint"):
             factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     device = compute_device(chosen)
-    task: Task = "logits" if captured.predicts else loaded.task
+    task = _task(loaded, captured)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
     own: Sequence[Inputs] = ()
     if text is None:
@@ -180,6 +180,10 @@ def slim_with(
     slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, task, launched, factors)
     notes = (*captured.notes, *slimmed.notes)
     return SlimResult(loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=notes, started=started)
+
+
+def _task(loaded: LoadedModel, captured: Captured) -> Task:
+    return "logits" if captured.predicts else loaded.task
 
 
 def _check_kind(options: Options, given: bool, batches: Sequence[Given] | None) -> None:

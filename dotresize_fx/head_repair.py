@@ -43,11 +43,8 @@ class HeadEntrance(Sublayer):
     ) -> torch.Tensor:
         half = training and goal.is_cuda
         with torch.autocast(goal.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            stop = self.execution.index[self.target] + 1
-            values = self.execution.run(
-                dict(environment), self.position, stop, [self.target], weights, gradients=training
-            )
-            rows, expected = token_rows(values[self.target], mask), token_rows(goal, mask)
+            value = self.put_out(environment, weights, training=training)
+            rows, expected = token_rows(value, mask), token_rows(goal, mask)
             with torch.set_grad_enabled(training):
                 total = divergence(rows, self.narrow, expected, self.wide, measured=not training)
         return total / max(1, len(rows))

@@ -87,15 +87,21 @@ class Sublayer:
         half = training and goal.is_cuda and not self.attends
         # Without a cache: what a recording casts it has to cast again each time.
         with torch.autocast(goal.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            stop = self.execution.index[self.target] + 1
-            values = self.execution.run(
-                dict(environment), self.position, stop, [self.target], weights, gradients=training
-            )
+            value = self.put_out(environment, weights, training=training)
         goal = token_rows(goal, mask).float()
-        error = token_rows(values[self.target], mask).float() - goal
+        error = token_rows(value, mask).float() - goal
         size = goal.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         # A batch of nothing but padding has no error.
         return (error.square().sum(-1) / size).sum() / max(1, len(goal))
+
+    def put_out(
+        self, environment: Environment, weights: Mapping[torch.fx.Node, torch.Tensor], *, training: bool
+    ) -> torch.Tensor:
+        """What ``target`` puts out with these weights; with gradients when ``training``."""
+        stop = self.execution.index[self.target] + 1
+        found = self.execution.run(dict(environment), self.position, stop, [self.target], weights, gradients=training)
+        value: torch.Tensor = found[self.target]
+        return value
 
 
 class _Training:

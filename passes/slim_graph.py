@@ -70,11 +70,10 @@ def slim_graph(
     slimmed = dense.copy()
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
+    cuts_stream = RegionKind.RESIDUAL in options.kinds if plan is None else "residual stream" in plan.widths
+    matches = _with_parted_stream(slimmed, matches, options, cuts_stream)
     if plan is not None:
-        matches = _with_parted_stream(slimmed, matches, options, "residual stream" in plan.widths)
         check_plan(plan, matches, options.method)
-    else:
-        matches = _with_parted_stream(slimmed, matches, options, RegionKind.RESIDUAL in options.kinds)
     refit = options.method != "magnitude" if refit is None else refit
     length = next(iter(batches[0].values())).shape[1] if reads_text(task) else dense.attended_length
     cost = CostModel(options.cost or "weights", length)
