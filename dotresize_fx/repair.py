@@ -6,12 +6,15 @@ stream's square, token by token, so that the few tokens with massive activations
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import token_rows
@@ -152,6 +155,26 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
+@contextlib.contextmanager
+def _summed_in_one_order() -> Iterator[None]:
+    """Inside, CUDA sums in one order: without, attention's gradients in float32 differ from run to run.
+
+    The memory-saving kernel adds up in any order whatever is asked of it. The flash kernel of half precision does not.
+    """
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every step would write what it then overwrites
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warns)
+            torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@_summed_in_one_order()
 def repair(
     sublayer: Sublayer,
     parameters: Sequence[torch.fx.Node],
