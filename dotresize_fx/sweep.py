@@ -6,7 +6,7 @@ the residual stream after the sublayer is the dense model's again, which repairs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,13 +16,13 @@ from dotresize_fx.entry_refit import Entry
 from dotresize_fx.expert_statistics import experts_error, refit_experts
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask, token_rows, with_ones
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
 from dotresize_fx.graph import Op
-from dotresize_fx.head_maps import over_heads
-from dotresize_fx.least_squares import PULL, refit_reader, relative_error
+from dotresize_fx.least_squares import PULL, relative_error
+from dotresize_fx.reader_refit import ReaderRefit
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind
+from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import Sublayer, repair
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import Solver
@@ -58,19 +58,6 @@ class SweptRegion:
     notes: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
-@dataclass
-class _Gathered:
-    """A region's sums on the slim prefix: solved with, and held out; and per batch what its reader should put out
-    (``wanted``) and does (``own``), (batch, length, width) or joined.
-    """
-
-    statistics: RegionStatistics
-    fitting: GramAccumulator
-    held_out: GramAccumulator
-    wanted: list[torch.Tensor]
-    own: list[torch.Tensor]
-
-
 class Sweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map (the passes live outside the core).
 
@@ -97,12 +84,13 @@ class Sweep:
     ) -> None:
         self.slim_graph = slim
         self.apply, self.refit, self.stream = apply, refit, stream
-        self.repair_steps, self.repair_rate, self.pull, self.seed = repair_steps, repair_rate, pull, seed
+        self.repair_steps, self.repair_rate, self.seed = repair_steps, repair_rate, seed
         self.masks = [padding_mask(batch) for batch in batches]
         self.dense = ActivationStream(execution := Execution(dense), [execution.start(batch) for batch in batches])
         self.slim = ActivationStream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.
         self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
+        self.reader_refit = ReaderRefit(slim, self.slim, self.masks, self.measuring, pull)
         self.readers = StreamReaders(stream, self.slim, self.dense, self.masks, self.measuring, pull=pull, refit=refit)
 
     def slim_sublayer(
@@ -171,14 +159,14 @@ class Sweep:
             return self._slim_experts(inputs, width, solvers)
         if width == region.width and not self.refit:
             return SweptRegion(region, width, "kept", None)
-        gathered = self._gather(inputs, goals)
+        gathered = self.reader_refit.gather(inputs, goals)
         found: list[tuple[str, RegionMap, float | None]] = []
         if width == region.width and inputs.reader is not None:
             solvers = [("refit", _keep_all)]
         for name, solver in solvers:
             region_map, error = solver(region, gathered.statistics, width), None
             if self.refit and inputs.reader is not None:
-                region_map, error = self._refit(inputs, region_map, gathered)
+                region_map, error = self.reader_refit.refit(inputs, region_map, gathered)
             found.append((name, region_map, error))
         # The first of equals; without held-out batches nothing tells them apart.
         name, region_map, error = min(found, key=lambda one: 0.0 if one[2] is None else one[2])
@@ -212,93 +200,6 @@ class Sweep:
         self.apply(region, found)
         self.slim.execution = Execution(self.slim_graph)
         return SweptRegion(region, width, name, error, found.notes)
-
-    def _gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> _Gathered:
-        """Run the sublayer as it is."""
-        execution = self.slim.execution
-        target = self.slim_graph.node(inputs.region.target)
-        fitting, held_out, entered = GramAccumulator(), GramAccumulator(), GramAccumulator()
-        wanted, own, near = [], [], None
-        last = inputs.entry if inputs.output is None else target
-        assert last is not None
-        for i, environment in enumerate(self.slim.environments):
-            ahead = max(execution.position(node) for node in (last, *inputs.nodes))
-            stop, keep = ahead + 1, [*inputs.nodes, target]
-            values = execution.run(dict(environment), self.slim.position, stop, keep=keep)
-            solves, mask = i not in self.measuring, self.masks[i]
-            if inputs.output is not None:
-                output = values[inputs.output]
-                # Some models run a sublayer with batch and length joined and part them behind the addition.
-                wanted.append((goals[i] - values[target]).reshape_as(output) + output)
-                own.append(output)
-                sums = fitting if solves else held_out
-                sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
-            if solves and (rows := inputs.entry_rows(values, mask)) is not None:
-                entered.add(rows)
-            near = inputs.coherence(values, mask) if near is None else near
-        return _Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
-
-    def _refit(
-        self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered
-    ) -> tuple[RegionMap, float | None]:
-        """Replace the map's way up by a reader fitted to ``wanted`` from what the reader will see."""
-        region, reader = inputs.region, inputs.reader
-        assert reader is not None
-        if _passes_through(region, region_map):
-            weight = inputs.reader_weight()
-            width = weight.shape[1] - inputs.biased
-            mix = over_heads(region, region_map.down, width)
-            if inputs.biased:
-                mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
-            fitting, held_out = gathered.fitting.through(mix), gathered.held_out
-            held_out = held_out.through(mix) if held_out.tokens else held_out
-            own = mix.T @ gathered.fitting.gram @ weight.T
-        else:
-            fitting, held_out = self._gather_merged(inputs, region_map, gathered)
-            own = fitting.cross["own"]
-        refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased, pull=self.pull)
-        full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
-        error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
-        refitted = RegionMap(
-            region_map.down,
-            branch_down=region_map.branch_down,
-            key_down=region_map.key_down,
-            reader_weights={reader.name: refit.weight},
-            reader_biases={} if refit.bias is None else {reader.name: refit.bias},
-            notes=region_map.notes,
-        )
-        return refitted, error
-
-    def _gather_merged(
-        self, inputs: RegionInputs, region_map: RegionMap, gathered: _Gathered
-    ) -> tuple[GramAccumulator, GramAccumulator]:
-        """The sums over what the reader sees once the writers are mapped: merged neurons have to be run."""
-        fitting, held_out = GramAccumulator(), GramAccumulator()
-        for i, hidden in enumerate(self._merged_activations(inputs, region_map)):
-            rows = token_rows(hidden, self.masks[i])
-            (held_out if i in self.measuring else fitting).add(
-                with_ones(rows) if inputs.biased else rows,
-                wanted=token_rows(gathered.wanted[i], self.masks[i]),
-                own=token_rows(gathered.own[i], self.masks[i]),
-            )
-        return fitting, held_out
-
-    def _merged_activations(self, inputs: RegionInputs, region_map: RegionMap) -> Iterator[torch.Tensor]:
-        """Per batch, the sublayer up to the reader with the writers already mapped."""
-        execution, region = self.slim.execution, inputs.region
-        assert inputs.hidden is not None
-        weights: dict[torch.fx.Node, torch.Tensor] = {}
-        for op in inputs.writers:
-            branch = op.name in region.linear_branch and region_map.branch_down is not None
-            down = region_map.branch_down if branch else region_map.down
-            assert down is not None
-            weights |= inputs.mapped(op, down)
-        stop = execution.index[inputs.hidden] + 1
-        for environment in self.slim.environments:
-            values = execution.run(
-                dict(environment), self.slim.position, stop, keep=[inputs.hidden], parameters=weights
-            )
-            yield values[inputs.hidden]
 
     # -- repair ------------------------------------------------------------------------------------
 
@@ -346,15 +247,3 @@ def _alone(graph: FxGraph, op: Op) -> bool:
 def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
     identity = torch.eye(width, dtype=torch.float64, device=statistics.gram.device)
     return RegionMap(identity, identity)
-
-
-def _passes_through(region: Region, region_map: RegionMap) -> bool:
-    """Whether what the reader sees of the mapped writers is what it saw before, times ``down``.
-
-    So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.
-    """
-    if region.kind in ATTENTION_KINDS:
-        return True
-    down = region_map.down
-    taken = (down != 0).sum(0)
-    return region_map.branch_down is None and bool((taken == 1).all() and (down.amax(0) == 1).all())

@@ -1,0 +1,145 @@
+"""A region's reader, fitted so that the stream behind its sublayer is the dense model's again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dotresize_fx.activation_stream import ActivationStream
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows, with_ones
+from dotresize_fx.head_maps import over_heads
+from dotresize_fx.least_squares import refit_reader, relative_error
+from dotresize_fx.region_inputs import RegionInputs
+from dotresize_fx.region_map import RegionMap
+from dotresize_fx.regions import ATTENTION_KINDS, Region
+
+
+@dataclass
+class Gathered:
+    """A region's sums on the slim prefix: solved with, and held out; and per batch what its reader should put out
+    (``wanted``) and does (``own``), (batch, length, width) or joined.
+    """
+
+    statistics: RegionStatistics
+    fitting: GramAccumulator
+    held_out: GramAccumulator
+    wanted: list[torch.Tensor]
+    own: list[torch.Tensor]
+
+
+class ReaderRefit:
+    """Sums over the slim stream as far as it was run, and readers fitted to them.
+
+    measuring: numbers of the batches that measure and are not solved with. masks: per batch, see
+    :func:`dotresize_fx.gram.padding_mask`. pull: see :func:`dotresize_fx.least_squares.refit_reader`.
+    """
+
+    def __init__(
+        self,
+        graph: FxGraph,
+        stream: ActivationStream,
+        masks: Sequence[torch.Tensor | None],
+        measuring: set[int],
+        pull: float,
+    ) -> None:
+        self.graph, self.stream, self.masks, self.measuring, self.pull = graph, stream, masks, measuring, pull
+
+    def gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> Gathered:
+        """Run the sublayer as it is."""
+        execution = self.stream.execution
+        target = self.graph.node(inputs.region.target)
+        fitting, held_out, entered = GramAccumulator(), GramAccumulator(), GramAccumulator()
+        wanted, own, near = [], [], None
+        last = inputs.entry if inputs.output is None else target
+        assert last is not None
+        for i, environment in enumerate(self.stream.environments):
+            ahead = max(execution.position(node) for node in (last, *inputs.nodes))
+            stop, keep = ahead + 1, [*inputs.nodes, target]
+            values = execution.run(dict(environment), self.stream.position, stop, keep=keep)
+            solves, mask = i not in self.measuring, self.masks[i]
+            if inputs.output is not None:
+                output = values[inputs.output]
+                # Some models run a sublayer with batch and length joined and part them behind the addition.
+                wanted.append((goals[i] - values[target]).reshape_as(output) + output)
+                own.append(output)
+                sums = fitting if solves else held_out
+                sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
+            if solves and (rows := inputs.entry_rows(values, mask)) is not None:
+                entered.add(rows)
+            near = inputs.coherence(values, mask) if near is None else near
+        return Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
+
+    def refit(self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered) -> tuple[RegionMap, float | None]:
+        """Replace the map's way up by a reader fitted to ``wanted`` from what the reader will see."""
+        region, reader = inputs.region, inputs.reader
+        assert reader is not None
+        if _passes_through(region, region_map):
+            weight = inputs.reader_weight()
+            width = weight.shape[1] - inputs.biased
+            mix = over_heads(region, region_map.down, width)
+            if inputs.biased:
+                mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
+            fitting, held_out = gathered.fitting.through(mix), gathered.held_out
+            held_out = held_out.through(mix) if held_out.tokens else held_out
+            own = mix.T @ gathered.fitting.gram @ weight.T
+        else:
+            fitting, held_out = self._gather_merged(inputs, region_map, gathered)
+            own = fitting.cross["own"]
+        refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased, pull=self.pull)
+        full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
+        error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
+        refitted = RegionMap(
+            region_map.down,
+            branch_down=region_map.branch_down,
+            key_down=region_map.key_down,
+            reader_weights={reader.name: refit.weight},
+            reader_biases={} if refit.bias is None else {reader.name: refit.bias},
+            notes=region_map.notes,
+        )
+        return refitted, error
+
+    def _gather_merged(
+        self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered
+    ) -> tuple[GramAccumulator, GramAccumulator]:
+        """The sums over what the reader sees once the writers are mapped: merged neurons have to be run."""
+        fitting, held_out = GramAccumulator(), GramAccumulator()
+        for i, hidden in enumerate(self._merged_activations(inputs, region_map)):
+            rows = token_rows(hidden, self.masks[i])
+            (held_out if i in self.measuring else fitting).add(
+                with_ones(rows) if inputs.biased else rows,
+                wanted=token_rows(gathered.wanted[i], self.masks[i]),
+                own=token_rows(gathered.own[i], self.masks[i]),
+            )
+        return fitting, held_out
+
+    def _merged_activations(self, inputs: RegionInputs, region_map: RegionMap) -> Iterator[torch.Tensor]:
+        """Per batch, the sublayer up to the reader with the writers already mapped."""
+        execution, region = self.stream.execution, inputs.region
+        assert inputs.hidden is not None
+        weights: dict[torch.fx.Node, torch.Tensor] = {}
+        for op in inputs.writers:
+            branch = op.name in region.linear_branch and region_map.branch_down is not None
+            down = region_map.branch_down if branch else region_map.down
+            assert down is not None
+            weights |= inputs.mapped(op, down)
+        stop = execution.index[inputs.hidden] + 1
+        for environment in self.stream.environments:
+            values = execution.run(
+                dict(environment), self.stream.position, stop, keep=[inputs.hidden], parameters=weights
+            )
+            yield values[inputs.hidden]
+
+
+def _passes_through(region: Region, region_map: RegionMap) -> bool:
+    """Whether what the reader sees of the mapped writers is what it saw before, times ``down``.
+
+    So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.
+    """
+    if region.kind in ATTENTION_KINDS:
+        return True
+    down = region_map.down
+    taken = (down != 0).sum(0)
+    return region_map.branch_down is None and bool((taken == 1).all() and (down.amax(0) == 1).all())
