@@ -303,6 +303,13 @@ class Graph(ABC):
         """
         return []
 
+    def recognise_pointwise(self) -> list[str]:
+        """Let a linear of each pixel's channels, put last and back, stand for a convolution of single pixels.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
     def distribute_slices(self) -> list[str]:
         """Where slices of the last axis, or a split, alone read a sum with a linear's result, sum slices instead.
 

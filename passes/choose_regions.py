@@ -97,9 +97,7 @@ def why_not_cut(graph: Graph, region: Region) -> str:
 def _is_averaged(graph: Graph, region: Region) -> bool:
     between = (graph.op(name).output for name in (*region.writers, *region.crossed) if not region.attention)
     places = dict(region.places)
-    return any(
-        user.kind is Kind.MEAN for value in between if value.name not in places for user in graph.users(value)
-    )
+    return any(user.kind is Kind.MEAN for value in between if value.name not in places for user in graph.users(value))
 
 
 def _why_no_head_goes(graph: Graph, region: Region) -> str:

@@ -20,6 +20,7 @@ CONVOLUTIONS = {
     aten.conv3d.padding: 3,
 }
 _POOLS = {aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default}
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _GROUPS = 6  # which argument of a convolution counts its groups
 
 
@@ -31,7 +32,9 @@ def keeps_channels_apart(node: torch.fx.Node, parameters: Container[str]) -> boo
     if node.kwargs or not node.args or not isinstance(node.args[0], torch.fx.Node):
         return False
     source, *others = node.args
-    rank = len(source.meta["val"].shape)
+    if not isinstance(source.meta.get("val"), torch.Tensor):
+        return False
+    rank = source.meta["val"].ndim
     read = [other for other in others if isinstance(other, torch.fx.Node)]
     if not all(other.name in parameters for other in read):
         return False
@@ -43,6 +46,9 @@ def keeps_channels_apart(node: torch.fx.Node, parameters: Container[str]) -> boo
     if node.target is aten.mean.dim:
         axes: Any = others[0]
         return bool(axes) and rank > 2 and all(axis % rank > CHANNELS for axis in axes)
+    if node.target in _PADS:
+        sides: Any = others[0]
+        return len(sides) <= 2 * (rank - CHANNELS - 1)
     return node.target in _POOLS and rank == 4
 
 
