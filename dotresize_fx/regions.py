@@ -80,7 +80,7 @@ class Region:
 
     @property
     def keeps_apart(self) -> bool:
-        """Whether an op between has parameters or places of its own for each number: none may be merged with another."""
+        """Whether an op between treats each number in its own way, so that none may be merged with another."""
         return bool(self.tables or self.limit)
 
     @property

@@ -7,7 +7,7 @@ from dotresize_fx.passes.pass_base import Pass, PassResult
 
 
 class RecognisePointwise(Pass):
-    """``conv2d(x, W, b)`` of a 1x1 kernel becomes ``permute(linear(permute(x), W.flatten(1), b))``, channels last inside.
+    """``conv2d(x, W, b)`` of a 1x1 kernel becomes ``permute(linear(permute(x), W.flatten(1), b))``, channels last.
 
     Where it steps over pixels, pads or has groups it stays. What becomes ONNX is a convolution again
     (:meth:`dotresize_fx.fx_form.graph.FxGraph.restore_pointwise`).

@@ -50,7 +50,7 @@ class FxGraph(FxEdits):
         return recognise_pointwise(self)
 
     def restore_pointwise(self) -> FxGraph:
-        """A copy with convolutions where :meth:`recognise_pointwise` put linears: runtimes have faster kernels for them."""
+        """A copy with convolutions where :meth:`recognise_pointwise` put linears, as runtimes know them."""
         restored = self.copy()
         restore_pointwise(restored)
         return restored
