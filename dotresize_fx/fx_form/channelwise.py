@@ -11,7 +11,7 @@ aten = torch.ops.aten
 CHANNELS = 1  # the axis of channels, behind that of samples
 
 # With the axes of places that a sample has.
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[Any, int] = {
     aten.conv1d.default: 1,
     aten.conv1d.padding: 1,
     aten.conv2d.default: 2,
@@ -29,9 +29,10 @@ def keeps_channels_apart(node: torch.fx.Node, parameters: Container[str]) -> boo
 
     ``parameters`` are names of placeholders. All that it reads besides its input are then parameters, channels first.
     """
-    if node.kwargs or not node.args or not isinstance(node.args[0], torch.fx.Node):
+    arguments: Any = node.args
+    if node.kwargs or not arguments or not isinstance(arguments[0], torch.fx.Node):
         return False
-    source, *others = node.args
+    source, *others = arguments
     if not isinstance(source.meta.get("val"), torch.Tensor):
         return False
     rank = source.meta["val"].ndim
@@ -40,16 +41,15 @@ def keeps_channels_apart(node: torch.fx.Node, parameters: Container[str]) -> boo
         return False
     if (places := CONVOLUTIONS.get(node.target)) is not None:
         channels = source.meta["val"].shape[CHANNELS]
-        return rank == places + 2 and groups(node) == channels == read[0].meta["val"].shape[0] and channels > 1
+        depthwise = groups(node) == channels == read[0].meta["val"].shape[0]
+        return bool(depthwise and rank == places + 2 and channels > 1)
     if node.target is aten.batch_norm.default:
-        return rank > 2 and len(read) > 1 and node.args[5] is False
+        return bool(rank > 2 and len(read) > 1 and arguments[5] is False)
     if node.target is aten.mean.dim:
-        axes: Any = others[0]
-        return bool(axes) and rank > 2 and all(axis % rank > CHANNELS for axis in axes)
+        return bool(others[0]) and rank > 2 and all(axis % rank > CHANNELS for axis in others[0])
     if node.target in _PADS:
-        sides: Any = others[0]
-        return len(sides) <= 2 * (rank - CHANNELS - 1)
-    return node.target in _POOLS and rank == 4
+        return bool(len(others[0]) <= 2 * (rank - CHANNELS - 1))
+    return bool(node.target in _POOLS and rank == 4)
 
 
 def groups(node: torch.fx.Node) -> int:

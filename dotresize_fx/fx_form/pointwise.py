@@ -24,7 +24,8 @@ def recognise_pointwise(graph: FxEdits) -> list[str]:
 
 
 def _is_pointwise(graph: FxEdits, node: torch.fx.Node) -> bool:
-    source, weight, bias, stride, padding, _, groups = (*node.args, *_DEFAULTS[len(node.args) - 2 :])[:7]
+    given: Any = (*node.args, *_DEFAULTS[len(node.args) - 2 :])
+    source, weight, bias, stride, padding, _, groups = given[:7]
     stored = [one for one in (weight, bias) if one is not None]
     if node.kwargs or not all(isinstance(one, torch.fx.Node) and graph.value(one).is_parameter for one in stored):
         return False
@@ -34,8 +35,9 @@ def _is_pointwise(graph: FxEdits, node: torch.fx.Node) -> bool:
 
 
 def _rewrite(graph: FxEdits, node: torch.fx.Node) -> str:
-    source, weight, *rest = node.args
-    value = graph.value(weight)  # type: ignore[arg-type]
+    arguments: Any = node.args
+    source, weight, *rest = arguments
+    value = graph.value(weight)
     name, matrix = graph.parameter_name(value), graph.parameter(value).flatten(1)
     if len(graph.node(value.name).users) == 1:
         graph.set_parameter(value, matrix)
@@ -43,7 +45,7 @@ def _rewrite(graph: FxEdits, node: torch.fx.Node) -> str:
     else:
         stored = graph.add_parameter(name, matrix)
     behind, before = _orders(CONVOLUTIONS[node.target])
-    image = source.meta["val"]  # type: ignore[union-attr]
+    image = source.meta["val"]
     with graph.nodes.inserting_before(node):
         rows = graph.nodes.call_function(aten.permute.default, (source, behind))
         new = graph.nodes.call_function(aten.linear.default, (rows, stored, rest[0] if rest else None))
@@ -58,7 +60,8 @@ def restore_pointwise(graph: FxEdits) -> list[str]:
     """Make convolutions again of what :func:`recognise_pointwise` rewrote, whatever widths they have by now."""
     records = []
     for node in graph.nodes.find_nodes(op="call_function", target=aten.linear.default):
-        rows, weight, *rest = node.args
+        arguments: Any = node.args
+        rows, weight, *rest = arguments
         places = node.meta["val"].ndim - 2
         if places not in _PLAIN or len(node.users) != 1 or not graph.value(weight).is_parameter:
             continue
