@@ -22,6 +22,8 @@ TASKS = {
 WIDTH, FFN, HEADS, SHARED, SIZE, LAYERS, VOCABULARY, LONGEST = 32, 64, 4, 2, 8, 2, 97, 64
 
 LARGEST = 5_000_000  # parameters
+# Where an image stands in token ids, and how many of them.
+IMAGE_TOKEN, IMAGE_TOKENS = VOCABULARY - 1, 4
 # Sizes that default to None where the constructor wants one.
 WANTED = ("n_shared_experts", "n_group", "topk_group", "num_key_value_heads", "head_dim", "num_experts_per_tok")
 WANTED += ("n_routed_experts", "vocab_size")
@@ -135,6 +137,13 @@ _QWEN4_EXP = {
     "indexer_head_dim": SIZE,
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
+}
+# What no model of its own is.
+NOT_ALONE = {
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "it reads the states, keys and values of the model that it assists, and no token ids",
+    )
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -256,6 +265,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "regnet": _RESIDUAL_BLOCKS | {"groups_width": SIZE},
     "resnet": _RESIDUAL_BLOCKS,
     "segformer": _PYRAMID | {"sr_ratios": (2, 1)},
+    "shieldgemma2": {
+        "mm_tokens_per_image": IMAGE_TOKENS,
+        "image_token_index": IMAGE_TOKEN,
+        "yes_token_index": 3,
+        "no_token_index": 4,
+    },
+    "siglip2": {"vision_config": {"num_patches": 16}},
     "swiftformer": {"embed_dims": (16, WIDTH), "depths": (2, 2), "downsamples": (True, True), "mlp_ratio": 2},
     "swin": _WINDOWS,
     "swinv2": _WINDOWS | {"pretrained_window_sizes": (0, 0)},
@@ -295,6 +311,8 @@ def tiny_model(architecture: Architecture, seed: int = 0) -> Any:
     Raises:
         Exception: whatever its configuration or its constructor says against these sizes.
     """
+    if architecture.model_type in NOT_ALONE:
+        raise ValueError(NOT_ALONE[architecture.model_type])
     model_class = getattr(transformers, architecture.class_name)
     config_class = configuration_auto.CONFIG_MAPPING[architecture.model_type]
     if model_class.config_class and not issubclass(config_class, model_class.config_class):

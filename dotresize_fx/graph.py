@@ -41,6 +41,7 @@ class Kind(StrEnum):
     ADDMM = "addmm"  # x @ weight, on a matrix x also bias + x @ weight: a linear before RecogniseLinears
     RESHAPE = "reshape"  # splits or joins dimensions
     ATTENTION = "attention"
+    CHANNELWISE = "channelwise"  # each channel's own function of all places, with its own parameters: depthwise
     OTHER = "other"
 
 
@@ -74,7 +75,8 @@ class Op:
     token has. A KEEP op that ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale``
     (None: one over the root of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its
     inputs begin with query, key and value. One that ``mixes`` is spelled op by op: the product of weights and values,
-    its inputs.
+    its inputs. A CHANNELWISE op has ``channels``, their axis in its input and output; its other inputs are parameters
+    (channels, ...). A RESHAPE that ``flattens`` joins or parts axes and states no size that stays.
     """
 
     name: str
@@ -226,6 +228,10 @@ class Graph(ABC):
     def resize_slice(self, op: Op, start: int, stop: int | None) -> None:
         """Let a slice take another range; ``stop`` None is the end."""
 
+    def resize_channels(self, op: Op, width: int) -> None:
+        """Let a CHANNELWISE op have another number of channels; its parameters are given theirs apart."""
+        raise NotImplementedError
+
     @abstractmethod
     def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         """Let the given users read ``source[..., indices]`` instead of ``source``; ``indices`` is (k,), integers."""
@@ -292,6 +298,13 @@ class Graph(ABC):
 
     def recognise_patches(self) -> list[str]:
         """Let a linear of each patch stand for a convolution that cuts an image into patches, its channels put last.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
+    def recognise_pointwise(self) -> list[str]:
+        """Let a linear of each pixel's channels, put last and back, stand for a convolution of single pixels.
 
         Returns what was changed; a form that cannot do it returns none.
         """

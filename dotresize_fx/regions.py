@@ -46,7 +46,8 @@ class Region:
     ``target`` is the value that the sublayer's readers finally add up to (the residual stream after the sublayer),
     or the reader's own output where nothing is added. ``crossed`` are the names of the ops between, ``tables`` those of
     parameters (..., width) that they read as they are; where norms keep their gains (PERMUTATION) these are among them.
-    ``limit`` is why permutations alone pass where norms or sums let one expect more.
+    ``places`` are the names of those values and tables whose last axis the dimension is not, with the axis, counted
+    from the end. ``limit`` is why permutations alone pass where norms or sums let one expect more.
 
     Regions of an attention (``ATTENTION_KINDS``) have the rest. ``width`` is the size of one head, for HEADS the
     number of KV heads. ``heads`` is the number of KV heads; of EXPERTS that of experts, each with a basis of its own.
@@ -69,12 +70,18 @@ class Region:
     target: str = ""
     crossed: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    places: tuple[tuple[str, int], ...] = ()
     limit: str = ""
     heads: int = 1
     attention: str = ""
     attention_reader: str = ""
     key_writers: tuple[str, ...] = ()
     layout: HeadLayout | None = None
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether an op between treats each number in its own way, so that none may be merged with another."""
+        return bool(self.tables or self.limit)
 
     @property
     def description(self) -> str:

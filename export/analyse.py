@@ -50,8 +50,15 @@ def _compare_capture(model: torch.nn.Module, captured: Captured) -> None:
             same = found.shape == expected.shape and bool(
                 (found - expected).abs().max() <= CAPTURE_TOLERANCE * expected.abs().max()
             )
-        except RuntimeError:  # a batch or a length that tracing took for a constant
+        except (RuntimeError, IndexError, ValueError):  # a batch or a length that tracing took for a constant
             same = False
+        if not same and inputs is other and captured.fixed:
+            sizes = " and ".join(f"a {name} of {size}" for name, size in captured.fixed.items())
+            raise CaptureError(
+                f"the program captured from {type(model).__name__} holds for {sizes} alone, which it was traced with: "
+                "its forward pass takes the size for a number, and only a model whose program holds for any batch and "
+                f"length can be slimmed (torch.export said: {captured.doubt})"
+            )
         if not same:
             why = f"torch.export said: {captured.doubt}" if captured.doubt else "it depends on Python state or sizes"
             raise CaptureError(

@@ -26,6 +26,7 @@ from dotresize_fx.program_inputs import ProgramInputs
 # Traced with two sequences, one of them padded, so that the attention mask stays an input.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING = 2, 16, 5
 LARGEST_BATCH = 4096
+UNLIMITED = 2048  # the longest sequence of a model that states none
 
 LONGEST_QUOTE = 300  # characters
 _SOURCE_LINE = re.compile(r'File "(.+)", line (\d+)')
@@ -51,6 +52,15 @@ class Captured:
     predicts: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The sizes that a program in doubt may hold for alone, by "batch" and, of a model of text, "length"."""
+        if not self.doubt:
+            return {}
+        sizes = self.graph.value(self.graph.node(next(iter(self.sample)))).shape
+        names = ("batch", "length") if self.vocabulary else ("batch",)
+        return {name: size for name, size in zip(names, sizes, strict=False) if isinstance(size, int)}
+
 
 def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
     """int64 ``input_ids`` and ``attention_mask``, (TRACED_BATCH, TRACED_LENGTH), the first row padded on the left."""
@@ -71,7 +81,8 @@ def capture(model: torch.nn.Module, sample: Mapping[str, torch.Tensor] | None = 
     """
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = int(getattr(text_config, "max_position_embeddings", None) or 2048)
+    longest = int(getattr(text_config, "max_position_embeddings", None) or 0)
+    longest = longest if longest > 0 else UNLIMITED  # XLNet says -1
     vocabulary = int(text_config.vocab_size) if sample is None else 0
     reads_text = sample is None
     chosen = sample_inputs(vocabulary) if sample is None else dict(sample)

@@ -30,6 +30,7 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
 
     ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
     """
+    graph = graph.restore_pointwise()
     graph.refresh_shapes()
     with quiet_libraries(), no_fast_path(), torch.no_grad():
         exporter = _GivenProgramExporter(graph.program, captured)  # inside: it warns of versions when it is made

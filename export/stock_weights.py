@@ -13,8 +13,15 @@ from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.regions import Region
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
-# How a model may store what the view shows: as it is; turned round (GPT-2); a gain as what it exceeds one by (Gemma).
-_TURNS: tuple[Turn, ...] = (lambda t: t, lambda t: t.mT if t.ndim > 1 else t, lambda t: t - 1 if t.ndim == 1 else t)
+# How a model may store what the view shows: as it is; turned round (GPT-2); a gain as what it exceeds one by (Gemma);
+# as a convolution of single places, along one axis or two.
+_TURNS: tuple[Turn, ...] = (
+    lambda t: t,
+    lambda t: t.mT if t.ndim > 1 else t,
+    lambda t: t - 1 if t.ndim == 1 else t,
+    lambda t: t[..., None] if t.ndim == 2 else t,
+    lambda t: t[..., None, None] if t.ndim == 2 else t,
+)
 ROUNDING = 1e-6
 
 

@@ -11,6 +11,7 @@ from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
 from dotresize_fx.passes.recognise_patches import RecognisePatches
+from dotresize_fx.passes.recognise_pointwise import RecognisePointwise
 from dotresize_fx.passes.split_packed_heads import SplitPackedHeads
 from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
@@ -22,6 +23,7 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
         FoldConstants(),
         RecogniseLinears(),
         RecognisePatches(),
+        RecognisePointwise(),
         FoldChannelScales(),
         DistributeSlices(),
         SplitPackedLinears(),

@@ -75,8 +75,8 @@ def why_not_cut(graph: Graph, region: Region) -> str:
         return _why_not_opened(graph, region)
     if region.norms:
         return "a norm acts on it, whose mean square would change"
-    if region.tables:
-        return "a parameter is combined with it directly, which is not supported yet"
+    if _is_averaged(graph, region):
+        return "a mean is taken over it, which leaving numbers out would change"
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
     if region.kind is RegionKind.EXPERTS and any(op.kind is Kind.EMBEDDING for op in ops):
         return "its experts have biases of their own, which is not supported yet"
@@ -92,6 +92,12 @@ def why_not_cut(graph: Graph, region: Region) -> str:
     if any(graph.op(name).attributes.get("reshape") for name in region.crossed):
         return "a reshape that names its width stands inside, which is not supported yet"
     return "" if len(region.readers) == 1 else f"it has {len(region.readers)} readers, one is supported yet"
+
+
+def _is_averaged(graph: Graph, region: Region) -> bool:
+    between = (graph.op(name).output for name in (*region.writers, *region.crossed) if not region.attention)
+    places = dict(region.places)
+    return any(user.kind is Kind.MEAN for value in between if value.name not in places for user in graph.users(value))
 
 
 def _why_no_head_goes(graph: Graph, region: Region) -> str:

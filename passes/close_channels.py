@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.close_dimension import NORMS, ClosedDimension, Walk, close, passed_on
+from dotresize_fx.passes.follow_places import LAST, size_at
 
 
 def close_channels(graph: Graph, start: Value) -> ClosedDimension:
@@ -30,13 +31,15 @@ class _ChannelWalk(Walk):
 
     def _backwards(self, value: Value) -> None:
         op = self.graph.producer(value)
-        if op is not None and op.kind in NORMS:
+        if op is not None and op.kind in NORMS and value not in self.places:
             self._norm(op)
         else:
             super()._backwards(value)
 
     def _into(self, op: Op, value: Value) -> None:
-        if op.kind in NORMS and op.inputs[0] == value:
+        if value in self.places:
+            super()._into(op, value)
+        elif op.kind in NORMS and op.inputs[0] == value:
             self._norm(op)
         elif op.kind is not Kind.MEAN:
             super()._into(op, value)
@@ -47,9 +50,13 @@ class _ChannelWalk(Walk):
             if value is not None:
                 self.join(value, False)
 
-    def _cross(self, op: Op, normed: bool) -> None:
+    def join_channels(self, op: Op) -> None:
+        for value in op.inputs[1:]:
+            self.join(value, False, -len(value.shape))
+
+    def _cross(self, op: Op, normed: bool, place: int = LAST) -> None:
         self.ends["crossed"].add(op)
-        self.join(op.output, normed)
+        self.join(op.output, normed, place)
         for value in passed_on(op):
-            if value.width != 1 and value.shape:
-                self.join(value, normed)
+            if size_at(value, place) not in (1, None):
+                self.join(value, normed, place)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.passes.follow_places import LAST, is_elementwise, places_through, size_at
 
 NORMS = (Kind.RMS_NORM, Kind.LAYER_NORM)
 
@@ -28,7 +30,8 @@ class ClosedDimension:
 
     ``normed`` are the values behind a norm. ``tables`` are parameters (..., width) that ops between read as they are:
     added or joined they write, like rows of an embedding that are not looked up. The lists of ops are in topological
-    order. ``in_order`` says that only other orders of its numbers pass.
+    order. ``in_order`` says that only other orders of its numbers pass. ``places`` has the values and tables whose last
+    axis it is not, with the axis, counted from the end.
     """
 
     width: int
@@ -40,6 +43,12 @@ class ClosedDimension:
     crossed: list[Op] = field(default_factory=list)
     tables: list[Value] = field(default_factory=list)
     in_order: bool = False
+    places: dict[Value, int] = field(default_factory=dict)
+
+    @property
+    def vectors(self) -> list[Value]:
+        """The values whose last axis it is."""
+        return [value for value in self.values if value not in self.places]
 
 
 def close_dimension(graph: Graph, start: Value) -> ClosedDimension:
@@ -56,12 +65,12 @@ def close(walk: Walk) -> ClosedDimension:
     try:
         return walk.run()
     except Escape as escape:
-        escape.values = frozenset(walk.values)
+        escape.values = frozenset(value for value in walk.values if value not in walk.places)
         raise
 
 
 class Walk:
-    """From one value through ops that leave its last dimension's numbers a vector, to linears and tables."""
+    """From one value's last axis through ops that keep its numbers apart from other axes', to linears and tables."""
 
     def __init__(self, graph: Graph, start: Value) -> None:
         self.graph = graph
@@ -72,6 +81,7 @@ class Walk:
         self.queue: deque[Value] = deque()
         self.ends: dict[str, set[Op]] = {"writers": set(), "readers": set(), "norms": set(), "crossed": set()}
         self.tables: dict[Value, None] = {}
+        self.places: dict[Value, int] = {}  # of values and tables whose last axis it is not
         self.axes: set[tuple[Value, int]] = set()
         self.join(start, self._starts_normed(start))
 
@@ -98,19 +108,23 @@ class Walk:
             raise Escape("a parameter that is combined with it is used elsewhere too")
         normed = {value for value, behind in self.values.items() if behind}
         self.check(ordered, normed)
-        return ClosedDimension(self.width, set(self.values), normed, **ordered, tables=list(self.tables))
+        found = ClosedDimension(self.width, set(self.values), normed, **ordered, tables=list(self.tables))
+        found.places = self.places
+        return found
 
     def check(self, ends: dict[str, list[Op]], normed: set[Value]) -> None:
         """Whether what was found together lets anything but other orders through."""
-        if ends["norms"] and any(is_nonlinear(op) for op in ends["crossed"]):
+        if ends["norms"] and any(is_nonlinear(op, self.places) for op in ends["crossed"]):
             raise Escape("a nonlinearity and a norm act on the same width", permutes=True)
         if any(op.kind in NORMS for op in ends["writers"]) and not ends["norms"]:
             raise Escape("normalised values are added, each with a gain of its own", permutes=True)
         if any((op.kind is Kind.ADD or op.attributes.get("joins")) and op.output in normed for op in ends["crossed"]):
             raise Escape("two normalised values are added, each with a gain of its own", permutes=True)
 
-    def join(self, value: Value, normed: bool) -> None:
-        """Couple ``value``; a value cannot be on both sides of a norm."""
+    def join(self, value: Value, normed: bool, place: int = LAST) -> None:
+        """Couple that axis of ``value``; a value cannot be on both sides of a norm."""
+        if (value in self.values or value in self.tables) and self.places.get(value, LAST) != place:
+            raise Escape("it lies on two axes of one value")
         if value in self.values:
             if self.values[value] != normed:
                 raise Escape(
@@ -119,14 +133,17 @@ class Walk:
                     permutes=True,
                 )
             return
-        if value.width != self.width:
-            raise Escape(f"it is broadcast against a width of {value.width}")
+        if (size := size_at(value, place)) != self.width:
+            raise Escape(f"it is broadcast against a width of {size}")
         if value in self.graph.outputs:
             raise Escape("it is an output of the graph")
         if value.is_parameter:
             if not self.graph.parameter(value).is_floating_point():
                 raise Escape("a parameter of whole numbers is combined with it")
             self.tables[value] = None
+        if place != LAST:
+            self.places[value] = place
+        if value.is_parameter:
             return
         self.values[value] = normed
         self.queue.append(value)
@@ -138,7 +155,9 @@ class Walk:
         normed = self.values[value]
         if op is None:
             raise Escape("it comes from an input of the graph")
-        if op.is_linear or op.kind is Kind.EMBEDDING:
+        if value in self.places or op.kind in (Kind.RESHAPE, Kind.CHANNELWISE):
+            self._move(op, value, back=True)
+        elif op.is_linear or op.kind is Kind.EMBEDDING:
             if normed:
                 raise Escape("a weight writes it behind the norm", permutes=True)
             self.ends["writers"].add(op)
@@ -163,7 +182,9 @@ class Walk:
             self._into(op, value)
 
     def _into(self, op: Op, value: Value) -> None:
-        if op.is_linear and op.inputs[0] == value:
+        if value in self.places or op.kind in (Kind.RESHAPE, Kind.CHANNELWISE):
+            self._move(op, value, back=False)
+        elif op.is_linear and op.inputs[0] == value:
             self.ends["readers"].add(op)
             self._couple_parameter(op, 1)
         elif op.kind in NORMS and op.inputs[0] == value:
@@ -183,15 +204,36 @@ class Walk:
         self.join(op.inputs[0], False)
         self.join(op.output, True)
 
-    def _cross(self, op: Op, normed: bool) -> None:
+    def _move(self, op: Op, value: Value, *, back: bool) -> None:
+        """An op that moves axes, or any that meets the dimension where it is not the last axis."""
+        normed, place = self.values[value], self.places.get(value, LAST)
+        if is_elementwise(op):
+            self._cross(op, normed, place)
+            return
+        found = places_through(op, place, back=back) if back or value == op.inputs[0] else None
+        if found is None:
+            on_last = place != LAST and (op.is_linear or op.kind in (*NORMS, Kind.MEAN))
+            direction = "comes from" if back else "goes into"
+            raise Escape(f"{op.spelling} acts on another of its axes" if on_last else in_words(op, direction))
+        self.ends["crossed"].add(op)
+        self.join(op.inputs[0], normed, found[0])
+        self.join(op.output, normed, found[1])
+        if op.kind is Kind.CHANNELWISE:
+            self.join_channels(op)
+
+    def join_channels(self, op: Op) -> None:
+        """A convolution of each channel alone, and the like: no channel may be mixed with another before it."""
+        raise Escape(f"{op.spelling} acts on each of its channels apart", permutes=True)
+
+    def _cross(self, op: Op, normed: bool, place: int = LAST) -> None:
         """An op between: its output and all its inputs of this width are one dimension."""
         self.ends["crossed"].add(op)
-        self.join(op.output, normed)
+        self.join(op.output, normed, place)
         for value in passed_on(op):
-            if value.width != 1 and value.shape:
+            if size_at(value, place) not in (1, None):
                 if value.is_parameter and op.kind not in (Kind.ADD, Kind.KEEP):
                     raise Escape("a parameter is multiplied with it number by number", permutes=True)
-                self.join(value, normed)
+                self.join(value, normed, place)
             elif op.kind is Kind.ADD and self.width > 1:
                 raise Escape("one number is added to the whole width", permutes=True)
 
@@ -242,9 +284,12 @@ def _embeds(graph: Graph, value: Value, reader: Op) -> bool:
     return passes and all(_embeds(graph, part, producer) for part in producer.inputs if part.width == value.width)
 
 
-def is_nonlinear(op: Op) -> bool:
-    """Whether an op between lets through no mixing of the width's numbers."""
-    return op.kind is Kind.POINTWISE or (op.kind is Kind.MUL and not op.scales_rows)
+def is_nonlinear(op: Op, places: Container[Value] = ()) -> bool:
+    """Whether an op between lets through no mixing of the width's numbers.
+
+    Of a product in ``places``, off the last axis, it is not told whether it scales whole rows: it is taken for none.
+    """
+    return op.kind is Kind.POINTWISE or (op.kind is Kind.MUL and not (op.scales_rows and op.output not in places))
 
 
 def in_words(op: Op, direction: str) -> str:

@@ -81,7 +81,7 @@ class _Search:
                 self.found[value] = f"{before}, and {escape.reason}" if before else escape.reason
 
     def _is_new(self, closed: ClosedDimension) -> bool:
-        return not any(isinstance(self.found.get(value), Region) for value in closed.values)
+        return not any(isinstance(self.found.get(value), Region) for value in closed.vectors)
 
     def _rotated(self, closed: ClosedDimension, start: Value) -> Region:
         """The region, or the same one under permutations alone where its norms cannot be opened."""
@@ -94,14 +94,14 @@ class _Search:
                 ordered = closed
             if ordered is not closed and self._is_new(ordered):
                 region, closed = _region(self.graph, ordered, why), ordered
-        self.found.update(dict.fromkeys(closed.values, region))
+        self.found.update(dict.fromkeys(closed.vectors, region))
         return region
 
     def _ordered(self, closed: ClosedDimension) -> Region:
         """A region of which permutations alone pass; of the reasons the one that most of its values met."""
-        reasons = Counter(reason for value in closed.values if isinstance(reason := self.found.get(value), str))
+        reasons = Counter(reason for value in closed.vectors if isinstance(reason := self.found.get(value), str))
         region = _region(self.graph, closed, reasons.most_common(1)[0][0])
-        self.found.update(dict.fromkeys(closed.values, region))
+        self.found.update(dict.fromkeys(closed.vectors, region))
         return region
 
 
@@ -115,7 +115,7 @@ def _starts(graph: Graph) -> Iterable[Value]:
 
 def _region(graph: Graph, closed: ClosedDimension, limit: str = "") -> Region:
     writers, readers = closed.writers, closed.readers
-    pointwise = [op for op in closed.crossed if is_nonlinear(op)]
+    pointwise = [op for op in closed.crossed if is_nonlinear(op, closed.places)]
     experts = {int(graph.weight(op).shape[0]) for op in (*writers, *readers) if op.kind is Kind.EXPERTS}
     if closed.in_order and _is_stream(closed):
         kind, symmetry = RegionKind.RESIDUAL, Symmetry.PERMUTATION
@@ -144,11 +144,12 @@ def _region(graph: Graph, closed: ClosedDimension, limit: str = "") -> Region:
         norms=tuple(op.name for op in closed.norms),
         normed_readers=tuple(op.name for op in readers if op.inputs[0] in closed.normed),
         linear_branch=() if closed.in_order else _linear_branch(graph, products, writers, readers),
-        positive_scale=functions == {"relu"} and not products and not closed.in_order,
+        positive_scale=functions == {"relu"} and not products and not closed.in_order and not closed.places,
         target=stream_behind(graph, readers[-1]) if kind in (RegionKind.FFN, RegionKind.EXPERTS) else "",
         heads=max(experts, default=1) if kind is RegionKind.EXPERTS else 1,
         crossed=tuple(op.name for op in closed.crossed),
         tables=tuple(value.name for value in closed.tables),
+        places=tuple((value.name, place) for value, place in closed.places.items()),
         limit=limit,
     )
 

@@ -45,7 +45,9 @@ class InsertMaps(Pass):
     def call(self, graph: Graph) -> PassResult:
         region, k = self.region, self.map.width
         # Asked for first: behind a map of another width a reshape does not look like one that keeps its width.
-        reshapes = [name for name in region.crossed if graph.op(name).attributes.get("reshape")]
+        places = dict(region.places)
+        crossed = [graph.op(name) for name in region.crossed]
+        reshapes = [op.name for op in crossed if op.attributes.get("reshape") and op.output.name not in places]
         for name in region.writers:
             writer, down = graph.op(name), self.map.down
             if self.map.branch_down is not None and name in region.linear_branch:
@@ -60,8 +62,9 @@ class InsertMaps(Pass):
             weight = down.mT.to(_dtype(graph, writer))
             self.downs.append(graph.insert_linear(writer.output, weight, name="inserted_down", like=writer).name)
         for table in tables_of(graph, region):
-            numbers = graph.parameter(table)
-            graph.set_parameter(table, (numbers.double() @ self.map.down).to(numbers.dtype))
+            numbers, place = graph.parameter(table), places.get(table.name, -1)
+            mapped = (numbers.double().movedim(place, -1) @ self.map.down).movedim(-1, place)
+            graph.set_parameter(table, mapped.to(numbers.dtype))
         for name in region.norms if region.symmetry is not Symmetry.PERMUTATION else ():
             norm = graph.op(name)
             graph.resize_norm(norm, k, norm.attributes["epsilon"] * region.width / k)
@@ -70,6 +73,8 @@ class InsertMaps(Pass):
         else:
             for name in reshapes:
                 graph.resize_reshape(graph.op(name), k)
+            for op in crossed:
+                _resize_between(graph, op, places.get(op.output.name), k)
         for name in region.readers:
             self._before_reader(graph, graph.op(name))
         return PassResult((f"{region.name}: {region.width} -> {k}",))
@@ -88,6 +93,14 @@ class InsertMaps(Pass):
         weight = (gain * up.mT).to(_dtype(graph, reader))
         inserted = graph.insert_linear(reader.inputs[0], weight, users=[reader], name="inserted_up", like=reader)
         self.ups.append(inserted.name)
+
+
+def _resize_between(graph: Graph, op: Op, place: int | None, width: int) -> None:
+    """What an op between states of the width where it is not the last axis."""
+    if op.kind is Kind.CHANNELWISE:
+        graph.resize_channels(op, width)
+    elif place is not None and op.attributes.get("form") == "view":
+        graph.resize_axes(op, {len(op.output.shape) + place: width})
 
 
 def _size(graph: Graph, op: Op, axis: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from dotresize_fx.fx_form.axes import axes_form
+from dotresize_fx.fx_form.channelwise import resize_channels
 from dotresize_fx.fx_form.kinds import matrix_of
 from dotresize_fx.fx_form.reading import FxReading
 from dotresize_fx.graph import Kind, Op, Value
@@ -111,6 +112,11 @@ class FxEdits(FxReading):
     def resize_slice(self, op: Op, start: int, stop: int | None) -> None:
         node = self.node(op.name)
         node.args = (*node.args[:2], start, _OPEN if stop is None else stop)
+        self._shapes_stale = True
+        self.changed()
+
+    def resize_channels(self, op: Op, width: int) -> None:
+        resize_channels(self.node(op.name), width)
         self._shapes_stale = True
         self.changed()
 

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from dotresize_fx.fx_form.edits import FxEdits
 from dotresize_fx.fx_form.functional import drop_in_place, fold_constants
 from dotresize_fx.fx_form.patches import recognise_patches
+from dotresize_fx.fx_form.pointwise import recognise_pointwise, restore_pointwise
 from dotresize_fx.fx_form.slices import distribute_slices
 
 
@@ -44,6 +45,15 @@ class FxGraph(FxEdits):
 
     def recognise_patches(self) -> list[str]:
         return recognise_patches(self)
+
+    def recognise_pointwise(self) -> list[str]:
+        return recognise_pointwise(self)
+
+    def restore_pointwise(self) -> FxGraph:
+        """A copy with convolutions where :meth:`recognise_pointwise` put linears, as runtimes know them."""
+        restored = self.copy()
+        restore_pointwise(restored)
+        return restored
 
     def distribute_slices(self) -> list[str]:
         return distribute_slices(self)

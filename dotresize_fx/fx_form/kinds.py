@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dotresize_fx.fx_form.axes import axes_form
+from dotresize_fx.fx_form.channelwise import CHANNELS, keeps_channels_apart
 from dotresize_fx.graph import Kind
 
 aten = torch.ops.aten
@@ -234,10 +235,12 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
+    if keeps_channels_apart(node, parameters):
+        return Kind.CHANNELWISE, {"channels": CHANNELS}
     if target in FLATTEN and _keeps_width(node):
         return Kind.KEEP, {"no_op": False, "reshape": True}
     if target in RESHAPE:
-        return Kind.RESHAPE, {}
+        return Kind.RESHAPE, {"flattens": target in (aten.flatten.using_ints, aten.unflatten.int)}
     if target is aten.scaled_dot_product_attention.default:
         grouped = bool(node.kwargs.get("enable_gqa", False))
         return Kind.ATTENTION, {"scale": node.kwargs.get("scale"), "grouped": grouped}

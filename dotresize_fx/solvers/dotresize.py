@@ -22,7 +22,10 @@ MERGE = 0.1
 
 
 def solve_dotresize(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
-    """A basis of the transported span across an RMSNorm; anchored merging under a nonlinearity."""
+    """A basis of the transported span across an RMSNorm; anchored merging under a nonlinearity.
+
+    Where neurons may not be merged the support alone is left of it.
+    """
     if region.symmetry is Symmetry.ORTHOGONAL:
         return _transported_basis(region, statistics, width)
     return _anchored_merge(region, statistics, width)
@@ -58,6 +61,8 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     Column j of ``down`` is the mean of neuron j and MERGE times what arrives at it, weighted by mass.
     """
     kept = solve_obs(region, statistics, width)
+    if region.keeps_apart:
+        return kept
     importance = statistics.activation_norm * statistics.reader_norm
     support = kept.down.argmax(0)
     removed = torch.ones(region.width, dtype=torch.bool, device=importance.device)

@@ -52,9 +52,11 @@ MATCHED: dict[str, dict[str, int]] = {
     "masked:distilbert": FFN | HEADS | STREAM,
     "image:convnext": FFN,
     "image:dinov2": FFN | HEADS,
+    "image:pvt_v2": FFN | VALUE | STREAM,  # a depthwise convolution between up and down
+    "image:swiftformer": {"ffn": 6},  # convolutions of single pixels
     "image:vit": FFN | HEADS | STREAM,  # patches, class token and positions write it
 }
-RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:mixtral", "image:vit")
+RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:mixtral", "image:pvt_v2", "image:vit")
 
 
 @pytest.fixture(scope="module")

@@ -53,3 +53,12 @@ def test_attention_without_a_width_says_why(table: ModuleType) -> None:
     assert "attention: of its output: several ops read it" in table.cells(row)[-1]
     matched = row | {"regions": GOOD["regions"] | {"value": 2}}
     assert "attention" not in table.cells(matched)[-1]
+
+
+def test_a_program_for_one_length_is_counted_apart(table: ModuleType) -> None:
+    row = GOOD | {"key": "causal:b", "one_shape": {"length": 16}}
+    found = counted(table, row, GOOD)
+    assert found["captured for one batch or length alone: examined at that"] == "1"
+    assert found["FFN or experts proved"] == found["residual stream proved"] == "1"
+    assert counted(table, row | {"onnx": 0.5})["a wrong result without an error"] == "1"
+    assert "for one length (16) alone" in table.cells(row)[-1]

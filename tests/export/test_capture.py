@@ -10,8 +10,11 @@ import torch
 import transformers
 
 from dotresize_fx.errors import CaptureError
-from dotresize_fx.export.capture import TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING, Captured, capture
+from dotresize_fx.export.analyse import analyse
+from dotresize_fx.export.capture import TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING, UNLIMITED, Captured, capture
+from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.progress import Progress
 
 Batch = Callable[..., Mapping[str, torch.Tensor]]
 KINDS = ["llama", "gpt2", "bert"]
@@ -113,3 +116,22 @@ def test_a_program_for_one_length_comes_with_what_torch_said(captured: Any) -> N
     assert doubt.startswith("Constraints violated (length)! ")
     assert doubt.endswith("specialized it to be a constant (16)")
     assert [captured(kind)[1].doubt for kind in KINDS] == ["", "", ""]
+
+
+def test_a_state_space_model_is_refused_in_one_line() -> None:
+    """Mamba's scan runs over the length as a number: its program would fail at another length."""
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "time_step_rank": 2}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, use_cache=False, **sizes)).eval()
+    program = capture(model)
+    assert program.fixed == {"length": 16}
+    loaded = LoadedModel(model, None, None, model.config, "decoder", "mamba", {})
+    with pytest.raises(CaptureError, match="holds for a length of 16 alone") as caught:
+        analyse(loaded, Progress(quiet=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_longest_sequence_is_captured() -> None:
+    """XLNet says that its longest sequence is -1."""
+    sizes = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 64}
+    program = capture(transformers.XLNetModel(transformers.XLNetConfig(vocab_size=97, **sizes)).eval())
+    assert program.longest == UNLIMITED

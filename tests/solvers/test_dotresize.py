@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,3 +139,12 @@ def test_says_how_the_transport_went() -> None:
     found = solve_dotresize(ffn(6), statistics(rows(40, 6)), 4)
     assert int(found.notes["sinkhorn iterations"]) >= 1
     assert float(found.notes["marginal error"]) <= 1e-6
+
+
+def test_what_keeps_neurons_apart_is_selected_and_not_merged() -> None:
+    """A depthwise convolution has a kernel a channel: no mean of two neurons has one."""
+    x = rows(40, 8)
+    apart = replace(ffn(8), tables=("kernel",))
+    found = solve_dotresize(apart, statistics(x), 5)
+    assert torch.equal(found.down, solve_obs(apart, statistics(x), 5).down)
+    assert not torch.equal(found.down, solve_dotresize(ffn(8), statistics(x), 5).down)
