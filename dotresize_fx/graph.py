@@ -71,7 +71,7 @@ class Op:
     ``fill`` (``number``), ``size`` (one axis' size), ``strided`` (from ``start`` each ``step``-th along ``axis``) or
     ``shaped like`` (reads nothing but shape and dtype). Axes count from 0. An EXPERTS op's weight is (experts, out,
     in); its inputs are the rows, ordered by expert, and where each expert's rows end, ``rows_per_token`` how many a
-    token has. A KEEP op that ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale``
+    token has. Where each expert sees all rows these alone are its input, (experts, rows, width). A KEEP op that ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale``
     (None: one over the root of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its
     inputs begin with query, key and value. One that ``mixes`` is spelled op by op: the product of weights and values,
     its inputs.

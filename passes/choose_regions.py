@@ -78,8 +78,8 @@ def why_not_cut(graph: Graph, region: Region) -> str:
     if region.tables:
         return "a parameter is combined with it directly, which is not supported yet"
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
-    if region.kind is RegionKind.EXPERTS and any(op.kind is Kind.EMBEDDING for op in ops):
-        return "its experts have biases of their own, which is not supported yet"
+    if region.kind is RegionKind.EXPERTS:  # their biases are looked up: no linears
+        ops = [op for op in ops if op.is_linear]
     if any(len(graph.users(op.weight)) > 1 for op in ops if op.weight is not None):
         return "its weights are shared by several layers, which is not supported yet"
     blocks = {op.name for op in block_linears(graph)}
