@@ -71,10 +71,10 @@ class Op:
     ``fill`` (``number``), ``size`` (one axis' size), ``strided`` (from ``start`` each ``step``-th along ``axis``) or
     ``shaped like`` (reads nothing but shape and dtype). Axes count from 0. An EXPERTS op's weight is (experts, out,
     in); its inputs are the rows, ordered by expert, and where each expert's rows end, ``rows_per_token`` how many a
-    token has. Where each expert sees all rows these alone are its input, (experts, rows, width). A KEEP op that ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale``
-    (None: one over the root of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its
-    inputs begin with query, key and value. One that ``mixes`` is spelled op by op: the product of weights and values,
-    its inputs.
+    token has. Where each expert sees all rows these alone are its input, (experts, rows, width). A KEEP op that
+    ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale`` (None: one over the root
+    of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
+    and value. One that ``mixes`` is spelled op by op: the product of weights and values, its inputs.
     """
 
     name: str
@@ -292,6 +292,13 @@ class Graph(ABC):
 
     def recognise_patches(self) -> list[str]:
         """Let a linear of each patch stand for a convolution that cuts an image into patches, its channels put last.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
+    def join_expert_lists(self) -> list[str]:
+        """Let one EXPERTS op stand for linears of parts of the rows, each with its part of one weight, joined again.
 
         Returns what was changed; a form that cannot do it returns none.
         """
