@@ -75,6 +75,7 @@ class Op:
     ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale`` (None: one over the root
     of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
     and value. One that ``mixes`` is spelled op by op: the product of weights and values, its inputs.
+    An OTHER op that is ``over_width`` takes a deviation over the last dimension, whose order it does not know.
     """
 
     name: str
@@ -90,6 +91,11 @@ class Op:
     def is_linear(self) -> bool:
         """Whether it multiplies by a weight of its own: one, or one an expert."""
         return self.kind in (Kind.LINEAR, Kind.EXPERTS)
+
+    @property
+    def sums_width(self) -> bool:
+        """Whether it makes one number of a width's, whatever their order: a mean or a deviation."""
+        return self.kind is Kind.MEAN or bool(self.attributes.get("over_width"))
 
     @property
     def scales_rows(self) -> bool:

@@ -75,6 +75,9 @@ def why_not_cut(graph: Graph, region: Region) -> str:
         return _why_not_opened(graph, region)
     if region.norms:
         return "a norm acts on it, whose mean square would change"
+    inside = [graph.op(name).output for name in (*region.writers, *region.crossed)]
+    if any(op.sums_width for value in inside for op in graph.users(value)):
+        return "a mean or deviation is taken over it, which would change"
     if region.tables:
         return "a parameter is combined with it directly, which is not supported yet"
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]

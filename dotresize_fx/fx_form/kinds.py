@@ -72,6 +72,8 @@ KEEP_UNLESS_LAST = {
     aten.squeeze.dim,
     aten.index_select.default,
 }
+# Of a tensor over some axes, and however the square root is corrected.
+SPREADS = {aten.std.dim, aten.std.correction, aten.var.dim, aten.var.correction}
 FLATTEN = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 # Put tensors together, or one in another's shape.
 JOINS = {aten.cat.default, aten.concatenate.default, aten.stack.default, aten.expand_as.default}
@@ -241,6 +243,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.KEEP, {"no_op": False, "moves_rows": True}
     if target is aten.mean.dim and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
+    if target in SPREADS and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
+        return Kind.OTHER, {"over_width": True}
     if target in FLATTEN and _keeps_width(node):
         return Kind.KEEP, {"no_op": False, "reshape": True}
     if target in RESHAPE:
