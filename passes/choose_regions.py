@@ -89,7 +89,7 @@ def why_not_cut(graph: Graph, region: Region) -> str:
     if not {op.name for op in ops} <= blocks:
         return "it is not part of a block"
     if region.kind is RegionKind.FFN and any(op.kind is Kind.EXPERTS for op in ops):
-        return "experts share it with a linear of all tokens"
+        return "experts share it with a linear of all tokens, or their rows with each other"
     if region.kind in ATTENTION_KINDS:
         return _why_no_head_goes(graph, region)
     if any(graph.op(name).attributes.get("reshape") for name in region.crossed):

@@ -54,7 +54,7 @@ MATCHED: dict[str, dict[str, int]] = {
     "image:dinov2": FFN | HEADS,
     "image:vit": FFN | HEADS | STREAM,  # patches, class token and positions write it
 }
-RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:mixtral", "image:vit")
+RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:gpt_oss", "causal:mixtral", "image:vit")
 
 
 @pytest.fixture(scope="module")
