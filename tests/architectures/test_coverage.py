@@ -75,6 +75,20 @@ def examined(architectures: ModuleType, key: str, *stages: str) -> dict[str, Any
     return row
 
 
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("mlp.down_proj.weight", True),
+        ("feed_forward.gate_up_proj_adapter_list.0.1.weight", True),
+        ("feed_forward.gate_up_proj_adapter_list.0.0.weight", False),  # its width is the adapter's rank
+        ("mlp.gate.down_proj.weight", False),  # a router of several layers
+        ("ffn_hc.fn", False),  # mixes hyper-connections
+    ],
+)
+def test_which_names_are_a_feed_forward_part(architectures: ModuleType, name: str, counts: bool) -> None:
+    assert architectures._is_ffn(name) is counts
+
+
 @pytest.mark.parametrize("key", MATCHED)
 def test_what_is_matched_and_proved(architectures: ModuleType, key: str) -> None:
     row = examined(architectures, key, "build", "capture", "match", "prove")
