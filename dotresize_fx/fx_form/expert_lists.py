@@ -15,10 +15,12 @@ _JOINS = {aten.cat.default, aten.concatenate.default}
 
 def join_expert_lists(graph: FxEdits) -> list[str]:
     """See :meth:`dotresize_fx.graph.Graph.join_expert_lists`."""
-    product = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)
+    product: Any = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # where transformers registered it
+    if product is None:
+        return []
     changed: list[str] = []
     ends: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in [node for node in graph.nodes.nodes if node.target in _JOINS and product is not None]:
+    for node in [node for node in graph.nodes.nodes if node.target in _JOINS]:
         found = _experts(graph, node)
         if found is None:
             continue
