@@ -55,7 +55,9 @@ SECONDS = 240
 # A layer's own number stands in a parameter's name behind the name of a list.
 LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 FFN_NAMES = re.compile(r"mlp|ffn|feed_forward|ff\b|fc|intermediate|expert|dense_h_to|output\.dense|moe|lin1|lin2")
-ROUTER_NAMES = re.compile(r"router|shared_expert_gate|\bgate\.(weight|wg)|gate\.linear|_bias$|wg\b")
+ROUTER_NAMES = re.compile(r"router|shared_expert_gate|\bgate\.(weight|wg|down_proj)|gate\.linear|_bias$|wg\b")
+# What mixes the streams of hyper-connections, and what a low-rank adapter reads the stream into its rank with.
+OTHER_NAMES = re.compile(r"_hc\.fn$|adapter_list\.\d+\.0\.")
 ATTENTION_NAMES = re.compile(r"att|mixer|mamba|ssm|rnn|conv|crossattention", re.IGNORECASE)
 
 
@@ -224,7 +226,8 @@ class Examination:
 
 def _is_ffn(name: str) -> bool:
     """Whether a layer's parameter of this name belongs to a feed-forward part, as names tell."""
-    return bool(FFN_NAMES.search(name)) and not ATTENTION_NAMES.search(name) and not ROUTER_NAMES.search(name)
+    others = (ATTENTION_NAMES, ROUTER_NAMES, OTHER_NAMES)
+    return bool(FFN_NAMES.search(name)) and not any(names.search(name) for names in others)
 
 
 def _child(architecture: Architecture, ratio: float, out: Connection) -> None:

@@ -28,14 +28,30 @@ class ExpertGrams(GramAccumulator):
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.tokens == 0:
-            self.gram = torch.zeros(len(self.counts), x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+            self._start(x)
         start = 0
         for expert, end in enumerate(ends.tolist()):
-            rows = x[start:end] if real is None else x[start:end][real[start:end]]
-            self.gram[expert] += rows.T @ rows
-            self.counts[expert] += len(rows)
-            self.tokens += len(rows)
+            self._add(expert, x[start:end] if real is None else x[start:end][real[start:end]])
             start = end
+
+    def add_of_all(self, x: torch.Tensor, real: torch.Tensor | None) -> None:
+        """x: (experts, rows, n), where each expert sees all rows; real: (rows,) bool. Rows of zeros are none of an
+        expert's: its router multiplied them by 0.
+        """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.tokens == 0:
+            self._start(x)
+        for expert, rows in enumerate(x if real is None else x[:, real]):
+            self._add(expert, rows[rows.any(-1)])
+
+    def _start(self, x: torch.Tensor) -> None:
+        n = x.shape[-1]
+        self.gram = torch.zeros(len(self.counts), n, n, dtype=torch.float64, device=x.device)
+
+    def _add(self, expert: int, rows: torch.Tensor) -> None:
+        self.gram[expert] += rows.T @ rows
+        self.counts[expert] += len(rows)
+        self.tokens += len(rows)
 
 
 def expert_statistics(sums: ExpertGrams, reader_weight: torch.Tensor) -> RegionStatistics:

@@ -72,11 +72,13 @@ class Op:
     ``fill`` (``number``), ``size`` (one axis' size), ``strided`` (from ``start`` each ``step``-th along ``axis``) or
     ``shaped like`` (reads nothing but shape and dtype). Axes count from 0. An EXPERTS op's weight is (experts, out,
     in); its inputs are the rows, ordered by expert, and where each expert's rows end, ``rows_per_token`` how many a
-    token has. A KEEP op that ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale``
-    (None: one over the root of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its
-    inputs begin with query, key and value. One that ``mixes`` is spelled op by op: the product of weights and values,
-    its inputs. A CHANNELWISE op has ``channels``, their axis in its input and output; its other inputs are parameters
-    (channels, ...). A RESHAPE that ``flattens`` joins or parts axes and states no size that stays.
+    token has. Where each expert sees all rows these alone are its input, (experts, rows, width). A KEEP op that
+    ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale`` (None: one over the root
+    of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
+    and value. One that ``mixes`` is spelled op by op: the product of weights and values, its inputs. A CHANNELWISE op
+    has ``channels``, their axis in its input and output; its other inputs are parameters (channels, ...). A RESHAPE
+    that ``flattens`` joins or parts axes and states no size that stays. An OTHER op that is ``over_width`` takes a deviation
+    over the last dimension, whose order it does not know.
     """
 
     name: str
@@ -92,6 +94,11 @@ class Op:
     def is_linear(self) -> bool:
         """Whether it multiplies by a weight of its own: one, or one an expert."""
         return self.kind in (Kind.LINEAR, Kind.EXPERTS)
+
+    @property
+    def sums_width(self) -> bool:
+        """Whether it makes one number of a width's, whatever their order: a mean or a deviation."""
+        return self.kind is Kind.MEAN or bool(self.attributes.get("over_width"))
 
     @property
     def scales_rows(self) -> bool:
@@ -305,6 +312,13 @@ class Graph(ABC):
 
     def recognise_pointwise(self) -> list[str]:
         """Let a linear of each pixel's channels, put last and back, stand for a convolution of single pixels.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
+    def join_expert_lists(self) -> list[str]:
+        """Let one EXPERTS op stand for linears of parts of the rows, each with its part of one weight, joined again.
 
         Returns what was changed; a form that cannot do it returns none.
         """

@@ -53,31 +53,46 @@ class RegionInputs:
         return [node for node in watched if node is not None]
 
     @property
+    def products(self) -> list[Op]:
+        """The experts' products that write the region: its biases, which are looked up, are none."""
+        return [op for op in self.writers if op.kind is Kind.EXPERTS]
+
+    @property
     def routing(self) -> list[torch.fx.Node]:
         """What says which expert, and which token, each row is of."""
         return [node for node in (self.ends, self.origin) if node is not None]
 
-    def _routing(self) -> tuple[torch.fx.Node, torch.fx.Node | None]:
-        """Of experts: where each one's rows end, and of which token each row is, where a gather says so."""
+    def _routing(self) -> tuple[torch.fx.Node | None, torch.fx.Node | None]:
+        """Of experts: where each one's rows end, and of which token each row is, where a gather says so.
+
+        Neither where each expert sees all rows.
+        """
         assert self.reader is not None
-        first = next(op for op in self.writers if op.kind is Kind.EXPERTS)  # their biases are looked up
-        rows = self.graph.node(first.inputs[0].name)
+        if len(self.reader.inputs) == 1:
+            return None, None
+        rows = self.graph.node(self.products[0].inputs[0].name)
         index: Any = rows.args[1] if rows.target is torch.ops.aten.index.Tensor else ()
         origin = index[0] if len(index) == 1 and isinstance(index[0], torch.fx.Node) else None
         return self.graph.node(self.reader.inputs[1].name), origin
 
     def new_sums(self) -> GramAccumulator:
         """For :meth:`add_rows`."""
-        return ExpertGrams(self.region.heads) if self.ends is not None else GramAccumulator()
+        return ExpertGrams(self.region.heads) if self.region.kind is RegionKind.EXPERTS else GramAccumulator()
 
     def add_rows(
         self, sums: GramAccumulator, values: Values, mask: torch.Tensor | None, **others: torch.Tensor
     ) -> None:
         """What the reader reads, with what goes with each row; rows of padding are left out."""
-        if not isinstance(sums, ExpertGrams) or self.hidden is None or self.ends is None:
+        if not isinstance(sums, ExpertGrams) or self.hidden is None:
             sums.add(self.read_rows(values, mask), **others)
             return
         real = None
+        if self.ends is None:
+            rows = values[self.hidden]
+            if mask is not None and mask.numel() == rows.shape[1]:  # a row a token
+                real = mask.reshape(-1).bool()
+            sums.add_of_all(rows, real)
+            return
         if mask is not None and self.origin is not None:
             real = mask.reshape(-1).bool()[values[self.origin]]
         sums.add_routed(values[self.hidden], values[self.ends], real)

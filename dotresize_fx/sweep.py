@@ -114,9 +114,12 @@ class Sweep:
         return swept
 
     def _start(self, region: Region) -> int:
-        """Where what the region watches begins."""
-        routing = RegionInputs(self.slim_graph, region).routing if region.kind is RegionKind.EXPERTS else ()
-        told = [self.slim.execution.position(node) for node in routing]
+        """Where what the region watches begins, and what becomes of weights that its cut changes."""
+        seen: list[torch.fx.Node] = []
+        if region.kind is RegionKind.EXPERTS:
+            inputs = RegionInputs(self.slim_graph, region)
+            seen = [*inputs.routing, *(self.slim_graph.stored_weight(op) for op in inputs.products)]
+        told = [self.slim.execution.position(node) for node in seen if node.op != "placeholder"]
         return min([*(self._slim_index(name) for name in region.writers), *told])
 
     def _slim_index(self, name: str) -> int:

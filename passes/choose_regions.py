@@ -76,17 +76,17 @@ def why_not_cut(graph: Graph, region: Region) -> str:
     if region.norms:
         return "a norm acts on it, whose mean square would change"
     if _is_averaged(graph, region):
-        return "a mean is taken over it, which leaving numbers out would change"
+        return "a mean or deviation is taken over it, which would change"
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
-    if region.kind is RegionKind.EXPERTS and any(op.kind is Kind.EMBEDDING for op in ops):
-        return "its experts have biases of their own, which is not supported yet"
+    if region.kind is RegionKind.EXPERTS:  # their biases are looked up: no linears
+        ops = [op for op in ops if op.is_linear]
     if any(len(graph.users(op.weight)) > 1 for op in ops if op.weight is not None):
         return "its weights are shared by several layers, which is not supported yet"
     blocks = {op.name for op in block_linears(graph)}
     if not {op.name for op in ops} <= blocks:
         return "it is not part of a block"
     if region.kind is RegionKind.FFN and any(op.kind is Kind.EXPERTS for op in ops):
-        return "experts share it with a linear of all tokens"
+        return "experts share it with a linear of all tokens, or their rows with each other"
     if region.kind in ATTENTION_KINDS:
         return _why_no_head_goes(graph, region)
     if any(graph.op(name).attributes.get("reshape") for name in region.crossed):
@@ -97,7 +97,7 @@ def why_not_cut(graph: Graph, region: Region) -> str:
 def _is_averaged(graph: Graph, region: Region) -> bool:
     between = (graph.op(name).output for name in (*region.writers, *region.crossed) if not region.attention)
     places = dict(region.places)
-    return any(user.kind is Kind.MEAN for value in between if value.name not in places for user in graph.users(value))
+    return any(user.sums_width for value in between if value.name not in places for user in graph.users(value))
 
 
 def _why_no_head_goes(graph: Graph, region: Region) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.graph import Graph, Op, Value
 from dotresize_fx.passes.close_dimension import NORMS, ClosedDimension, Walk, close, passed_on
 from dotresize_fx.passes.follow_places import LAST, size_at
 
@@ -21,7 +21,7 @@ def close_channels(graph: Graph, start: Value) -> ClosedDimension:
 
 
 class _ChannelWalk(Walk):
-    """A norm is one more op between, and a mean over the width is an end: it does not know their order."""
+    """A norm is one more op between, and a mean or deviation over the width an end: it does not know their order."""
 
     def check(self, ends: dict[str, list[Op]], normed: set[Value]) -> None:
         pass
@@ -41,7 +41,7 @@ class _ChannelWalk(Walk):
             super()._into(op, value)
         elif op.kind in NORMS and op.inputs[0] == value:
             self._norm(op)
-        elif op.kind is not Kind.MEAN:
+        elif not op.sums_width:
             super()._into(op, value)
 
     def _norm(self, op: Op) -> None:

@@ -197,7 +197,7 @@ class Walk:
         elif op.kind in (Kind.KEEP, Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
             self._cross(op, self.values[value])
         else:
-            raise Escape(in_words(op, "goes into"), permutes=op.kind is Kind.MEAN)
+            raise Escape(in_words(op, "goes into"), permutes=op.sums_width)
 
     def _norm(self, op: Op) -> None:
         self.ends["norms"].add(op)
@@ -299,4 +299,6 @@ def in_words(op: Op, direction: str) -> str:
         Kind.ATTENTION: f"it {direction} attention",
         Kind.MEAN: "a mean is taken over it",
     }
+    if op.attributes.get("over_width"):
+        return "a deviation is taken over it"
     return words.get(op.kind, f"it {direction} {op.spelling or op.kind}, which is not understood")

@@ -126,6 +126,7 @@ def _region(graph: Graph, closed: ClosedDimension, limit: str = "") -> Region:
         and not closed.tables
         and len(experts) == 1
         and all(_of_experts(graph, op, experts) for op in (*writers, *readers))
+        and _stay_with_experts(closed, *experts)
     ):
         kind, symmetry = RegionKind.EXPERTS, Symmetry.PERMUTATION
     elif pointwise or closed.in_order:
@@ -164,6 +165,19 @@ def _is_stream(closed: ClosedDimension) -> bool:
 def _of_experts(graph: Graph, op: Op, experts: set[int]) -> bool:
     """Whether an end is each expert's own: a product, or a bias in a table of so many rows."""
     return op.kind is Kind.EXPERTS or (op.kind is Kind.EMBEDDING and len(graph.weight(op)) in experts)
+
+
+def _stay_with_experts(closed: ClosedDimension, experts: int) -> bool:
+    """Whether rows are routed once, and stay in their places from the writers to the readers.
+
+    Otherwise one basis for all experts is what passes.
+    """
+    ends = {op.inputs[1:] for op in (*closed.writers, *closed.readers) if op.kind is Kind.EXPERTS}
+    moved = any(
+        (op.kind is Kind.KEEP and "cast" not in op.attributes) or op.function == "vector_norm" for op in closed.crossed
+    )
+    sees_all = ends == {()}
+    return len(ends) == 1 and not moved and (not sees_all or all(v.shape[0] == experts for v in closed.values))
 
 
 def _name(graph: Graph, writers: list[Op], readers: list[Op], kind: RegionKind) -> str:

@@ -42,6 +42,18 @@ def test_rows_go_to_their_expert_and_padding_to_none() -> None:
     assert not sums.gram[1].any()
 
 
+def test_where_all_see_all_rows_those_that_were_sent_elsewhere_do_not_count() -> None:
+    x, real = drawn(EXPERTS, 10, N), torch.ones(10, dtype=torch.bool)
+    real[9] = False
+    x[1, 2:] = 0  # what a score of 0 makes of a row
+    sums = ExpertGrams(EXPERTS)
+    sums.add_of_all(x, real)
+    assert sums.counts.tolist() == [9, 2, 9]
+    assert sums.tokens == 20
+    torch.testing.assert_close(sums.gram[0], x[0, :9].T @ x[0, :9])
+    torch.testing.assert_close(sums.gram[1], x[1].T @ x[1])
+
+
 def test_an_expert_is_an_ffn_of_its_own() -> None:
     statistics = expert_statistics(grams([20, 40, 60]), drawn(EXPERTS, OUT, N, seed=1))
     assert statistics.reader_weight is not None

@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from dotresize_fx.fx_form.edits import FxEdits
+from dotresize_fx.fx_form.expert_lists import join_expert_lists
 from dotresize_fx.fx_form.functional import drop_in_place, fold_constants
 from dotresize_fx.fx_form.patches import recognise_patches
 from dotresize_fx.fx_form.pointwise import recognise_pointwise, restore_pointwise
@@ -54,6 +55,14 @@ class FxGraph(FxEdits):
         restored = self.copy()
         restore_pointwise(restored)
         return restored
+
+    def join_expert_lists(self) -> list[str]:
+        changed = join_expert_lists(self)
+        if changed:  # the lengths of the parts, which no number told, are gone
+            self.remove_dead()
+            self._shapes_stale = True
+            self.refresh_shapes()
+        return changed
 
     def distribute_slices(self) -> list[str]:
         return distribute_slices(self)

@@ -73,6 +73,8 @@ KEEP_UNLESS_LAST = {
     aten.squeeze.dim,
     aten.index_select.default,
 }
+# Of a tensor over some axes, and however the square root is corrected.
+SPREADS = {aten.std.dim, aten.std.correction, aten.var.dim, aten.var.correction}
 FLATTEN = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 # Put tensors together, or one in another's shape.
 JOINS = {aten.cat.default, aten.concatenate.default, aten.stack.default, aten.expand_as.default}
@@ -93,6 +95,8 @@ _BEHIND_SOFTMAX = CASTS | _COPIES | FLATTEN | {aten.slice.Tensor, aten.masked_fi
 _PLAIN_NUMBERS = (int, float)
 # Products of rows, ordered by expert, with each expert's own matrix: by name, since some are registered by others.
 GROUPED = {"transformers.grouped_mm_fallback.default", "aten._grouped_mm.default"}
+# Of as many matrices with each expert's own: every expert sees all rows.
+BATCHED = "aten.bmm.default"
 
 
 # Of a tensor with a matrix.
@@ -145,11 +149,16 @@ def is_turned_weight(node: torch.fx.Node, parameters: Container[str]) -> bool:
     axes: Any = node.args[1:3]
     turns = node.target is aten.transpose.int and sorted(axis % 3 for axis in axes) == [1, 2]
     stored = isinstance(source, torch.fx.Node) and source.name in parameters and len(source.meta["val"].shape) == 3
-    return turns and stored and all(str(user.target) in GROUPED for user in node.users)
+    return turns and stored and all(_multiplies(user, node) for user in node.users)
+
+
+def _multiplies(node: torch.fx.Node, weight: torch.fx.Node) -> bool:
+    """Whether this is a grouped or batched product of rows with that weight."""
+    return str(node.target) in (*GROUPED, BATCHED) and node.args[1] is weight and node.args[0] is not weight
 
 
 def _expert_weight(node: torch.fx.Node, parameters: Container[str]) -> torch.fx.Node | None:
-    """The placeholder of a grouped product's weight."""
+    """The placeholder of a grouped or batched product's weight."""
     weight: Any = node.args[1]
     if not isinstance(weight, torch.fx.Node):
         return None
@@ -174,7 +183,7 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         bias = args[2] if target is aten.linear.default and len(args) > 2 else None
         if all(isinstance(p, torch.fx.Node) and p.name in parameters for p in (weight, bias) if p):
             return (Kind.LINEAR if target is aten.linear.default else Kind.EMBEDDING), {}
-    if str(target) in GROUPED and _expert_weight(node, parameters) is not None:
+    if str(target) in (*GROUPED, BATCHED) and _expert_weight(node, parameters) is not None:
         return Kind.EXPERTS, {}
     if target is aten.addmm.default and len(node.kwargs) == 0:
         return Kind.ADDMM, {}
@@ -237,6 +246,8 @@ def _classify(node: torch.fx.Node, parameters: Container[str]) -> tuple[Kind, di
         return Kind.MEAN, {"keepdim": len(args) > 2 and bool(args[2])}
     if keeps_channels_apart(node, parameters):
         return Kind.CHANNELWISE, {"channels": CHANNELS}
+    if target in SPREADS and list(args[1]) in ([-1], [_rank(node) - 1]):  # type: ignore[arg-type]
+        return Kind.OTHER, {"over_width": True}
     if target in FLATTEN and _keeps_width(node):
         return Kind.KEEP, {"no_op": False, "reshape": True}
     if target in RESHAPE:

@@ -56,7 +56,7 @@ MATCHED: dict[str, dict[str, int]] = {
     "image:swiftformer": {"ffn": 6},  # convolutions of single pixels
     "image:vit": FFN | HEADS | STREAM,  # patches, class token and positions write it
 }
-RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:mixtral", "image:pvt_v2", "image:vit")
+RUN = ("causal:afmoe", "causal:deepseek_v3", "causal:gpt_oss", "causal:mixtral", "image:pvt_v2", "image:vit")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,20 @@ def examined(architectures: ModuleType, key: str, *stages: str) -> dict[str, Any
     row: dict[str, Any] = architectures.Examination(architecture, 0.25).run(stages)
     assert "failed" not in row, row
     return row
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("mlp.down_proj.weight", True),
+        ("feed_forward.gate_up_proj_adapter_list.0.1.weight", True),
+        ("feed_forward.gate_up_proj_adapter_list.0.0.weight", False),  # its width is the adapter's rank
+        ("mlp.gate.down_proj.weight", False),  # a router of several layers
+        ("ffn_hc.fn", False),  # mixes hyper-connections
+    ],
+)
+def test_which_names_are_a_feed_forward_part(architectures: ModuleType, name: str, counts: bool) -> None:
+    assert architectures._is_ffn(name) is counts
 
 
 @pytest.mark.parametrize("key", MATCHED)

@@ -145,9 +145,33 @@ def test_a_response_norm_inside_an_ffn_is_no_stream(trace: Any, run: Any, differ
         assert found <= BOUND if good else found >= BROKEN
 
 
+@pytest.mark.parametrize("deviation", [torch.std, torch.var])
+def test_what_stands_out_of_a_width_is_proved_and_not_cut(
+    trace: Any, run: Any, difference: Any, deviation: Any
+) -> None:
+    """Gemma 3n: of a gate what lies so many deviations above the mean passes, in whatever order."""
+
+    def top(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = m.first(x)
+        least = h.mean(-1, keepdim=True) + 0.3 * deviation(h, dim=-1, keepdim=True, unbiased=False)
+        return m.head(torch.relu(h - least))
+
+    graph = graph_of(trace, top)
+    (ffn,) = find_regions(graph).of_kind("ffn", "residual")
+    assert not ffn.positive_scale
+    assert why_not_cut(graph, ffn) == "a mean or deviation is taken over it, which would change"
+    expected = run(graph, x=IDS)
+    for draw, good in ((random_admissible_map, True), (random_wrong_map, False)):
+        graph = graph_of(trace, top)
+        map_regions(graph, ("ffn",), draw)
+        found = difference(run(graph, x=IDS), expected)
+        assert found <= BOUND if good else found >= BROKEN
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
+        (lambda m, x: m.head(torch.relu(s := m.first(x)) * s.std(-1, keepdim=True) + s.cumsum(-1)), "cumsum"),
         (lambda m, x: (s := m.norm(m.first(x)), m.head(m.norm(s + m.square(s)))), "it is an output of the graph"),
         (lambda m, x: m.head(m.norm(s := m.first(x)) + s.cumsum(-1)), "cumsum"),
         (lambda m, x: m.head(m.norm(s := m.first(x)) + s * m.gain) + m.gain.sum(), "is used elsewhere too"),
