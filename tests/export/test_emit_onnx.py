@@ -48,7 +48,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_batch: Callable[..., 
         vocab_size=VOCABULARY,
         hidden_size=STREAM,
         intermediate_size=FFN,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -163,7 +163,7 @@ def test_onnx_runtime_computes_what_the_program_does(
 
 def test_nothing_is_said(emitted: Emitted, tiny_model: Any, tmp_path: Path, capfd: Any, caplog: Any) -> None:
     """The converter and transformers have much to say about versions and optimisations."""
-    model = tiny_model("gpt2")
+    model = tiny_model("gpt2", layers=1)
     captured = capture(model)
     capfd.readouterr()
     caplog.clear()
