@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dotresize_fx.export.capture import capture
+from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind, Op, Value
@@ -218,11 +218,16 @@ def make_tiny_model(kind: str, seed: int = 0, layers: int = 2) -> Any:
 
 
 @cache
-def _captured(kind: str) -> tuple[Any, FxGraph]:
+def _captured(kind: str) -> tuple[Any, Captured]:
     model = make_tiny_model(kind)
-    graph = capture(model).graph
-    canonicalise(graph)
-    return model, graph
+    return model, capture(model)
+
+
+@cache
+def _canonical(kind: str) -> FxGraph:
+    graph = _captured(kind)[1].graph.copy()
+    canonicalise(graph, check=True)
+    return graph
 
 
 @pytest.fixture(scope="session")
@@ -236,10 +241,15 @@ def tiny_graph() -> Callable[[str], tuple[Any, FxGraph]]:
     """``tiny_graph(kind)``: (model, its canonicalised graph); captured once, every caller gets a copy."""
 
     def get(kind: str) -> tuple[Any, FxGraph]:
-        model, graph = _captured(kind)
-        return model, graph.copy()
+        return _captured(kind)[0], _canonical(kind).copy()
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_captured() -> Callable[[str], tuple[Any, Captured]]:
+    """``tiny_captured(kind)``: (model, what capture made of it, to be read only), made once."""
+    return _captured
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def perplexity(ended: Any) -> float:
 def test_model_and_onnx_at_ratio_0_have_one_perplexity(
     here: Here, model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
-    model = model_folder("llama")
+    model = model_folder("llama")  # of one layer: what differs from it is the runtime
     options = {"calibration_tokens": 256, "sequence_length": 32, "evaluation_tokens": 128}
     dotresize_fx.slim(model, ratio=0, calibration=text_file, **options).save(tmp_path / "out")
     command = ["--text", text_file, "--sequence-length", 32, "--tokens", 1024, "--quiet"]
