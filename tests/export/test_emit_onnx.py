@@ -138,7 +138,7 @@ def test_weights_lie_in_one_external_file(emitted: Emitted) -> None:
         inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
         assert all(np.prod(tensor.dims) <= 1024 for tensor in inside)
         outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        assert len(outside) >= 14
+        assert len(outside) >= 7  # every linear of the layer
         locations = {entry.value for t in outside for entry in t.external_data if entry.key == "location"}
         assert locations == {WEIGHTS_FILE}  # beside the model, by its name alone
         assert onnx_size(path) == path.stat().st_size + (path.parent / WEIGHTS_FILE).stat().st_size
