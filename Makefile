@@ -23,8 +23,10 @@ $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 demo: $(VENV)/installed
 	$(BIN)/dotresize-fx export smollm2-135m demo --ratio 0.2 --force
 
+# A process a core, one thread each: tracing, which takes most of the time, uses one core however many there are.
+# worksteal keeps tests of one file together as long as it can: they share models and captures.
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -88,6 +88,7 @@ class Examination:
     def __init__(self, architecture: Architecture, ratio: float) -> None:
         self.architecture, self.ratio = architecture, ratio
         self.row: dict[str, Any] = {"kind": "row", "key": architecture.key, "class": architecture.class_name}
+        self.row["torch"] = torch.__version__.partition("+")[0]
         self.shape = {"batch": ROWS, "length": LENGTH}
 
     def run(self, stages: Sequence[str] = STAGES) -> dict[str, Any]:

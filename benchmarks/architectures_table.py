@@ -25,7 +25,7 @@ HEAD = """# Architectures
 
 What the compiler does with every architecture that transformers {version} has for causal and masked language models and
 for image classification: tiny models with random weights, all parameters re-drawn, each examined in a process of its
-own by
+own (torch {torch}) by
 
     python benchmarks/architectures.py --json FILE && python benchmarks/architectures_table.py FILE
 
@@ -60,12 +60,17 @@ def for_one_shape(row: Row) -> bool:
 def proved(row: Row, *kinds: str) -> bool:
     """Whether one of these kinds was matched, survives admissible maps and breaks under wrong ones."""
     proof, wrong = row.get("proof", {}), row.get("wrong", {})
-    return any(kind in wrong and _within(proof.get(kind), WRONG_PROOF) and wrong[kind] >= BROKEN for kind in kinds)
+    return any(kind in wrong and _within(proof.get(kind), WRONG_PROOF) and _broken(wrong[kind]) for kind in kinds)
 
 
 def _permuted(row: Row) -> bool:
     """Whether of every stream that was proved permutations alone pass."""
     return proved(row, "residual") and bool(row.get("limits")) and len(row["limits"]) == row["regions"]["residual"]
+
+
+def _broken(value: float | None) -> bool:
+    """Whether a wrong map shows; what is no number was kept as none."""
+    return value is None or value >= BROKEN
 
 
 def _within(value: float | None, bound: float) -> bool:
@@ -120,7 +125,7 @@ def cells(row: Row) -> list[str]:
     if not captured(row):
         return [name, task, *["-"] * 7, f"not examined further ({row['failed']}): {_said(row['error'])}"]
     regions, proof = row["regions"], row.get("proof", {})
-    wrong = [kind for kind, value in row.get("wrong", {}).items() if value < BROKEN]
+    wrong = [kind for kind, value in row.get("wrong", {}).items() if not _broken(value)]
     ffn = f"{row['ffn_found']}/{row['ffn_layers']}" if row["ffn_layers"] else "none"
     counts = [str(regions.get(kind, "-")) for kind in ("experts", "value", "query_key", "kv_heads", "residual")]
     worst = f"{max(proof.values()):.0e}" if proof else "-"
@@ -163,7 +168,8 @@ def _said(text: str) -> str:
 
 def page(rows: Sequence[Row], version: str) -> str:
     """The whole page as markdown."""
-    lines = [HEAD.format(version=version, broken=BROKEN), "| | count |", "|---|---|"]
+    torch = ", ".join(sorted({row["torch"] for row in rows if "torch" in row}))
+    lines = [HEAD.format(version=version, torch=torch, broken=BROKEN), "| | count |", "|---|---|"]
     lines += [f"| {what} | {count} |" for what, count in summary(rows)]
     columns = ["type", "task", "FFN", "experts", "value", "query/key", "KV heads", "stream", "proof / ONNX", "reasons"]
     lines += ["", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]

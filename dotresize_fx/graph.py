@@ -77,8 +77,8 @@ class Op:
     of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
     and value. One that ``mixes`` is spelled op by op: the product of weights and values, its inputs. A CHANNELWISE op
     has ``channels``, their axis in its input and output; its other inputs are parameters (channels, ...). A RESHAPE
-    that ``flattens`` joins or parts axes and states no size that stays. An OTHER op that is ``over_width`` takes a deviation
-    over the last dimension, whose order it does not know.
+    that ``flattens`` joins or parts axes and states no size that stays. An OTHER op that is ``over_width`` takes a
+    deviation over the last dimension, whose order it does not know.
     """
 
     name: str

@@ -5,6 +5,7 @@ Everything here is a function that a fixture returns. They hold no state, so tha
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -16,12 +17,19 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dotresize_fx.export.capture import capture
+from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind, Op, Value
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.prove_exactness import redraw_parameters
+
+
+def pytest_collection_finish() -> None:
+    """Spare every collection of garbage the imported modules, which are most of what it would walk through."""
+    gc.collect()
+    gc.freeze()
+
 
 VOCAB = 300  # 256 bytes, three special tokens, and some that no text produces
 
@@ -175,9 +183,10 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 
 
-def make_tiny_model(kind: str, seed: int = 0) -> Any:
-    """A two-layer model of width 32, all parameters re-drawn; ``kind`` is its Hugging Face model type."""
-    grouped = {**SIZES, "num_key_value_heads": 2}
+def make_tiny_model(kind: str, seed: int = 0, layers: int = 2) -> Any:
+    """A model of width 32, all parameters re-drawn; ``kind`` is its Hugging Face model type."""
+    plain = {**SIZES, "num_hidden_layers": layers}
+    grouped = {**plain, "num_key_value_heads": 2}
     if kind == "llama":
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**grouped, tie_word_embeddings=True))
     elif kind == "qwen2":
@@ -195,30 +204,35 @@ def make_tiny_model(kind: str, seed: int = 0) -> Any:
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # its own are beyond so few tokens
         model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**grouped, **special))
     elif kind == "neox":
-        model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
+        model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**plain))
     elif kind == "gpt2":
-        config = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        config = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": layers, "n_head": 4}
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
     elif kind == "opt":
-        config = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+        config = {name: size for name, size in plain.items() if name != "intermediate_size"}
         model = transformers.OPTForCausalLM(transformers.OPTConfig(**config, ffn_dim=64, word_embed_proj_dim=32))
     else:
-        model = transformers.BertModel(transformers.BertConfig(**SIZES))
+        model = transformers.BertModel(transformers.BertConfig(**plain))
     model.config.use_cache = False
     return redraw_parameters(model.eval(), seed)
 
 
 @cache
-def _captured(kind: str) -> tuple[Any, FxGraph]:
+def _captured(kind: str) -> tuple[Any, Captured]:
     model = make_tiny_model(kind)
-    graph = capture(model).graph
-    canonicalise(graph)
-    return model, graph
+    return model, capture(model)
+
+
+@cache
+def _canonical(kind: str) -> FxGraph:
+    graph = _captured(kind)[1].graph.copy()
+    canonicalise(graph, check=True)
+    return graph
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
-    """``tiny_model(kind, seed=0)``: see :func:`make_tiny_model`."""
+    """``tiny_model(kind, seed=0, layers=2)``: see :func:`make_tiny_model`."""
     return make_tiny_model
 
 
@@ -227,10 +241,15 @@ def tiny_graph() -> Callable[[str], tuple[Any, FxGraph]]:
     """``tiny_graph(kind)``: (model, its canonicalised graph); captured once, every caller gets a copy."""
 
     def get(kind: str) -> tuple[Any, FxGraph]:
-        model, graph = _captured(kind)
-        return model, graph.copy()
+        return _captured(kind)[0], _canonical(kind).copy()
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_captured() -> Callable[[str], tuple[Any, Captured]]:
+    """``tiny_captured(kind)``: (model, what capture made of it, to be read only), made once."""
+    return _captured
 
 
 @pytest.fixture(scope="session")

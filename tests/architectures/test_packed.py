@@ -10,11 +10,9 @@ import onnxruntime
 import pytest
 
 from dotresize_fx.cost import count_cost
-from dotresize_fx.export.capture import capture
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.options import Options
-from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND
 from dotresize_fx.passes.slim_graph import slim_graph
@@ -42,12 +40,10 @@ def test_what_is_seen_apart(tiny_graph: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", UNPACKED)
 def test_a_fifth_goes_and_onnx_runtime_runs_the_rest(
-    tiny_model: Any, tiny_batch: Any, tmp_path: Path, kind: str
+    tiny_captured: Any, tiny_graph: Any, tiny_batch: Any, tmp_path: Path, kind: str
 ) -> None:
-    model = tiny_model(kind)
-    captured = capture(model)
-    canonicalise(captured.graph, check=True)
-    dense = captured.graph
+    model, captured = tiny_captured(kind)
+    _, dense = tiny_graph(kind)
     batches = [tiny_batch(4, 16, 3, seed=seed) for seed in range(4)]
     slim = slim_graph(dense, find_regions(dense), batches, Options(ratio=0.2, multiple=2), Progress(quiet=True)).graph
     left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights

@@ -7,8 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from dotresize_fx.compiler import analyse
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.regions import MatchReport
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -36,11 +41,30 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def analyse_once() -> Callable[..., tuple[Any, FxGraph, MatchReport]]:
+    """The compiler's ``analyse``, once for all runs on the same weights; every caller gets a copy of the graph."""
+    done: dict[tuple[tuple[str, str], ...], tuple[Any, FxGraph, MatchReport]] = {}
+
+    def get(loaded: Any, progress: Any) -> tuple[Any, FxGraph, MatchReport]:
+        key = tuple(sorted(loaded.sha256.items()))
+        if key not in done:
+            done[key] = analyse(loaded, progress)
+        captured, graph, matches = done[key]
+        return captured, graph.copy(), matches
+
+    return get
+
+
 @pytest.fixture
 def start(
-    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: Callable[[str], ModuleType],
+    analyse_once: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[[str, str], str]:
     """``start(name, arguments)`` runs a benchmark as from the command line; returns what it printed."""
+    monkeypatch.setattr(script("bench"), "analyse", analyse_once)
 
     def run(name: str, given: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *given.split()])

@@ -144,7 +144,7 @@ def test_a_twin_head_hands_its_values_over(script: Script) -> None:
 def test_a_run_measures_both_members_of_every_pair(
     script: Script, start: Start, save_tiny_model: Callable[..., Path], text_dir: Path, tmp_path: Path
 ) -> None:
-    sizes = {"num_hidden_layers": 2, "intermediate_size": 128, "num_key_value_heads": 2, "attention_bias": True}
+    sizes = {"intermediate_size": 128, "attention_bias": True}
     model = save_tiny_model(tmp_path / "model", **sizes)
     file = tmp_path / "out.jsonl"
     given = f"--model {model} --text-dir {text_dir} --json {file} --seeds 3 --ratios 0.3 --repair-steps 2"

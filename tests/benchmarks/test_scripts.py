@@ -102,7 +102,7 @@ def test_a_run_prints_and_records_its_rows(
 def test_the_other_scripts_run(
     start: Start, save_tiny_model: Callable[..., Path], text_dir: Path, tmp_path: Path
 ) -> None:
-    model = save_tiny_model(tmp_path / "model", num_hidden_layers=2)
+    model = save_tiny_model(tmp_path / "model", num_hidden_layers=2, intermediate_size=128)
     given = f"--model {model} --text-dir {text_dir} --length 16 --calibration-tokens 192 --tokens-per-text 32"
     given += " --device cpu"
     file = tmp_path / "methods.jsonl"

@@ -123,16 +123,16 @@ def test_truncated_weights(export: Refused, refused: Refused, copied: Path, text
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_numbers(export: Refused, copied: Path, value: float) -> None:
     weights = load_file(copied / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    weights["model.layers.0.mlp.up_proj.weight"][3, 5] = value
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in export(4, copied)
+    assert "model.layers.0.mlp.up_proj.weight holds NaN or infinity" in export(4, copied)
 
 
 def test_weights_that_are_missing_or_of_another_shape(export: Refused, copied: Path) -> None:
     weights = load_file(copied / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
-    assert "lacks model.layers.1.mlp.up_proj.weight" in export(4, copied)
+    assert "lacks model.layers.0.mlp.up_proj.weight" in export(4, copied)
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     assert "the configuration says" in export(4, copied)
@@ -144,13 +144,12 @@ def test_a_model_without_tokenizer(export: Refused, copied: Path) -> None:
     assert "has no tokenizer" in export(2, copied)
 
 
-def test_a_model_that_torch_export_refuses(export: Refused, refused: Refused, model_folder: Folder) -> None:
+def test_a_model_that_torch_export_refuses(export: Refused, model_folder: Folder) -> None:
     """Funnel computes with the length as a number, so a program of it would serve one length only."""
     said = export(5, model_folder("funnel"))
     assert "FunnelModel" in said
     assert "Constraints violated (length)!" in said
     assert "your code specialized it to be a constant" in said  # the words of torch
-    refused(5, "inspect", model_folder("funnel"), "--quiet")
 
 
 def test_a_model_in_which_nothing_can_be_cut(export: Refused, model_folder: Folder) -> None:
@@ -230,7 +229,7 @@ def test_an_earlier_output_survives_a_failed_replacement(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
-@pytest.mark.parametrize("room", [4_000, 80_000])
+@pytest.mark.parametrize("room", [4_000, 55_000])
 def test_a_full_disk(export: Refused, model_folder: Folder, room: int) -> None:
     """A file may hold no more than ``room`` bytes: finished blocks do not fit, or they do and the weights do not."""
     import resource

@@ -29,7 +29,7 @@ def perplexity(ended: Any) -> float:
 def test_model_and_onnx_at_ratio_0_have_one_perplexity(
     here: Here, model_folder: Folder, text_file: Path, tmp_path: Path
 ) -> None:
-    model = model_folder("llama")
+    model = model_folder("llama")  # of one layer: what differs from it is the runtime
     options = {"calibration_tokens": 256, "sequence_length": 32, "evaluation_tokens": 128}
     dotresize_fx.slim(model, ratio=0, calibration=text_file, **options).save(tmp_path / "out")
     command = ["--text", text_file, "--sequence-length", 32, "--tokens", 1024, "--quiet"]
@@ -55,7 +55,7 @@ def test_perplexity_is_what_transformers_computes(here: Here, model_folder: Fold
 def test_the_slim_onnx_has_the_perplexity_that_the_report_states(
     here: Here, exported: Callable[[str], Any], text_file: Path, tmp_path: Path
 ) -> None:
-    out, _ = exported("llama")
+    out, _ = exported("deep llama")
     before = sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir())
     (tmp_path / "held-out.txt").write_text(split_text(read_text([text_file]))[1], encoding="utf-8")
     held_out = ["--text", tmp_path / "held-out.txt", "--sequence-length", 32, "--tokens", 512, "--quiet"]

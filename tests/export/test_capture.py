@@ -11,7 +11,7 @@ import transformers
 
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.analyse import analyse
-from dotresize_fx.export.capture import TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING, UNLIMITED, Captured, capture
+from dotresize_fx.export.capture import TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING, UNLIMITED, capture
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.progress import Progress
@@ -23,27 +23,13 @@ KINDS = ["llama", "gpt2", "bert"]
 CLOSE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def captured(tiny_model: Callable[..., Any]) -> Callable[[str], tuple[Any, Captured]]:
-    """``captured(kind)``: (model, what capture made of it), each made once."""
-    made: dict[str, tuple[Any, Captured]] = {}
-
-    def get(kind: str) -> tuple[Any, Captured]:
-        if kind not in made:
-            model = tiny_model(kind)
-            made[kind] = (model, capture(model))
-        return made[kind]
-
-    return get
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "length", "padding"), [(1, 1, 0), (1, 64, 0), (3, 29, 0), (5, 7, 6), (2, 16, 5)])
 def test_the_program_is_the_model(
-    captured: Any, tiny_batch: Batch, kind: str, rows: int, length: int, padding: int
+    tiny_captured: Any, tiny_batch: Batch, kind: str, rows: int, length: int, padding: int
 ) -> None:
     """On shapes that were not traced (but the last), and where a row is padded, at its real positions."""
-    model, program = captured(kind)
+    model, program = tiny_captured(kind)
     batch = tiny_batch(rows, length, padding)
     found = Execution(program.graph).outputs(batch)[0]
     with torch.no_grad():
@@ -54,8 +40,8 @@ def test_the_program_is_the_model(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mask_is_an_input_and_works(captured: Any, tiny_batch: Batch, kind: str) -> None:
-    _, program = captured(kind)
+def test_the_mask_is_an_input_and_works(tiny_captured: Any, tiny_batch: Batch, kind: str) -> None:
+    _, program = tiny_captured(kind)
     batch = tiny_batch(2, 12, 4)
     other = {**batch, "input_ids": batch["input_ids"].clone()}
     other["input_ids"][0, :4] = (other["input_ids"][0, :4] + 1) % 97
@@ -67,8 +53,8 @@ def test_the_mask_is_an_input_and_works(captured: Any, tiny_batch: Batch, kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_told_of_the_model(captured: Any, kind: str) -> None:
-    _, program = captured(kind)
+def test_what_is_told_of_the_model(tiny_captured: Any, kind: str) -> None:
+    _, program = tiny_captured(kind)
     assert (program.longest, program.vocabulary) == (64, 97)
     ids, mask = program.sample["input_ids"], program.sample["attention_mask"]
     assert ids.shape == mask.shape == (TRACED_BATCH, TRACED_LENGTH)
@@ -77,7 +63,7 @@ def test_what_is_told_of_the_model(captured: Any, kind: str) -> None:
 
 
 def test_the_model_is_left_as_it_was(tiny_model: Any, tiny_batch: Batch) -> None:
-    model = tiny_model("gpt2")
+    model = tiny_model("gpt2", layers=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batch = tiny_batch(2, 9, 2)
     with torch.no_grad():
@@ -109,13 +95,13 @@ def test_a_refusal_quotes_torch() -> None:
     assert caught.value.__cause__ is not None
 
 
-def test_a_program_for_one_length_comes_with_what_torch_said(captured: Any) -> None:
+def test_a_program_for_one_length_comes_with_what_torch_said(tiny_captured: Any) -> None:
     """Funnel computes with the length as a number; the compiler compares such a program on another length."""
     sizes = {"block_sizes": [1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64}
     doubt = capture(transformers.FunnelModel(transformers.FunnelConfig(vocab_size=97, **sizes)).eval()).doubt
     assert doubt.startswith("Constraints violated (length)! ")
     assert doubt.endswith("specialized it to be a constant (16)")
-    assert [captured(kind)[1].doubt for kind in KINDS] == ["", "", ""]
+    assert [tiny_captured(kind)[1].doubt for kind in KINDS] == ["", "", ""]
 
 
 def test_a_state_space_model_is_refused_in_one_line() -> None:

@@ -143,7 +143,7 @@ def test_a_stream_and_heads_that_the_configuration_does_not_take_together_are_re
 
 
 def test_save_writes_what_from_pretrained_loads_and_generates_with(save_tiny_model: Any, tmp_path: Path) -> None:
-    source = save_tiny_model(tmp_path / "model", num_hidden_layers=2, num_key_value_heads=2)
+    source = save_tiny_model(tmp_path / "model", num_key_value_heads=2)
     result = dotresize_fx.slim(
         str(source),
         0.2,

@@ -48,7 +48,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_batch: Callable[..., 
         vocab_size=VOCABULARY,
         hidden_size=STREAM,
         intermediate_size=FFN,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -138,7 +138,7 @@ def test_weights_lie_in_one_external_file(emitted: Emitted) -> None:
         inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
         assert all(np.prod(tensor.dims) <= 1024 for tensor in inside)
         outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        assert len(outside) >= 14
+        assert len(outside) >= 7  # every linear of the layer
         locations = {entry.value for t in outside for entry in t.external_data if entry.key == "location"}
         assert locations == {WEIGHTS_FILE}  # beside the model, by its name alone
         assert onnx_size(path) == path.stat().st_size + (path.parent / WEIGHTS_FILE).stat().st_size
@@ -163,7 +163,7 @@ def test_onnx_runtime_computes_what_the_program_does(
 
 def test_nothing_is_said(emitted: Emitted, tiny_model: Any, tmp_path: Path, capfd: Any, caplog: Any) -> None:
     """The converter and transformers have much to say about versions and optimisations."""
-    model = tiny_model("gpt2")
+    model = tiny_model("gpt2", layers=1)
     captured = capture(model)
     capfd.readouterr()
     caplog.clear()

@@ -48,8 +48,10 @@ def largest_step(graph: FxGraph, cost: CostModel, multiple: int | None = None) -
 # -- costs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("allocation", ["measured", "uniform"])
-@pytest.mark.parametrize("regions", [(), ("value", "query_key"), ("kv_heads", "ffn")])
+@pytest.mark.parametrize(
+    ("regions", "allocation"),
+    [((), "measured"), ((), "uniform"), (("value", "query_key"), "measured"), (("kv_heads", "ffn"), "uniform")],
+)
 @pytest.mark.parametrize("kind", ["weights", "macs"])
 def test_the_share_of_the_cost_goes_within_one_step(
     wide_heads: FxGraph, tiny_batch: Any, kind: str, regions: tuple[str, ...], allocation: str
