@@ -162,16 +162,17 @@ def _summed_in_one_order() -> Iterator[None]:
     The memory-saving kernel adds up in any order whatever is asked of it. The flash kernel of half precision does not.
     """
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # its setting is one of the module's, which its types do not say
+    fills = memory.fill_uninitialized_memory
     with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # every step would write what it then overwrites
+        memory.fill_uninitialized_memory = False  # every step would write what it then overwrites
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warns)
-            torch.utils.deterministic.fill_uninitialized_memory = fills
+            memory.fill_uninitialized_memory = fills
 
 
 @_summed_in_one_order()
