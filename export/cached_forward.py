@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.errors import CaptureError
-from dotresize_fx.fx_form.cache import PAST, POSITIONS
 
 Layers = Sequence[Mapping[str, torch.Tensor]]
 # Sizes of the traced sample that no other size equals by chance.
@@ -133,9 +133,7 @@ def _cache(layers: Layers) -> Any:
     return cache
 
 
-def _check_sizes(
-    ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None, layers: Layers
-) -> None:
+def _check_sizes(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None, layers: Layers) -> None:
     """Tell torch.export which sizes are the same, which named dimensions cannot (a mask as long as past and length)."""
     past = layers[0]["key"].shape[2]
     for tensor in (tensor for layer in layers for tensor in layer.values()):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 
 from dotresize_fx.errors import CaptureError
-from dotresize_fx.export.cached_forward import PAST_LENGTH, CachedForward, cached_forward, positions_of
+from dotresize_fx.export.cached_forward import PAST_LENGTH, cached_forward
+from dotresize_fx.export.cached_runs import continued, prompt_inputs
 from dotresize_fx.export.capture import LARGEST_BATCH, Captured, sample_inputs, trace, what_it_said
 from dotresize_fx.export.quiet import quiet_libraries
-from dotresize_fx.fx_form.cache import PAST, POSITIONS, find_caches
+from dotresize_fx.fx_form.cache import find_caches
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 
@@ -72,13 +72,13 @@ def _compare(model: Any, captured: Captured) -> None:
     ids, mask = captured.sample["input_ids"], captured.sample["attention_mask"]
     for past, length in SPLITS:
         stop = past + length
-        whole = cached_inputs(captured.cache, ids[:, :stop], mask[:, :stop])
+        whole = prompt_inputs(captured.cache, ids[:, :stop], mask[:, :stop])
         expected = model(**whole)[0][:, past:]
         real = mask[:, past:stop].bool()
         try:
             given = whole
             if past:
-                before = execution.outputs(cached_inputs(captured.cache, ids[:, :past], mask[:, :past]))[1:]
+                before = execution.outputs(prompt_inputs(captured.cache, ids[:, :past], mask[:, :past]))[1:]
                 given = continued(captured.graph, whole, before, past)
             found = execution.outputs(given)[0]
             same = found.shape == expected.shape and bool(
@@ -90,27 +90,3 @@ def _compare(model: Any, captured: Captured) -> None:
             raise CaptureError(
                 f"with a past of {past} and {length} new tokens the captured program computes something else"
             )
-
-
-def cached_inputs(
-    cached: CachedForward | None, ids: torch.Tensor, mask: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """A prompt, (batch, length) both, for the model and its program; with positions where the program reads them."""
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if cached is not None and cached.positions:
-        inputs[POSITIONS] = positions_of(mask, ids.shape[1])
-    return inputs
-
-
-def continued(
-    graph: FxGraph, whole: dict[str, torch.Tensor], present: Any, past: int
-) -> dict[str, torch.Tensor]:
-    """The inputs for what stands behind the first ``past`` tokens of ``whole``, whose cache ``present`` is."""
-    results = [node.name for node in graph.nodes.output_node().all_input_nodes][1:]
-    given = {name: value if name == "attention_mask" else value[:, past:] for name, value in whole.items()}
-    return given | {graph.caches[name]: value for name, value in zip(results, present, strict=True)}
-
-
-def onnx_name(name: str) -> str:
-    """An input of the program, as the ONNX has it."""
-    return re.sub(rf"^{PAST}_(\d+)_(key|value)$", rf"{PAST}.\1.\2", name)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dotresize_fx.cache_names import PAST, POSITIONS
+
 if TYPE_CHECKING:
     from dotresize_fx.fx_form.reading import FxReading
 
-PAST, POSITIONS = "past_key_values", "position_ids"
 aten = torch.ops.aten
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from dotresize_fx.fx_form.cache import PAST
+from dotresize_fx.cache_names import PAST
 from dotresize_fx.fx_form.kinds import classify, is_turned_weight
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
