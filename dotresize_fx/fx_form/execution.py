@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind
 
-from dotresize_fx.fx_form.cache import at_start
+from dotresize_fx.cache_names import PAST
+from dotresize_fx.fx_form.cache import as_it_is_now, at_start
 from dotresize_fx.fx_form.graph import FxGraph
 
 Environment = dict[torch.fx.Node, Any]
@@ -28,6 +29,7 @@ class Execution:
         placeholders = [node for node in graph.nodes.nodes if node.op == "placeholder"]
         self.inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.USER_INPUT]
         self.parameters = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is not InputKind.USER_INPUT]
+        self._past = {node for node in self.inputs if node.name.startswith(PAST)}
         self._keys = {n: str(s.target) for n, s in zip(placeholders, specs, strict=True)}
         self.nodes = [node for node in graph.nodes.nodes if node.op == "call_function"]
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -82,7 +84,7 @@ class Execution:
 
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
-                return environment[node]
+                return as_it_is_now(node, environment[node]) if node in self._past else environment[node]
             return given[node] if node in given else self.parameter(node)
 
         with torch.set_grad_enabled(gradients):
