@@ -18,6 +18,7 @@ from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.cached_runs import continued, onnx_inputs, splits
 from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
+from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
@@ -69,9 +70,13 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         path = emit_onnx(result.loaded.model, result.captured, result.slim, folder)
         result.loaded.write_auxiliary_files(folder)
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
+        notes = result.notes
+        if result.captured.cache is not None:
+            why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)
+            notes += (why,) if why else ()
     with progress.stage("verify in ONNX Runtime"):
         comparison = compare_outputs(path, _cases(result), work, mask=mask_name(result))
-        allowed, notes = options.tolerance, result.notes
+        allowed = options.tolerance
         if comparison.max_abs_difference > allowed:
             noise = _rounding_noise(result)
             allowed = max(allowed, ROUNDINGS * noise)
