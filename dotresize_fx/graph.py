@@ -136,6 +136,11 @@ class Graph(ABC):
         return {}
 
     @cached_property
+    def caches(self) -> dict[str, str]:
+        """Outputs that carry on an input, keys or values of a cache, and that input, by name; its size may be cut."""
+        return {}
+
+    @cached_property
     def _producers(self) -> dict[Value, Op]:
         return {op.output: op for op in self.ops}
 
@@ -237,6 +242,10 @@ class Graph(ABC):
 
     def resize_channels(self, op: Op, width: int) -> None:
         """Let a CHANNELWISE op have another number of channels; its parameters are given theirs apart."""
+        raise NotImplementedError
+
+    def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
+        """Let an input of the graph have other sizes on these axes."""
         raise NotImplementedError
 
     @abstractmethod

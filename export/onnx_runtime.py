@@ -123,6 +123,7 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Time ``models`` on the same ``inputs`` in turns (A B A B) in one process with all sessions open.
 
+    Caches are empty.
     ``threads`` defaults to one a physical core. Once ``budget`` seconds are spent no further round starts,
     except that every model runs 5 times at least (``runs`` times where that is fewer). ``work`` is for the
     inputs' file (default: the system's temporary folder). Raises as :func:`compare_outputs` does.

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError, OnnxRuntimeError
 
 CPU = "CPUExecutionProvider"
+Array = np.ndarray[Any, Any]
 
 
 def require_onnx_runtime() -> None:
@@ -83,17 +85,50 @@ class OnnxModel:
     def __init__(self, path: Path | str, *, threads: int | None = None, provider: str = CPU) -> None:
         self.path = Path(path)
         self._session = open_session(self.path, threads=threads, provider=provider)
-        self.input_names: tuple[str, ...] = tuple(item.name for item in self._session.get_inputs())
+        self._shapes = {item.name: item.shape for item in self._session.get_inputs()}
+        self.input_names: tuple[str, ...] = tuple(self._shapes)
         self.output_names: tuple[str, ...] = tuple(item.name for item in self._session.get_outputs())
 
-    def __call__(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    @property
+    def has_cache(self) -> bool:
+        """Whether it reads keys and values of earlier tokens."""
+        return any(name.startswith(PAST) for name in self.input_names)
+
+    def at_start(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """``inputs`` and, of a graph with a cache, what they lack of its own: no past, and positions.
+
+        ``inputs`` hold the ``attention_mask``, (batch, length), whose padding on the left is not counted.
+        """
+        given = dict(inputs)
+        for name, shape in self._shapes.items():
+            if name in given:
+                continue
+            if name.startswith(PAST):
+                given[name] = np.empty((len(given["attention_mask"]), shape[1], 0, shape[3]), np.float32)
+            elif name == POSITIONS and self.has_cache:
+                given[name] = np.maximum(given["attention_mask"].cumsum(-1) - 1, 0)
+        return given
+
+    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         missing = [name for name in self.input_names if name not in inputs]
         unknown = [name for name in inputs if name not in self.input_names]
         if missing or unknown:
             problem = f"missing inputs {missing}" if missing else f"unknown inputs {unknown}"
             raise OnnxRuntimeError(f"{self.path} takes {list(self.input_names)}: {problem}")
+        return self._run(lambda: self._session.run(None, dict(inputs)))
+
+    def values(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """The arrays as the runtime's own."""
+        import onnxruntime
+
+        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
+
+    def run_values(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """A call whose inputs and outputs are the runtime's own, so that a cache is not copied."""
+        return self._run(lambda: self._session.run_with_ort_values(self.output_names, dict(inputs)))
+
+    def _run(self, call: Callable[[], list[Any]]) -> list[Any]:
         try:
-            outputs: list[np.ndarray[Any, Any]] = self._session.run(None, dict(inputs))
+            return call()
         except Exception as error:  # as above
             raise OnnxRuntimeError(f"ONNX Runtime cannot run {self.path}: {first_line(error)}") from error
-        return outputs

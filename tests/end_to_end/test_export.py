@@ -45,7 +45,7 @@ def tokenizer_of(folder: Path) -> Any:
 def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callable[[str], Path], kind: str) -> None:
     out, _ = exported(kind)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["seed"] == 0
     assert report["options"]["ratio"] == 0.25
     assert {"python", "torch", "transformers", "onnx", "onnxruntime"} <= set(report["packages"])
@@ -148,10 +148,18 @@ def test_the_onnx_runs_on_any_batch_and_length(exported: Exported, kind: str) ->
     out, _ = exported(kind)
     onnx.checker.check_model(str(out / "model.onnx"))
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    assert {item.name for item in session.get_inputs()} == {"input_ids", "attention_mask"}
+    sizes = {item.name: item.shape for item in session.get_inputs()}
+    past = {name: shape for name, shape in sizes.items() if name.startswith("past_key_values.")}
+    own = {"input_ids", "attention_mask"} | ({"position_ids"} if "llama" in kind else set())
+    assert sizes.keys() - past.keys() == own
+    assert len(past) == (4 if "llama" in kind else 0)
+    assert json.loads((out / "report.json").read_text())["cache"] == bool(past)
     for rows, length in ((1, 1), (3, 7), (2, 64)):
         ids = np.random.default_rng(0).integers(0, 300, (rows, length))
-        outputs = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        given |= {"position_ids": np.broadcast_to(np.arange(length), ids.shape)} if past else {}
+        given |= {name: np.zeros((rows, shape[1], 0, shape[3]), np.float32) for name, shape in past.items()}
+        outputs = session.run(None, given)
         assert outputs[0].shape == (rows, length, 32 if kind == "bert" else 300)
         assert np.isfinite(outputs[0]).all()
 
@@ -187,7 +195,17 @@ def test_a_second_export_needs_force_and_replaces_whole(
 ) -> None:
     """On GPT-2, both kinds of region, with pre- and postconditions on."""
     out = shutil.copytree(exported("bert")[0], tmp_path / "parent" / "out")
-    command = ["export", model_folder("gpt2"), out, "--regions", "ffn,residual", "--check", "--quiet", *few_tokens]
+    command = [
+        "export",
+        model_folder("gpt2"),
+        out,
+        "--regions",
+        "ffn,residual",
+        "--no-cache",
+        "--check",
+        "--quiet",
+        *few_tokens,
+    ]
     (out / "left over").write_text("from an earlier version")
     assert here(*command).code == 8
     assert (out / "left over").exists()
@@ -197,4 +215,6 @@ def test_a_second_export_needs_force_and_replaces_whole(
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
     report = json.loads((out / "report.json").read_text())
     assert report["seed"] == 1
+    assert report["cache"] is False
+    assert [value.name for value in onnx.load(out / "model.onnx").graph.input] == ["input_ids", "attention_mask"]
     assert {region["kind"] for region in report["regions"] if region["method"]} == {"ffn", "residual"}

@@ -142,7 +142,7 @@ class Page(HTMLParser):
 
 def test_json_holds_every_field_and_survives_json() -> None:
     content = json.loads(json.dumps(FULL.to_json(), allow_nan=False))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert set(content) == {field.name for field in dataclasses.fields(Report)} | {
         "schema_version",
         "summary",
