@@ -88,10 +88,10 @@ class LinearRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Seconds per run of one model, from runs interleaved with the other model's in one process.
+    """Seconds per run of one model, from runs interleaved with the other model's.
 
     ``p25`` and ``p75`` are quartiles. ``batch`` and ``length`` are the first two dimensions of the inputs
-    (None where they have fewer). ``peak_rss_bytes`` is of the measuring process with all its models open.
+    (None where they have fewer). ``peak_rss_bytes`` is of the process with this model alone.
     """
 
     median: float
