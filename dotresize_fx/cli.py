@@ -1,4 +1,4 @@
-"""The command line: export, inspect, eval. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C.
+"""The command line: export, inspect, eval, bench. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C.
 
 Under torchrun (``torchrun --nproc-per-node N -m dotresize_fx export ... --effort heal``) N processes heal together:
 rank 0 does all else and says all, the others leave with code 0 once healing is done.
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
+from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import DotresizeError, OutputError, RanksError, UsageError
 from dotresize_fx.launched import one_is_enough, rank_and_count
 
@@ -210,6 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, default=512, metavar="N", help="(512)")
     evaluate.add_argument("--tokens", type=int, default=None, metavar="N", help="spread over the text (all)")
     _common(evaluate)
+
+    bench = commands.add_parser("bench", help="time ONNX files side by side, with memory and MACs")
+    bench.set_defaults(run=lambda arguments, stop: run_bench(arguments, stop.check))
+    bench_options(bench)
     return parser
 
 

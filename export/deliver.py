@@ -16,7 +16,8 @@ import torch
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.checkpoint import write_checkpoint
-from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
+from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.open_model import model_name

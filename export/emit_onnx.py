@@ -18,10 +18,10 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.export.capture import Captured, no_fast_path
+from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 
-ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 
 
@@ -43,11 +43,6 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
         # numpy writes the arrays, and says of a full disk no more than that some elements did not go.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     return path
-
-
-def onnx_size(path: Path) -> int:
-    """Bytes of model.onnx and its external data."""
-    return sum(file.stat().st_size for file in (path, path.with_name(WEIGHTS_FILE)) if file.exists())
 
 
 class _GivenProgram(DynamoExporter):  # type: ignore[misc]

@@ -73,12 +73,14 @@ def plan_inputs(graph: onnx.GraphProto, where: str) -> list[InputPlan]:
     others a free first axis is the batch, a free later one the length, the last one of a mask all tokens.
 
     Raises:
-        UsageError: an input without a declared shape, or of a type that is not made here.
+        UsageError: no input, or one without a declared shape or of a type that is not made here.
     """
     given = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in given]
     outputs = {value.name for value in graph.output}
     cached = any(_PAST.match(value.name) for value in inputs)
+    if not inputs:
+        raise UsageError(f"{where} takes no input, so that there is nothing to vary: give a model that reads something")
     plans = []
     for value in inputs:
         kind = value.type.tensor_type

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -37,32 +39,40 @@ def profile_nodes(
     equations: Mapping[str, str],
     work: Path,
 ) -> list[ProfiledNode]:
-    """The nodes that ran, by ``runs`` runs behind one that does not count, in the order of the first.
+    """The nodes that ran, by the medians of ``runs`` runs, in the order of the first.
 
-    With ``optimised`` as the session runs them, fused; without it as the file has them, every node under its own name.
-    ``equations`` are those of the file's Einsum nodes. Raises what :class:`OnnxModel` raises.
+    With ``optimised`` as the session runs them, fused, behind a run that does not count; without it as the file has
+    them, every node under its own name. ``equations`` are those of the file's Einsum nodes. Raises what
+    :class:`OnnxModel` raises.
     """
     model = OnnxModel(path, threads=threads, provider=provider, profile=work / "profile", optimised=optimised)
-    for _ in range(runs + 1):
+    warmup = 1 if optimised else 0
+    for _ in range(runs + warmup):
         model(inputs)
     file = Path(model.session.end_profiling())
     events = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()
     starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
-    nodes: dict[str, ProfiledNode] = {}
+    seconds: dict[str, list[float]] = {}
+    found: dict[str, ProfiledNode] = {}
     for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith(_KERNEL) or event["ts"] < starts[1]:
+        if event.get("cat") != "Node" or not event["name"].endswith(_KERNEL):
+            continue
+        run = bisect_right(starts, event["ts"]) - 1 - warmup
+        if run < 0:
             continue
         name, arguments = event["name"].removesuffix(_KERNEL), event["args"]
-        op = arguments["op_name"]
-        shapes = [
-            [next(iter(entry.values())) for entry in arguments[f"{side}_type_shape"]] for side in ("input", "output")
-        ]
-        macs = node_macs(op, shapes[0], shapes[1], equations.get(name, ""))
-        before = nodes.get(name, ProfiledNode(name, op, 0.0, 0))
-        total = None if macs is None or before.macs is None else before.macs + macs
-        nodes[name] = ProfiledNode(name, op, before.seconds + event["dur"] / 1e6, total)
-    return [
-        ProfiledNode(node.name, node.op, node.seconds / runs, None if node.macs is None else node.macs // runs)
-        for node in nodes.values()
-    ]
+        seconds.setdefault(name, [0.0] * runs)[run] += event["dur"] / 1e6
+        if run == 0:
+            op = arguments["op_name"]
+            inner, outer = (_shapes(arguments[f"{side}_type_shape"]) for side in ("input", "output"))
+            macs = node_macs(op, inner, outer, equations.get(name, ""))
+            before = found[name].macs if name in found else 0  # a loop's node runs more than once
+            found[name] = ProfiledNode(name, op, 0.0, None if macs is None or before is None else before + macs)
+    # A run of a node that the system put aside for a while would weigh more than all its others.
+    return [replace(node, seconds=median(seconds[name])) for name, node in found.items()]
+
+
+def _shapes(types: list[dict[str, list[int]]]) -> list[list[int]]:
+    """Of [{"float": [2, 16, 40]}, ...]."""
+    return [next(iter(entry.values())) for entry in types]

@@ -6,7 +6,7 @@ Each has a process of its own, so that each has its own peak of memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +80,18 @@ def measure_latency(
 
 
 def take_turns(
-    children: Mapping[str, RuntimeChild], *, runs: int, warmup: int, tokens: int = 0, budget: float | None = None
+    children: Mapping[str, RuntimeChild],
+    *,
+    runs: int,
+    warmup: int,
+    tokens: int = 0,
+    budget: float | None = None,
+    step: Callable[[], None] = lambda: None,
 ) -> dict[str, Turns]:
-    """Let every child, each with a model open, run once a round: the prompt, then ``tokens`` runs of one token."""
+    """Let every child, each with a model open, run once a round: the prompt, then ``tokens`` runs of one token.
+
+    ``step`` is called once a round that counts.
+    """
     started = time.monotonic()
 
     def spent(part: float) -> bool:
@@ -99,6 +108,7 @@ def take_turns(
             break
         for name, child in children.items():
             answers[name].append(child.ask("run", tokens=tokens))
+        step()
     return {
         name: Turns(
             prompt=[answer["prompt"] for answer in found],

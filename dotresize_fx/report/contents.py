@@ -273,16 +273,16 @@ class Report:
             "speedup": self.figures.speedup,
             "verified": None if verification is None else verification.passed,
         }
-        plain: dict[str, Any] = _plain(content)
+        plain: dict[str, Any] = plain_json(content)
         return plain
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """``value`` as JSON can hold it. What is no JSON type (a path among the options) becomes its text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
