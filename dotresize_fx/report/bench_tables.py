@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dotresize_fx.report import figure_rows as words
@@ -18,7 +19,7 @@ class Table:
 
     title: str
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     detail: str = ""
 
 
@@ -117,8 +118,8 @@ def conditions(report: BenchReport) -> str:
     threads = f"{report.threads} thread" + ("" if report.threads == 1 else "s")
     runtime = f"ONNX Runtime {report.packages['onnxruntime']}, {report.provider}"
     return (
-        f"{runtime}, {where}, {threads}; {report.runs} rounds in turns, median ± half the interquartile range; inputs and outputs stay where the model runs; GFLOP/s count two "
-        "operations a MAC."
+        f"{runtime}, {where}, {threads}; {report.runs} rounds in turns, median ± half the interquartile range; inputs "
+        "and outputs stay where the model runs; GFLOP/s count two operations a MAC."
     )
 
 
