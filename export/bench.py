@@ -105,13 +105,14 @@ class Bench:
                 nodes, found = plain[model.name], seconds[model.name]
                 macs = sum(node.macs or 0 for node in nodes) if nodes else None
                 first = runs[0] if runs else None
+                ratio = None if first is None else Ratio(**_interval(seconds[first.model], found))
                 runs.append(
                     RunFigures(
                         model=model.name,
                         latency=latency(found, where),
                         tokens_per_run=workload.batch * length if model.reads_text else None,
                         macs=macs,
-                        ratio=first and Ratio(**_interval(seconds[first.model], found)),
+                        ratio=ratio,
                         macs_ratio=None if first is None or not first.macs or macs is None else macs / first.macs,
                     )
                 )

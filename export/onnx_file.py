@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError
 from dotresize_fx.export.weight_files import file_sha256
@@ -32,7 +31,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """
     try:
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, ValueError) as error:
+    except Exception as error:  # protobuf has a class of its own for what it cannot parse
         raise ModelNotFoundError(f"{path} is not an ONNX model; give a file that an exporter wrote") from error
     if not model.ir_version or not model.graph.node:  # other bytes can look like a message with nothing known in it
         raise ModelNotFoundError(f"{path} is not an ONNX model, or an empty one; give a file that an exporter wrote")

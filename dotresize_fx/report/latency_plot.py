@@ -44,7 +44,7 @@ def latency_plot(measured: Mapping[str, Latency]) -> tuple[list[LatencyMark], li
     def place(seconds: float) -> float:
         return min(100 * seconds / end, 100.0)
 
-    marks = []
+    marks: list[LatencyMark] = []
     for name, item in measured.items():
         middle = f"quartiles {words.duration(item.p25)} to {words.duration(item.p75)}"
         ends = f"fastest {words.duration(item.min)}, slowest {words.duration(item.max)}"
