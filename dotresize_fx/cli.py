@@ -1,4 +1,5 @@
-"""The command line: export, inspect, eval, bench. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C.
+"""The command line: export, inspect, eval, generate, bench. Exit codes are those of :mod:`dotresize_fx.errors`; 130
+is Ctrl-C.
 
 Under torchrun (``torchrun --nproc-per-node N -m dotresize_fx export ... --effort heal``) N processes heal together:
 rank 0 does all else and says all, the others leave with code 0 once healing is done.
@@ -160,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", action="store_true", help="also write OUT/checkpoint, which stock from_pretrained loads"
     )
     export.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="a decoder's ONNX without past keys and values: it reads whole sequences alone",
+    )
+    export.add_argument(
         "--repair-steps", type=int, metavar="N", help="of best and heal, a sublayer (400; 1200 for an encoder)"
     )
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
@@ -211,6 +218,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sequence-length", type=int, default=512, metavar="N", help="(512)")
     evaluate.add_argument("--tokens", type=int, default=None, metavar="N", help="spread over the text (all)")
     _common(evaluate)
+
+    generate = commands.add_parser("generate", help="go on with a prompt, greedily, from an exported decoder")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("out", metavar="OUT", type=Path, help="a folder that export wrote")
+    generate.add_argument(
+        "prompt", metavar="PROMPT", help="the text to go on with, or - to read it from standard input"
+    )
+    generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="that are written at most (128)")
+    generate.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime (one a physical core)")
+    generate.add_argument("--quiet", action="store_true", help="no speed on standard error")
 
     bench = commands.add_parser("bench", help="time ONNX files side by side, with memory and MACs")
     bench.set_defaults(run=lambda arguments, stop: run_bench(arguments, stop.check))
@@ -278,3 +295,16 @@ def _evaluate(arguments: argparse.Namespace, stop: _Stop) -> None:
         progress=progress,
     )
     print(f"perplexity {value:.4f} over {tokens} tokens")
+
+
+def _generate(arguments: argparse.Namespace, stop: _Stop) -> None:
+    from dotresize_fx.export.generate import Generator, Speed
+
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    speed = Speed()
+    for piece in Generator(arguments.out, threads=arguments.threads).pieces(prompt, arguments.max_tokens, speed):
+        stop.check()
+        print(piece, end="", flush=True)
+    print()
+    if not arguments.quiet:
+        print(speed, file=sys.stderr)

@@ -159,7 +159,7 @@ def slim_with(
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
         loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code)
-    captured, dense, matches = analyse(loaded, progress, check=chosen.check)
+    captured, dense, matches = analyse(loaded, progress, check=chosen.check, cache=chosen.cache)
     factors: Mapping[str, int] = {}
     if chosen.checkpoint and chosen.ratio != 0:
         from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint

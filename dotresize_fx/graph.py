@@ -127,6 +127,11 @@ class Graph(ABC):
         return {}
 
     @cached_property
+    def caches(self) -> dict[str, str]:
+        """Outputs that carry on an input, keys or values of a cache, and that input, by name; its size may be cut."""
+        return {}
+
+    @cached_property
     def _producers(self) -> dict[Value, Op]:
         return {op.output: op for op in self.ops}
 
@@ -225,6 +230,10 @@ class Graph(ABC):
     @abstractmethod
     def resize_slice(self, op: Op, start: int, stop: int | None) -> None:
         """Let a slice take another range; ``stop`` None is the end."""
+
+    def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
+        """Let an input of the graph have other sizes on these axes."""
+        raise NotImplementedError
 
     @abstractmethod
     def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:

@@ -60,7 +60,8 @@ class Options:
     ``calibration_data`` .npz files or folders of them, for modules and programs. ``basis``: "shared" cuts the residual
     stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
     so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
-    can hold is refused. ``device`` is where calibration and
+    can hold is refused. ``cache``: a decoder's ONNX
+    reads and hands on keys and values, where its cache is no more than these. ``device`` is where calibration and
     solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
@@ -91,6 +92,7 @@ class Options:
     evaluation_tokens: int = 8_192
     latency_length: int = 128
     tolerance: float = 1e-3
+    cache: bool = True
     device: str = "auto"
     seed: int = 0
     check: bool = field(default=False)

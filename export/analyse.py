@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.capture import Captured, capture
+from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.capture_module import capture_module
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.fx_form.execution import Execution
@@ -21,22 +24,37 @@ CAPTURE_TOLERANCE = 1e-4
 UNTRACED_LENGTH = 7
 
 
-def analyse(loaded: LoadedModel, progress: Progress, *, check: bool = False) -> tuple[Captured, FxGraph, MatchReport]:
+def analyse(
+    loaded: LoadedModel, progress: Progress, *, check: bool = False, cache: bool = True
+) -> tuple[Captured, FxGraph, MatchReport]:
     """Capture, canonicalise and find regions; the model's weights are not changed.
+
+    ``cache``: a decoder's program reads and hands on the keys and values of earlier tokens, where its cache is that.
 
     Raises:
         CaptureError: torch.export refused, or the program is not what the model computes.
     """
     with progress.stage("capture"):
         if reads_text(loaded.task):
-            captured = capture(loaded.model)
-            _compare_capture(loaded.model, captured)
+            captured = _captured(loaded, cache and loaded.task == "decoder")
         else:
             captured = capture_module(loaded)
     with progress.stage("find regions"):
         canonicalise(captured.graph, check=check)
         matches = find_regions(captured.graph)
     return captured, captured.graph, matches
+
+
+def _captured(loaded: LoadedModel, cache: bool) -> Captured:
+    why = ""
+    if cache:
+        try:
+            return capture_with_cache(loaded.model)
+        except CaptureError as error:
+            why = f"the ONNX has no cache, so it generates slowly: {error}"
+    captured = capture(loaded.model)
+    _compare_capture(loaded.model, captured)
+    return replace(captured, notes=(*captured.notes, why)) if why else captured
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.errors import CaptureError
+from dotresize_fx.export.cached_forward import CachedForward
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.program_inputs import ProgramInputs
@@ -39,6 +40,7 @@ class Captured:
     ``doubt`` is what torch.export said against a free batch and length, if it did: such a program may hold for the
     sample's shape only. ``inputs`` is what a module or a saved program reads, None for a model of text, ``predicts``
     the one of them whose next token the first output predicts, and ``notes`` say which of its sizes are fixed, and why.
+    ``cache`` is what a program with a cache was traced through.
     """
 
     graph: FxGraph
@@ -50,6 +52,7 @@ class Captured:
     inputs: ProgramInputs | None = None
     predicts: str = ""
     notes: tuple[str, ...] = ()
+    cache: CachedForward | None = None
 
 
 def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:

@@ -15,8 +15,10 @@ import torch
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
+from dotresize_fx.export.cached_runs import continued, onnx_inputs, splits
 from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.export.onnx_session import require_onnx_runtime
@@ -70,9 +72,13 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         path = emit_onnx(result.loaded.model, result.captured, result.slim, folder)
         result.loaded.write_auxiliary_files(folder)
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
+        notes = result.notes
+        if result.captured.cache is not None:
+            why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)
+            notes += (why,) if why else ()
     with progress.stage("verify in ONNX Runtime"):
         comparison = compare_outputs(path, _cases(result), work, mask=mask_name(result))
-        allowed, notes = options.tolerance, result.notes
+        allowed = options.tolerance
         if comparison.max_abs_difference > allowed:
             noise = _rounding_noise(result)
             allowed = max(allowed, ROUNDINGS * noise)
@@ -129,10 +135,18 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
 
 
 def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    execution = Execution(result.slim)
+    """Inputs and outputs of the program; with a cache, the last tokens are also left to be run behind the others."""
+    execution = Execution(result.slim, caches=True)
     for inputs in verification_inputs(result):
-        expected = [output.numpy() for output in execution.outputs(inputs)]
-        yield {name: value.numpy() for name, value in inputs.items()}, expected
+        expected = execution.outputs(inputs)
+        yield onnx_inputs(result.slim, inputs), [output.numpy() for output in expected]
+        if result.captured.cache is None:
+            continue
+        for past in splits(inputs["attention_mask"]):
+            before = [output[:, :, :past] for output in expected[1:]]
+            given = continued(result.slim, inputs, before, past)
+            behind = [expected[0][:, past:], *expected[1:]]
+            yield onnx_inputs(result.slim, given), [output.numpy() for output in behind]
 
 
 @torch.no_grad()
@@ -182,6 +196,7 @@ def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str
         ),
         options=options,
         seed=result.options.seed,
+        cache=result.captured.cache is not None,
         inputs_sha256={**result.loaded.sha256, **result.data.sha256},
         outputs_sha256={
             file.relative_to(folder).as_posix(): file_sha256(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
+from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.capture import Captured, no_fast_path
 from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 
 WEIGHTS_FILE = "model.onnx.data"
+# Of a graph with a cache, by the input.
+FREE_SIZES = {
+    "input_ids": {0: "batch_size", 1: "sequence_length"},
+    "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
+    POSITIONS: {0: "batch_size", 1: "sequence_length"},
+    PAST: {0: "batch_size", 2: "past_sequence_length"},
+}
 
 
 def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder: Path) -> Path:
@@ -31,9 +40,13 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
     """
     graph.refresh_shapes()
-    with quiet_libraries(), no_fast_path(), torch.no_grad():
+    cached = captured.cache
+    sample = dict(captured.sample if cached is None else cached.sample)
+    with quiet_libraries(), no_fast_path(), torch.no_grad(), cached.on(model) if cached else nullcontext():
         exporter = _GivenProgramExporter(graph.program, captured)  # inside: it warns of versions when it is made
-        exported = exporter.export(model, dict(captured.sample), OnnxConfig(dynamic=True))
+        exported = exporter.export(model, sample, OnnxConfig(dynamic=True))
+    if cached is not None:
+        _name_sizes(exported.program.graph)
     path = folder / ONNX_FILE
     try:
         onnx_ir.save(exported.program, str(path), external_data=WEIGHTS_FILE)
@@ -43,6 +56,17 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
         # numpy writes the arrays, and says of a full disk no more than that some elements did not go.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     return path
+
+
+def _name_sizes(graph: onnx_ir.Graph) -> None:
+    """Free sizes by what they are, as Optimum calls them, in place of the tracer's numbers."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        wanted = FREE_SIZES[value.name.partition(".")[0]]
+        for axis, name in wanted.items():
+            names.setdefault(str(value.shape[axis]), name)
+    for value in (*graph.inputs, *graph.outputs):
+        value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
 
 
 class _GivenProgram(DynamoExporter):  # type: ignore[misc]

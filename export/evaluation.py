@@ -75,7 +75,7 @@ def _open_exported(folder: Path) -> Decoder:
         raise UsageError(f"{folder} has no readable tokenizer and config: {str(error).splitlines()[0]}") from error
 
     def run(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.from_numpy(model({key: value.numpy() for key, value in batch.items()})[0])
+        return torch.from_numpy(model(model.at_start({key: value.numpy() for key, value in batch.items()}))[0])
 
     return Decoder(run, tokenizer, _longest(config))
 

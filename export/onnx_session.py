@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.errors import (
     BadWeightsError,
     DotresizeError,
@@ -24,6 +25,7 @@ from dotresize_fx.errors import (
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+Array = np.ndarray[Any, Any]
 # What ONNX Runtime, CUDA, cuBLAS and C++ say where there is no room; none has an error code that reaches Python.
 _NO_ROOM = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
 
@@ -121,8 +123,29 @@ class OnnxModel:
     def __init__(self, path: Path | str, **options: Any) -> None:
         self.path = Path(path)
         self.session = open_session(self.path, **options)
-        self.input_names: tuple[str, ...] = tuple(item.name for item in self.session.get_inputs())
+        self._shapes = {item.name: item.shape for item in self.session.get_inputs()}
+        self.input_names: tuple[str, ...] = tuple(self._shapes)
         self.output_names: tuple[str, ...] = tuple(item.name for item in self.session.get_outputs())
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it reads keys and values of earlier tokens."""
+        return any(name.startswith(PAST) for name in self.input_names)
+
+    def at_start(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """``inputs`` and, of a graph with a cache, what they lack of its own: no past, and positions.
+
+        ``inputs`` hold the ``attention_mask``, (batch, length), whose padding on the left is not counted.
+        """
+        given = dict(inputs)
+        for name, shape in self._shapes.items():
+            if name in given:
+                continue
+            if name.startswith(PAST):
+                given[name] = np.empty((len(given["attention_mask"]), shape[1], 0, shape[3]), np.float32)
+            elif name == POSITIONS and self.has_cache:
+                given[name] = np.maximum(given["attention_mask"].cumsum(-1) - 1, 0)
+        return given
 
     def check_names(self, inputs: Mapping[str, Any]) -> None:
         """Raise OnnxRuntimeError unless these are the inputs that the graph takes."""
@@ -132,10 +155,30 @@ class OnnxModel:
             problem = f"missing inputs {missing}" if missing else f"unknown inputs {unknown}"
             raise OnnxRuntimeError(f"{self.path} takes {list(self.input_names)}: {problem}")
 
-    def __call__(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         self.check_names(inputs)
+        outputs: list[Array] = self._run(lambda: self.session.run(None, dict(inputs)))
+        return outputs
+
+    def values(self, inputs: Mapping[str, Array], device: str = "cpu") -> dict[str, Any]:
+        """The arrays as the runtime's own, on ``device``."""
+        from onnxruntime import OrtValue
+
+        # What is empty has no address on a device.
+        places = {name: device if value.size else "cpu" for name, value in inputs.items()}
+        arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        values: dict[str, Any] = self._run(
+            lambda: {name: OrtValue.ortvalue_from_numpy(arrays[name], place, 0) for name, place in places.items()}
+        )
+        return values
+
+    def run_values(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """A call whose inputs and outputs are the runtime's own, so that a cache is not copied."""
+        outputs: list[Any] = self._run(lambda: self.session.run_with_ort_values(self.output_names, dict(inputs)))
+        return outputs
+
+    def _run(self, call: Callable[[], Any]) -> Any:
         try:
-            outputs: list[np.ndarray[Any, Any]] = self.session.run(None, dict(inputs))
+            return call()
         except Exception as error:  # as above
             raise run_failed(self.path, error) from error
-        return outputs

@@ -54,8 +54,15 @@ def _load(path: Path, names: list[str]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _real(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
-    """The entries of an output that belong to unmasked positions; all, for an output without positions."""
-    return array if mask is None or array.shape[: mask.ndim] != mask.shape else array[mask]
+    """The entries of an output that belong to unmasked positions; all, for an output without positions.
+
+    Keys and values of a cache, (batch, heads, length, size), have them on their third axis.
+    """
+    if mask is None:
+        return array
+    if array.ndim == 4 and (array.shape[0], array.shape[2]) == mask.shape:
+        return array.swapaxes(1, 2)[mask]
+    return array if array.shape[: mask.ndim] != mask.shape else array[mask]
 
 
 def _compare(request: dict[str, Any]) -> dict[str, Any]:
@@ -90,18 +97,15 @@ class Timed:
         self._cuda = CudaMemory() if request["provider"] == CUDA else None
         self._taken = self._most = 0
         self._model: TimedModel
-        self._bound: dict[str, Any]
         self._plans = [InputPlan.from_json(entry) for entry in request.get("plans", ())]
         self._sizes = (request.get("batch", 1), request.get("length", 1))
 
-        def open_and_bind() -> None:
+        def open_and_start() -> None:
             self._model = TimedModel(request["model"], threads=request["threads"], provider=request["provider"])
             made = make_inputs(self._plans, *self._sizes, 0)
-            self._bound = self._model.bind(
-                _load(Path(request["file"]), request["inputs"]) if "file" in request else made
-            )
+            self._model.start_with(_load(Path(request["file"]), request["inputs"]) if "file" in request else made)
 
-        self._counted(open_and_bind)
+        self._counted(open_and_start)
 
     def run(self, tokens: int) -> dict[str, Any]:
         """Time a run of the prompt, and behind it one run for each of so many tokens."""
@@ -111,7 +115,7 @@ class Timed:
         cache = {plan.name: plan.present for plan in self._plans if plan.present is not None}
 
         def timed() -> None:
-            answer["prompt"] = self._model.run(self._bound)
+            answer["prompt"] = self._model.run()
             answer["tokens"] = self._model.continue_with(
                 tokens, lambda step: make_inputs(plain, batch, 1, length + step), cache
             )

@@ -25,27 +25,19 @@ class TimedModel:
     def __init__(self, path: Path | str, *, threads: int | None, provider: str) -> None:
         self._model = OnnxModel(path, threads=threads, provider=provider)
         self._device = "cuda" if provider == CUDA else "cpu"
+        self._start: dict[str, Any] = {}
         self._left: dict[str, Any] = {}
 
-    def bind(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """``inputs`` as values on the device."""
-        from onnxruntime import OrtValue
+    def start_with(self, inputs: Mapping[str, Array]) -> None:
+        """What every ``run`` runs on; of a cache's own inputs those may be missing that are told at the start."""
+        given = self._model.at_start(inputs)
+        self._model.check_names(given)
+        self._start = self._model.values(given, self._device)
 
-        bound = {}
-        for name, array in inputs.items():
-            # What is empty has no address on a device.
-            device = self._device if array.size else "cpu"
-            try:
-                bound[name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
-            except Exception as error:  # ONNX Runtime's exceptions share no base class
-                raise run_failed(self._model.path, error) from error
-        return bound
-
-    def run(self, inputs: Mapping[str, Any]) -> float:
-        """Seconds of one run on what ``bind`` gave; its outputs are kept until the next."""
-        self._model.check_names(inputs)
+    def run(self) -> float:
+        """Seconds of one run on what it starts with; its outputs are kept until the next."""
         self._left = {}  # first, so that their memory can be taken again
-        return self._timed(inputs)
+        return self._timed(self._start)
 
     def continue_with(
         self, steps: int, inputs: Callable[[int], Mapping[str, Array]], cache: Mapping[str, str]
@@ -57,7 +49,9 @@ class TimedModel:
             raise OnnxRuntimeError(f"{self._model.path} has no outputs {missing}, which its cache would come from")
         seconds = []
         for step in range(steps):
-            bound = self.bind(inputs(step)) | {into: self._left[name] for into, name in cache.items()}
+            bound = self._model.values(inputs(step), self._device) | {
+                into: self._left[name] for into, name in cache.items()
+            }
             seconds.append(self._timed(bound))
         return seconds
 

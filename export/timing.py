@@ -59,7 +59,7 @@ def measure_latency(
 
     ``threads`` defaults to one a physical core. Once ``budget`` seconds are spent no further round starts,
     except that every model runs 5 times at least (``runs`` times where that is fewer). ``work`` is for the
-    inputs' files (default: the system's temporary folder). Raises as :func:`compare_outputs` does.
+    inputs' files (default: the system's temporary folder). Caches are empty. Raises as :func:`compare_outputs` does.
     """
     require_onnx_runtime()
     if not models or runs < 1:

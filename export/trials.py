@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dotresize_fx.export.cached_runs import prompt_inputs
 from dotresize_fx.export.capture_module import untraced_samples
 from dotresize_fx.fidelity import Inputs, compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.fx_form.execution import Execution
@@ -64,7 +65,7 @@ def _random_inputs(result: SlimResult, batch: int, length: int, padding: int) ->
     ids = torch.randint(0, result.captured.vocabulary, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[-1, :padding] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return prompt_inputs(result.captured.cache, ids, mask)
 
 
 def measure_fidelity(

@@ -97,7 +97,7 @@ def why_not_cut(graph: Graph, region: Region) -> str:
 def _why_no_head_goes(graph: Graph, region: Region) -> str:
     if region.kind is RegionKind.QUERY_KEY and len({graph.op(name).inputs[0] for name in region.writers}) > 1:
         return "queries and keys are made of different values (cross attention), which is not supported yet"
-    if region.layout is not None and region.layout.cache:
+    if region.layout is not None and not graph.caches.keys() >= set(region.layout.cache):
         return "the cache that the graph puts out would change its size"
     return ""
 

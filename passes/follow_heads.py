@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.passes.close_dimension import Escape, in_words
-from dotresize_fx.passes.head_axes import Shape, filled, is_broadcast, joins, parts_batch, squeezed, stays, whole
+from dotresize_fx.passes.head_axes import Shape, added, is_broadcast, joins, parts_batch, squeezed, stays, whole
 from dotresize_fx.passes.match_rotary import Rotary, match_rotary
 
 PACKED = "query, key and value are packed in one weight"
@@ -114,7 +114,7 @@ class _Back:
                 raise Escape(self._refusal(op))
             self.way.crossed.append(op.name)
             self.readers = {op.name}
-            self.value = filled(op)[0] if op.attributes.get("form") == "concat" else op.inputs[0]
+            self.value = added(self.graph, op)[0] if op.attributes.get("form") == "concat" else op.inputs[0]
 
     def _producer(self) -> Op:
         """The op that computes the value, which nothing else may read but a cache."""
@@ -177,7 +177,8 @@ class _Back:
         form, attributes = op.attributes.get("form"), op.attributes
         last = len(self.value.shape) - 1
         if form == "concat":
-            return attributes["axis"] not in (self.axis, last) and not self.repeated and len(filled(op)) == 1
+            own = added(self.graph, op)
+            return attributes["axis"] not in (self.axis, last) and not self.repeated and len(own) == 1
         if form == "permute":
             order = attributes["order"]
             beside = not self.repeated or order[self.axis + 1] == order[self.axis] + 1
@@ -236,5 +237,5 @@ class _Back:
         if self.repeated:
             return "KV heads are repeated in an order that is not understood"
         if form == "concat":
-            return "it is put behind something that is not an empty cache"
+            return "it is put behind something that is no cache"
         return "it is reshaped in a way that is not understood" if form == "view" else in_words(op, "comes from")

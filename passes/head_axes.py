@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dotresize_fx.graph import Kind, Op, Value
+from dotresize_fx.graph import Graph, Kind, Op, Value
 
 Shape = tuple[int | str, ...]
 
@@ -39,9 +39,11 @@ def whole(size: int | str) -> int:
     return size
 
 
-def filled(op: Op) -> list[Value]:
-    """What a concatenation puts together, less what is empty, as a cache is at its start."""
-    return [value for value in op.inputs if 0 not in value.shape]
+def added(graph: Graph, op: Op) -> list[Value]:
+    """What a concatenation puts together, less a cache: what is empty, or an input that an output carries on."""
+    carried = op.output in graph.outputs
+    filled = [value for value in op.inputs if 0 not in value.shape]
+    return [v for v in filled if v.is_parameter or graph.producer(v) is not None or not carried]
 
 
 def is_broadcast(shape: Shape, rank: int, axis: int) -> bool:

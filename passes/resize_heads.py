@@ -24,6 +24,8 @@ def check_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
     for table, readers in layout.tables:
         read = all(table in {value.name for value in graph.op(name).inputs} for name in readers)
         promise(read, f"{region.name}: {table} is no table of it any more: find the regions anew")
+    for name in layout.cache if region_map.width != region.width else ():
+        promise(name in graph.caches, f"{region.name}: {name} is an output that has to keep its size")
     if region.symmetry is Symmetry.ROTARY_PAIRS:
         _check_pairs(region, region_map)
 
@@ -57,6 +59,8 @@ def resize_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
     if region.symmetry is Symmetry.ROTARY_PAIRS:
         assert region_map.pairs is not None
         _gather_tables(graph, region, region_map.pairs)
+    for name in layout.cache if n != k else ():
+        graph.resize_input(graph.caches[name], {1 if region.kind is RegionKind.HEADS else 3: k})
     attention = graph.op(region.attention)
     if region.kind is RegionKind.QUERY_KEY and attention.attributes["scale"] is None:
         graph.set_attention_scale(attention, 1 / math.sqrt(n))

@@ -114,6 +114,13 @@ class FxEdits(FxReading):
         self._shapes_stale = True
         self.changed()
 
+    def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
+        node = self.node(name)
+        value = node.meta["val"]
+        node.meta["val"] = value.new_empty([sizes.get(axis, size) for axis, size in enumerate(value.shape)])
+        self._shapes_stale = True
+        self.changed()
+
     def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         node = self.node(source.name)
         readers = [self.node(op.name) for op in users]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind
 
+from dotresize_fx.cache_names import PAST
+from dotresize_fx.fx_form.cache import as_it_is_now, at_start
 from dotresize_fx.fx_form.graph import FxGraph
 
 Environment = dict[torch.fx.Node, Any]
@@ -16,20 +18,23 @@ Environment = dict[torch.fx.Node, Any]
 class Execution:
     """Runs a graph's nodes in order over environments that hold what later nodes still need.
 
-    The graph must not gain or lose nodes between construction and use; weights may change.
+    The graph must not gain or lose nodes between construction and use; weights may change. What a program with a
+    cache hands on of it counts as a result with ``caches`` only: it would be held for every batch.
     """
 
-    def __init__(self, graph: FxGraph) -> None:
+    def __init__(self, graph: FxGraph, *, caches: bool = False) -> None:
         self.graph = graph
         self.program = graph.program
         specs = self.program.graph_signature.input_specs
         placeholders = [node for node in graph.nodes.nodes if node.op == "placeholder"]
         self.inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.USER_INPUT]
         self.parameters = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is not InputKind.USER_INPUT]
+        self._past = {node for node in self.inputs if node.name.startswith(PAST)}
         self._keys = {n: str(s.target) for n, s in zip(placeholders, specs, strict=True)}
         self.nodes = [node for node in graph.nodes.nodes if node.op == "call_function"]
         self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.results = list(graph.nodes.output_node().all_input_nodes)
+        results = graph.nodes.output_node().all_input_nodes
+        self.results = [node for node in results if caches or node.name not in graph.caches]
         self._last_use = self._find_last_uses()
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
@@ -48,8 +53,11 @@ class Execution:
         return self.index.get(node, -1)
 
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
-        """An environment with the program's inputs, by the names the program gives them."""
-        return {node: inputs[node.name] for node in self.inputs}
+        """An environment with the program's inputs, by the names the program gives them.
+
+        A cache that is not given is empty, and positions are counted from 0.
+        """
+        return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
         """The tensor behind a parameter placeholder, as it is now."""
@@ -76,7 +84,7 @@ class Execution:
 
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
-                return environment[node]
+                return as_it_is_now(node, environment[node]) if node in self._past else environment[node]
             return given[node] if node in given else self.parameter(node)
 
         with torch.set_grad_enabled(gradients):

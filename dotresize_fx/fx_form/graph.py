@@ -84,4 +84,5 @@ class FxGraph(FxEdits):
         )
         copied._shapes_stale = self._shapes_stale
         copied.packings.update(self.packings)
+        copied.caches.update(self.caches)
         return copied

@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from dotresize_fx.cache_names import PAST
 from dotresize_fx.fx_form.kinds import classify, is_turned_weight
 from dotresize_fx.graph import Graph, Kind, Op, Value
 
@@ -145,6 +146,8 @@ class FxReading(Graph):
     def _traced_tokens(self) -> int:
         """Of the sample that the program was traced with."""
         inputs = {s.arg.name for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
+        if any(name.startswith(PAST) for name in inputs):  # the mask is as long as the past too
+            inputs = {"input_ids"}
         shapes = [node.meta["val"].shape for node in self.nodes.nodes if node.name in inputs]
         return max((_hint(shape[:2]) for shape in shapes if len(shape) > 1), default=1)
 

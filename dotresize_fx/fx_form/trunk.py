@@ -9,6 +9,7 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dotresize_fx.errors import UsageError
+from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.edits import is_impure
 from dotresize_fx.fx_form.graph import FxGraph
 
@@ -65,6 +66,7 @@ class Trunk:
         copied.eliminate_dead_code(is_impure)
         old_names = {new: old.name for old, new in made.items()}
         self._inputs: list[tuple[bool, str]] = []
+        self._given: dict[str, torch.fx.Node] = {}
         self.parameters = {str(specs[n].target) for n in specs if specs[n].kind is InputKind.PARAMETER}
         for node in [node for node in copied.nodes if node.op == "placeholder"]:
             spec = specs[old_names[node]]
@@ -72,6 +74,7 @@ class Trunk:
                 copied.erase_node(node)
             elif spec.kind is InputKind.USER_INPUT:
                 self._inputs.append((True, old_names[node]))
+                self._given[old_names[node]] = node
             else:
                 self._inputs.append((False, str(spec.target)))
         self.keys = dict.fromkeys(key for given, key in self._inputs if not given)
@@ -92,8 +95,12 @@ class Trunk:
     def __call__(
         self, values: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(the head's input or the first output, the streams), each (batch, length, width)."""
-        found, *streams = self._forward(*[inputs[key] if given else values[key] for given, key in self._inputs])
+        """(the head's input or the first output, the streams), each (batch, length, width).
+
+        A cache that is not given is empty, and positions are counted from 0.
+        """
+        all_inputs = {key: inputs[key] if key in inputs else at_start(n, inputs) for key, n in self._given.items()}
+        found, *streams = self._forward(*[all_inputs[key] if given else values[key] for given, key in self._inputs])
         return found, streams
 
 

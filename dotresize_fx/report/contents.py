@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from dotresize_fx.task import Task
 
-SCHEMA_VERSION = 1
+# 2: ``cache`` says which inputs and outputs the ONNX of a decoder has.
+SCHEMA_VERSION = 2
 
 Scalar = str | int | float | bool | None
 
@@ -239,7 +240,9 @@ class Report:
     """One run of the compiler.
 
     ``inputs_sha256`` and ``outputs_sha256`` map file names to hex digests (outputs: every file of OUT except
-    the reports). ``stage_seconds`` keeps the order of the stages and may end in ``total``.
+    the reports). ``stage_seconds`` keeps the order of the stages and may end in ``total``. ``cache``: model.onnx
+    reads ``past_key_values.N.key`` and ``.value`` and puts out ``present.N.key`` and ``.value`` beside ``logits``;
+    without it no cache goes in or out.
     """
 
     tool_version: str
@@ -248,6 +251,7 @@ class Report:
     model: ModelSource
     options: dict[str, Any]
     seed: int
+    cache: bool = False
     inputs_sha256: dict[str, str] = field(default_factory=dict)
     outputs_sha256: dict[str, str] = field(default_factory=dict)
     regions: tuple[RegionRow, ...] = ()

@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[Spelling, str]] = {
         lambda m, x: split(m.v(x)) + 1 * split(x),
         "not understood as a rotary embedding of two halves",
     ),
-    "a cache that is not empty": (lambda m, x: torch.cat([split(x), split(m.v(x))], -2), "not an empty cache"),
+    "a cache that is not empty": (lambda m, x: torch.cat([split(x), split(m.v(x))], -2), "something that is no cache"),
     "a norm on all heads": (lambda m, x: split(m.norm(m.v(x))), "a norm acts on all heads together"),
     "no linear": (lambda m, x: split(x), "it comes from an input of the graph"),
     "packed": (lambda m, x: split(m.v(x).split(8, -1)[1]), "are packed in one weight"),

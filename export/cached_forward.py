@@ -1,0 +1,146 @@
+"""A decoder's forward pass with its cache as plain inputs and outputs, named as Optimum and ONNX Runtime GenAI do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dotresize_fx.cache_names import PAST, POSITIONS
+from dotresize_fx.errors import CaptureError
+
+Layers = Sequence[Mapping[str, torch.Tensor]]
+# Sizes of the traced sample that no other size equals by chance.
+PAST_LENGTH = 3
+
+
+@dataclass(frozen=True)
+class CachedForward:
+    """``sizes`` are (KV heads, size of a key, size of a value) of each layer. ``positions``: the model takes them.
+
+    Inputs are ``input_ids`` (batch, length), ``attention_mask`` (batch, past + length), ``position_ids`` (batch,
+    length) and ``past_key_values.N.key`` and ``.value`` (batch, KV heads, past, size); outputs are ``logits`` (batch,
+    length, vocabulary) and ``present.N.key`` and ``.value`` (batch, KV heads, past + length, size).
+    """
+
+    sizes: tuple[tuple[int, int, int], ...]
+    positions: bool
+    sample: Mapping[str, Any] = field(repr=False)
+
+    def shapes(self, batch: Any, length: Any, past: Any) -> dict[str, Any]:
+        """What torch.export is told of each input's sizes; that the mask is as long as both it is told in the pass."""
+        free: dict[str, Any] = {
+            "input_ids": {0: batch, 1: length},
+            "attention_mask": {0: batch, 1: torch.export.Dim.AUTO},
+        }
+        if self.positions:
+            free[POSITIONS] = {0: batch, 1: length}
+        layer = {"key": {0: batch, 2: past}, "value": {0: batch, 2: past}}
+        return free | {PAST: [layer for _ in self.sizes]}
+
+    @contextmanager
+    def on(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, ``model`` takes and gives what is said above; layers as dictionaries in a list."""
+        original = model.forward
+
+        def forward(
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            position_ids: torch.Tensor | None = None,
+            past_key_values: Layers = (),
+        ) -> dict[str, Any]:
+            _check_sizes(input_ids, attention_mask, position_ids, past_key_values)
+            extra = {} if position_ids is None else {POSITIONS: position_ids}
+            found = original(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=_cache(past_key_values),
+                use_cache=True,
+                **extra,
+            )
+            layers = found.past_key_values.layers
+            return {"logits": found.logits, "present": [{"key": each.keys, "value": each.values} for each in layers]}
+
+        model.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            model.forward = original  # type: ignore[method-assign]
+
+
+def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """(batch, length): of the last tokens of a mask (batch, past + length), counted without padding on the left."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+@torch.no_grad()
+def cached_forward(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> CachedForward:
+    """What the model's cache is like; ``ids`` and ``mask``, (batch, length), are what it is tried, and traced, with.
+
+    Raises:
+        CaptureError: it is not keys and values of every layer, one behind the other; the message says what it is.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    taken = inspect.signature(model.forward).parameters
+    if PAST not in taken or "use_cache" not in taken:
+        raise CaptureError("its forward pass takes no past_key_values")
+    found = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    layers = getattr(getattr(found, PAST, None), "layers", None)
+    if not layers or not hasattr(found, "logits"):
+        raise CaptureError("its forward pass gives no cache of layers")
+    kinds = {type(layer) for layer in layers}
+    if other := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise CaptureError(f"its cache holds {min(kind.__name__ for kind in other)}, not keys and values alone")
+    sizes = []
+    for layer in layers:
+        keys, values = layer.keys, layer.values
+        if keys is None or keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise CaptureError("its cache is not (batch, heads, length, size) in every layer")
+        sizes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    generator = torch.Generator().manual_seed(0)
+    rows, dtype = len(ids), layers[0].keys.dtype
+    longer = torch.cat([mask[:, :1].expand(rows, PAST_LENGTH), mask], 1)  # padding goes on to the left
+    sample: dict[str, Any] = {"input_ids": ids, "attention_mask": longer}
+    positions = POSITIONS in taken
+    if positions:
+        sample[POSITIONS] = positions_of(longer, ids.shape[1])
+    sample[PAST] = [
+        {
+            name: torch.randn(rows, heads, PAST_LENGTH, size, generator=generator).to(dtype)
+            for name, size in (("key", key), ("value", value))
+        }
+        for heads, key, value in sizes
+    ]
+    return CachedForward(tuple(sizes), positions, sample)
+
+
+def _cache(layers: Layers) -> Any:
+    """transformers' cache of these keys and values, all of them kept: the mask is what a sliding window is."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for given in layers:
+        layer = DynamicLayer()
+        layer.keys, layer.values = given["key"], given["value"]
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+        cache.layers.append(layer)
+    return cache
+
+
+def _check_sizes(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None, layers: Layers) -> None:
+    """Tell torch.export which sizes are the same, which named dimensions cannot (a mask as long as past and length)."""
+    past = layers[0]["key"].shape[2]
+    for tensor in (tensor for layer in layers for tensor in layer.values()):
+        torch._check(tensor.shape[0] == ids.shape[0])
+        torch._check(tensor.shape[2] == past)
+    torch._check(mask.shape[0] == ids.shape[0])
+    torch._check(mask.shape[1] == past + ids.shape[1])
+    if positions is not None:
+        torch._check(positions.shape[0] == ids.shape[0])
+        torch._check(positions.shape[1] == ids.shape[1])

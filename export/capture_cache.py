@@ -1,0 +1,92 @@
+"""Capture of a decoder with its cache: one program for the prompt, an empty past, and for every token behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dotresize_fx.errors import CaptureError
+from dotresize_fx.export.cached_forward import PAST_LENGTH, cached_forward
+from dotresize_fx.export.cached_runs import continued, prompt_inputs
+from dotresize_fx.export.capture import LARGEST_BATCH, Captured, sample_inputs, trace, what_it_said
+from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.fx_form.cache import find_caches
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
+
+# Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
+TOLERANCE = 1e-4
+# (tokens of the past, new tokens) of the sample's; the batch too is one that was not traced.
+SPLITS = ((0, 16), (0, 1), (9, 7), (15, 1))
+
+
+def capture_with_cache(model: Any) -> Captured:
+    """Trace the forward pass with keys and values as inputs and outputs, and hold it against the model.
+
+    Raises:
+        CaptureError: the cache is something else, or torch.export refused, or the program computes something else;
+            the message begins with what.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    longest = int(getattr(config, "max_position_embeddings", None) or 2048)
+    vocabulary = int(config.vocab_size)
+    sample = sample_inputs(vocabulary)
+    with quiet_libraries():
+        try:
+            cached = cached_forward(model, sample["input_ids"], sample["attention_mask"])
+        except (CaptureError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CaptureError(what_it_said(error)) from error
+    auto = torch.export.Dim.AUTO
+    # Of these the tracer knows then that they may be 0 or 1.
+    named = (
+        torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
+        auto,
+        torch.export.Dim("past", min=0, max=max(longest, PAST_LENGTH + 1)),
+    )
+    refusal: Exception | None = None
+    for sizes in (named, (auto, auto, auto)):
+        try:
+            with cached.on(model):
+                program, metadata = trace(model, cached.sample, cached.shapes(*sizes))
+        except Exception as error:
+            refusal = refusal or error
+            if "Constraints violated" not in str(error):
+                break
+            continue
+        captured = Captured(FxGraph(program), sample, metadata, longest, vocabulary, cache=cached)
+        graph = captured.graph
+        graph.caches.update(find_caches(graph))
+        if len(graph.caches) != 2 * len(cached.sizes):
+            raise CaptureError("what it puts out as its cache is not the past with the new tokens behind it")
+        _compare(model, captured)
+        return captured
+    raise CaptureError(f"torch.export said: {what_it_said(refusal or Exception())}") from refusal
+
+
+@torch.no_grad()
+def _compare(model: Any, captured: Captured) -> None:
+    """The model's logits without a cache, in one go, against the program's, in one go and behind a past of its own."""
+    assert captured.cache is not None
+    execution = Execution(captured.graph, caches=True)
+    ids, mask = captured.sample["input_ids"], captured.sample["attention_mask"]
+    for past, length in SPLITS:
+        stop = past + length
+        whole = prompt_inputs(captured.cache, ids[:, :stop], mask[:, :stop])
+        expected = model(**whole)[0][:, past:]
+        real = mask[:, past:stop].bool()
+        try:
+            given = whole
+            if past:
+                before = execution.outputs(prompt_inputs(captured.cache, ids[:, :past], mask[:, :past]))[1:]
+                given = continued(captured.graph, whole, before, past)
+            found = execution.outputs(given)[0]
+            same = found.shape == expected.shape and bool(
+                (found - expected)[real].abs().max() <= TOLERANCE * expected.abs().max()
+            )
+        except (RuntimeError, IndexError):  # sizes that tracing took for constants
+            same = False
+        if not same:
+            raise CaptureError(
+                f"with a past of {past} and {length} new tokens the captured program computes something else"
+            )

@@ -1,0 +1,71 @@
+"""genai_config.json: what ONNX Runtime GenAI is told of a decoder, where it can run the graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dotresize_fx.cache_names import PAST, POSITIONS
+from dotresize_fx.export.emit_onnx import ONNX_FILE
+from dotresize_fx.fx_form.graph import FxGraph
+
+GENAI_FILE = "genai_config.json"
+
+
+def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) -> str:
+    """Write it into ``folder``; why not, else empty. ``config`` is the dense model's.
+
+    GenAI makes the empty past itself, of one shape for keys and values of all layers.
+    """
+    shapes = {tuple(graph.node(name).meta["val"].shape)[1::2] for name in graph.caches.values()}
+    if len(shapes) > 1:
+        return (
+            f"no {GENAI_FILE}: ONNX Runtime GenAI wants keys and values of one size, and as many heads, in all layers; "
+            "--head-sizes equal --uniform, or --regions ffn, leave that"
+        )
+    ((heads, size),) = shapes
+    text = config.get_text_config()
+    ends = getattr(text, "eos_token_id", None)
+    first = ends[0] if isinstance(ends, list) else ends
+    if first is None:
+        return f"no {GENAI_FILE}: the model's configuration names no token that ends a text"
+    padding = getattr(text, "pad_token_id", None)
+    inputs = {name: name for name in ("input_ids", "attention_mask", POSITIONS) if _reads(graph, name)}
+    inputs |= {"past_key_names": f"{PAST}.%d.key", "past_value_names": f"{PAST}.%d.value"}
+    content = {
+        "model": {
+            "type": "decoder",
+            "vocab_size": int(text.vocab_size),
+            "context_length": longest,
+            "bos_token_id": first if getattr(text, "bos_token_id", None) is None else text.bos_token_id,
+            "eos_token_id": ends,
+            "pad_token_id": first if padding is None else padding,
+            "decoder": {
+                "filename": ONNX_FILE,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "hidden_size": int(text.hidden_size),
+                "num_hidden_layers": len(graph.caches) // 2,
+                "num_attention_heads": int(text.num_attention_heads),
+                "num_key_value_heads": int(heads),
+                "head_size": int(size),
+                "inputs": inputs,
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": longest,
+            "past_present_share_buffer": False,
+        },
+    }
+    (folder / GENAI_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return ""
+
+
+def _reads(graph: FxGraph, name: str) -> bool:
+    return any(node.op == "placeholder" and node.name == name for node in graph.nodes.nodes)
