@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from dotresize_fx.errors import OnnxRuntimeError, OutOfMemoryError, UsageError
@@ -92,9 +93,9 @@ class Bench:
             detail = "one run, without anything cached"
         else:
             length, past = 1, workload.prompt + workload.decode // 2
-            seconds = {model: [sum(one) / len(one) for one in found.tokens] for model, found in turns.items()}
+            seconds = {model: [median(one) for one in found.tokens] for model, found in turns.items()}
             end = workload.prompt + workload.decode - 1
-            detail = f"mean of a round's, behind {workload.prompt} to {end} cached tokens (MACs behind {past})"
+            detail = f"median of a round's, behind {workload.prompt} to {end} cached tokens (MACs behind {past})"
         where = Conditions(self.threads, self.provider, workload.batch, length if self.models[0].reads_text else None)
         runs: list[RunFigures] = []
         plain = {}
@@ -124,6 +125,8 @@ class Bench:
                         (self._profiled(side, workload, length, past), plain[side.name], side.modules)
                         for side in (self.models[0], model)
                     ]
+                if self.provider == CUDA:
+                    notes.append("the profiler's times on a GPU are those of launching its kernels")
                 findings.append(
                     Finding(model=model.name, text=_in_vain(run), losses=latency_losses(sides[0], sides[1]))
                 )

@@ -33,15 +33,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dotresize-fx {version('dotresize-fx')}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["eval"]])
+@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["eval"], ["bench"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command, "--help") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "usage: dotresize-fx" in captured.out
-    for word in {"export": ("--ratio", "--force"), "eval": ("--text",), "inspect": ("MODEL",)}.get(
-        command[0] if command else "", ("export", "inspect", "eval")
-    ):
+    for word in {
+        "export": ("--ratio", "--force"),
+        "eval": ("--text",),
+        "inspect": ("MODEL",),
+        "bench": ("--workload", "--html"),
+    }.get(command[0] if command else "", ("export", "inspect", "eval")):
         assert word in captured.out
 
 

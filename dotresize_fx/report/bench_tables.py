@@ -59,7 +59,7 @@ def phase_table(phase: Phase) -> Table:
                 words.DASH if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}",
                 words.giga(run.macs),
                 cut,
-                words.DASH if run.gflops is None else f"{run.gflops:.1f}",
+                words.DASH if run.gflops is None else words.number(run.gflops),
             )
         )
     title = {"prompt": "Prompt latency", "output token": "Time per output token"}[phase.name]
