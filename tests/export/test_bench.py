@@ -14,7 +14,7 @@ import pytest
 from dotresize_fx.cli import main
 from dotresize_fx.errors import InputsDifferError
 from dotresize_fx.export.bench import bench
-from dotresize_fx.export.bench_model import open_models
+from dotresize_fx.export.bench_model import open_models, sizes_told
 from dotresize_fx.report.bench_tables import bench_table
 from dotresize_fx.workload import Workload
 
@@ -213,6 +213,23 @@ def test_mistakes_are_one_line(
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.err.count("\n") == (code != 0)
+
+
+def test_fixed_sizes_are_run_and_told(tmp_path: Path) -> None:
+    fixed = CACHED.replace("[b, l]", "[4, 6]").replace("[b,", "[4,")
+    (model,) = open_models([save(tmp_path / "fixed.onnx", fixed)])
+    workload, notes = sizes_told(model, Workload(prompt=9, decode=2, batch=1))
+    assert workload == Workload(prompt=6, decode=2, batch=4)
+    assert "fixed sizes: prompt=6,decode=2,batch=4 was run for prompt=9,decode=2,batch=1" in notes[0]
+    assert not model.batch_is_free
+    assert "of one fixed length" in model.why_no_tokens(workload)
+    (free,) = open_models([save_cached(tmp_path / "free.onnx")])
+    assert sizes_told(free, workload) == (workload, [])
+    assert free.why_no_tokens(workload) == ""
+    assert "decode=0" in free.why_no_tokens(Workload(6, 0, 4))
+    lost = CACHED.replace("present_0_value)", "kept)").replace("present_0_value", "kept")
+    (without,) = open_models([save(tmp_path / "without.onnx", lost)])
+    assert "past_key_values.0.value has no output present" in without.why_no_tokens(workload)
 
 
 def test_a_caches_sizes_may_differ(tmp_path: Path) -> None:
