@@ -50,11 +50,12 @@ def phase_table(phase: Phase) -> Table:
     head = ("model", "median", "to the first [95 %]", "tokens/s", "MACs", "", "GFLOP/s")
     rows = []
     for run in phase.runs:
+        half = (run.latency.p75 - run.latency.p25) / 2
         cut = words.DASH if run.macs_ratio is None else words.change(1.0, run.macs_ratio)
         rows.append(
             (
                 run.model,
-                words.spread(run.latency),
+                f"{words.duration(run.latency.median)} ± {words.duration(half)}",
                 interval(run),
                 words.DASH if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}",
                 words.giga(run.macs),
