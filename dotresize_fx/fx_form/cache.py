@@ -25,19 +25,10 @@ def at_start(node: torch.fx.Node, inputs: Mapping[str, torch.Tensor]) -> torch.T
     """
     if not node.name.startswith(PAST) and node.name != POSITIONS:
         raise KeyError(node.name)
-    ids = inputs["input_ids"]
+    ids, value = inputs["input_ids"], node.meta["val"]
     if node.name == POSITIONS:
         return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    dtype = node.meta["val"].dtype
-    return as_it_is_now(node, torch.empty(len(ids), 0, 0, 0, dtype=dtype, device=ids.device))
-
-
-def as_it_is_now(node: torch.fx.Node, past: torch.Tensor) -> torch.Tensor:
-    """A cache; an empty one with the heads and the size that this input has by now, whatever was cut meanwhile."""
-    if past.shape[2]:
-        return past
-    _, heads, _, size = node.meta["val"].shape
-    return past.new_empty(len(past), int(heads), 0, int(size))
+    return torch.empty(len(ids), int(value.shape[1]), 0, int(value.shape[3]), dtype=value.dtype, device=ids.device)
 
 
 def find_caches(graph: FxReading) -> dict[str, str]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind
 
-from dotresize_fx.cache_names import PAST
-from dotresize_fx.fx_form.cache import as_it_is_now, at_start
+from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.graph import FxGraph
 
 Environment = dict[torch.fx.Node, Any]
@@ -29,7 +28,6 @@ class Execution:
         placeholders = [node for node in graph.nodes.nodes if node.op == "placeholder"]
         self.inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.USER_INPUT]
         self.parameters = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is not InputKind.USER_INPUT]
-        self._past = {node for node in self.inputs if node.name.startswith(PAST)}
         self._keys = {n: str(s.target) for n, s in zip(placeholders, specs, strict=True)}
         self.nodes = [node for node in graph.nodes.nodes if node.op == "call_function"]
         self.index = {node: i for i, node in enumerate(self.nodes)}
@@ -84,7 +82,7 @@ class Execution:
 
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
-                return as_it_is_now(node, environment[node]) if node in self._past else environment[node]
+                return environment[node]
             return given[node] if node in given else self.parameter(node)
 
         with torch.set_grad_enabled(gradients):
@@ -92,7 +90,10 @@ class Execution:
                 node = self.nodes[i]
                 args = torch.fx.node.map_arg(node.args, look_up)
                 kwargs = torch.fx.node.map_arg(node.kwargs, look_up)
-                value = node.target(*args, **kwargs)
+                if node.name in self.graph.caches and not args[0][0].shape[2]:
+                    value = args[0][1]  # behind an empty past, whose heads may have been cut meanwhile
+                else:
+                    value = node.target(*args, **kwargs)
                 environment[node] = value
                 if node in wanted:
                     kept[node] = value

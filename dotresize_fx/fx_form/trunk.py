@@ -62,6 +62,9 @@ class Trunk:
             wanted = [made[end], *(made[graph.node(name)] for name in streams)]
         except KeyError as error:
             raise UsageError(f"no value {error} in the graph, whose error was to be part of the loss") from error
+        for joined in (made[graph.node(name)] for name in graph.caches):  # the past is empty
+            parts: Any = joined.args[0]
+            joined.replace_all_uses_with(parts[1])
         copied.output(tuple(wanted))
         copied.eliminate_dead_code(is_impure)
         old_names = {new: old.name for old, new in made.items()}
@@ -97,10 +100,10 @@ class Trunk:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(the head's input or the first output, the streams), each (batch, length, width).
 
-        A cache that is not given is empty, and positions are counted from 0.
+        A cache is empty, and positions that are not given are counted from 0.
         """
-        all_inputs = {key: inputs[key] if key in inputs else at_start(n, inputs) for key, n in self._given.items()}
-        found, *streams = self._forward(*[all_inputs[key] if given else values[key] for given, key in self._inputs])
+        own = {key: inputs[key] if key in inputs else at_start(node, inputs) for key, node in self._given.items()}
+        found, *streams = self._forward(*[own[key] if given else values[key] for given, key in self._inputs])
         return found, streams
 
 

@@ -40,7 +40,8 @@ def give(handed: Handed) -> None:
     sources = [[{name: value.cpu() for name, value in batch.items()} for batch in part] for part in handed.sources]
     content = io.BytesIO()
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    torch.save([programs, keys, shapes, sources, handed.task], content)
+    caches = [dict(graph.caches) for graph in (handed.dense, handed.slim)]
+    torch.save([programs, keys, caches, shapes, sources, handed.task], content)
     device = tensors[0].device
     buffer = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8).to(device)
     ranks.share_first([torch.tensor([len(buffer)], device=device)])
@@ -53,10 +54,14 @@ def take(device: str) -> Handed:
     ranks = Ranks()
     ranks.share_first([size := torch.zeros(1, dtype=torch.int64, device=device)])
     ranks.share_first([buffer := torch.empty(int(size), dtype=torch.uint8, device=device)])
-    programs, keys, shapes, sources, task = torch.load(io.BytesIO(buffer.cpu().numpy().tobytes()), weights_only=True)
+    programs, keys, caches, shapes, sources, task = torch.load(
+        io.BytesIO(buffer.cpu().numpy().tobytes()), weights_only=True
+    )
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     ranks.share_first(tensors)
     dense, slim = (_with_weights(*parts, tensors, device) for parts in zip(programs, keys, strict=True))
+    for graph, known in zip((dense, slim), caches, strict=True):
+        graph.caches.update(known)
     here = [[{name: value.to(device) for name, value in batch.items()} for batch in part] for part in sources]
     return Handed(dense, slim, here, task)
 
