@@ -1,4 +1,5 @@
-"""The command line: export, inspect, eval, generate. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C.
+"""The command line: export, inspect, eval, generate, bench. Exit codes are those of :mod:`dotresize_fx.errors`; 130
+is Ctrl-C.
 
 Under torchrun (``torchrun --nproc-per-node N -m dotresize_fx export ... --effort heal``) N processes heal together:
 rank 0 does all else and says all, the others leave with code 0 once healing is done.
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
+from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import DotresizeError, OutputError, RanksError, UsageError
 from dotresize_fx.launched import one_is_enough, rank_and_count
 
@@ -226,6 +228,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="that are written at most (128)")
     generate.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime (one a physical core)")
     generate.add_argument("--quiet", action="store_true", help="no speed on standard error")
+
+    bench = commands.add_parser("bench", help="time ONNX files side by side, with memory and MACs")
+    bench.set_defaults(run=lambda arguments, stop: run_bench(arguments, stop.check))
+    bench_options(bench)
     return parser
 
 

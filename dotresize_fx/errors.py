@@ -92,3 +92,15 @@ class CheckpointError(DotresizeError):
     """No stock model has the slim widths, or one computes something else; the message says which and why."""
 
     exit_code = 14
+
+
+class InputsDifferError(DotresizeError):
+    """Models that are to be measured side by side take different inputs."""
+
+    exit_code = 17
+
+
+class OutOfMemoryError(DotresizeError):
+    """The device has no room for a model, or for one run of it at the smallest batch."""
+
+    exit_code = 18

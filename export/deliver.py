@@ -17,12 +17,14 @@ from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.cached_runs import continued, onnx_inputs, splits
 from dotresize_fx.export.checkpoint import write_checkpoint
-from dotresize_fx.export.emit_onnx import emit_onnx, onnx_size
+from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.genai_config import write_genai_config
-from dotresize_fx.export.onnx_runtime import compare_outputs, measure_latency
+from dotresize_fx.export.onnx_file import onnx_size
+from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
-from dotresize_fx.export.runtime_process import peak_rss_bytes
+from dotresize_fx.export.peak_memory import peak_rss_bytes
+from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.trials import latency_inputs, mask_name, measure_fidelity, text_inputs, verification_inputs
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.fx_form.execution import Execution

@@ -20,10 +20,10 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.capture import Captured, no_fast_path
+from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 
-ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 # Of a graph with a cache, by the input.
 FREE_SIZES = {
@@ -68,11 +68,6 @@ def _name_sizes(graph: onnx_ir.Graph) -> None:
             names.setdefault(str(value.shape[axis]), name)
     for value in (*graph.inputs, *graph.outputs):
         value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
-
-
-def onnx_size(path: Path) -> int:
-    """Bytes of model.onnx and its external data."""
-    return sum(file.stat().st_size for file in (path, path.with_name(WEIGHTS_FILE)) if file.exists())
 
 
 class _GivenProgram(DynamoExporter):  # type: ignore[misc]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.export.emit_onnx import ONNX_FILE
 from dotresize_fx.export.model_source import load_model
+from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.export.program_file import is_program_file
 from dotresize_fx.fidelity import Inputs, Run, perplexity

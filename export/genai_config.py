@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dotresize_fx.cache_names import PAST, POSITIONS
-from dotresize_fx.export.emit_onnx import ONNX_FILE
+from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.fx_form.graph import FxGraph
 
 GENAI_FILE = "genai_config.json"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.export.emit_onnx import ONNX_FILE
 from dotresize_fx.export.greedy import greedy
+from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.onnx_session import OnnxModel, first_line
 from dotresize_fx.task import reads_text
 

@@ -14,10 +14,20 @@ from typing import Any
 import numpy as np
 
 from dotresize_fx.cache_names import PAST, POSITIONS
-from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError, OnnxRuntimeError
+from dotresize_fx.errors import (
+    BadWeightsError,
+    DotresizeError,
+    MissingExtraError,
+    ModelNotFoundError,
+    OnnxRuntimeError,
+    OutOfMemoryError,
+)
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
 Array = np.ndarray[Any, Any]
+# What ONNX Runtime, CUDA, cuBLAS and C++ say where there is no room; none has an error code that reaches Python.
+_NO_ROOM = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
 
 
 def require_onnx_runtime() -> None:
@@ -41,11 +51,21 @@ def physical_cores() -> int:
     return max(1, len(siblings))
 
 
-def open_session(path: Path, *, threads: int | None = None, provider: str = CPU) -> Any:
+def open_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    provider: str = CPU,
+    profile: Path | None = None,
+    optimised: bool = True,
+) -> Any:
     """An ``onnxruntime.InferenceSession`` on ``threads`` intra-op threads (default: one a physical core).
 
-    Raises MissingExtraError (no ONNX Runtime, or one without ``provider``), ModelNotFoundError (no such file)
-    and BadWeightsError (not an ONNX model, or its external data is missing or cut off).
+    ``profile`` is how the names of the files begin that its profiler writes. Without ``optimised`` the nodes run as the
+    file has them, and the profiler sees their weights.
+
+    Raises MissingExtraError (no ONNX Runtime, or one without ``provider``), ModelNotFoundError (no such file),
+    BadWeightsError (not an ONNX model, or its external data is missing or cut off) and OutOfMemoryError.
     """
     require_onnx_runtime()
     if not path.is_file():
@@ -58,9 +78,16 @@ def open_session(path: Path, *, threads: int | None = None, provider: str = CPU)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = 3  # errors only: warnings about unfused nodes are not the user's business
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # its exceptions share no base class but Exception
+        if _no_room(error):
+            raise run_failed(path, error) from error
         raise BadWeightsError(
             f"ONNX Runtime cannot open {path}: {first_line(error)}; the file or its data is damaged, export it again"
         ) from error
@@ -75,19 +102,30 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def run_failed(path: Path, error: Exception) -> DotresizeError:
+    """What to raise for an exception out of ONNX Runtime."""
+    if _no_room(error):
+        return OutOfMemoryError(f"no memory left to run {path}: {first_line(error)}; take a smaller batch or prompt")
+    return OnnxRuntimeError(f"ONNX Runtime cannot run {path}: {first_line(error)}")
+
+
+def _no_room(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM)
+
+
 class OnnxModel:
     """An ONNX file as a callable, in this process: arrays by input name -> outputs in the graph's order.
 
-    Raises what :func:`open_session` raises; a call raises OnnxRuntimeError for inputs the graph does not
-    take.
+    Takes and raises what :func:`open_session` does; a call raises OnnxRuntimeError for inputs the graph does not
+    take, and OutOfMemoryError.
     """
 
-    def __init__(self, path: Path | str, *, threads: int | None = None, provider: str = CPU) -> None:
+    def __init__(self, path: Path | str, **options: Any) -> None:
         self.path = Path(path)
-        self._session = open_session(self.path, threads=threads, provider=provider)
-        self._shapes = {item.name: item.shape for item in self._session.get_inputs()}
+        self.session = open_session(self.path, **options)
+        self._shapes = {item.name: item.shape for item in self.session.get_inputs()}
         self.input_names: tuple[str, ...] = tuple(self._shapes)
-        self.output_names: tuple[str, ...] = tuple(item.name for item in self._session.get_outputs())
+        self.output_names: tuple[str, ...] = tuple(item.name for item in self.session.get_outputs())
 
     @property
     def has_cache(self) -> bool:
@@ -109,26 +147,38 @@ class OnnxModel:
                 given[name] = np.maximum(given["attention_mask"].cumsum(-1) - 1, 0)
         return given
 
-    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+    def check_names(self, inputs: Mapping[str, Any]) -> None:
+        """Raise OnnxRuntimeError unless these are the inputs that the graph takes."""
         missing = [name for name in self.input_names if name not in inputs]
         unknown = [name for name in inputs if name not in self.input_names]
         if missing or unknown:
             problem = f"missing inputs {missing}" if missing else f"unknown inputs {unknown}"
             raise OnnxRuntimeError(f"{self.path} takes {list(self.input_names)}: {problem}")
-        return self._run(lambda: self._session.run(None, dict(inputs)))
 
-    def values(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """The arrays as the runtime's own."""
-        import onnxruntime
+    def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
+        self.check_names(inputs)
+        outputs: list[Array] = self._run(lambda: self.session.run(None, dict(inputs)))
+        return outputs
 
-        return {name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
+    def values(self, inputs: Mapping[str, Array], device: str = "cpu") -> dict[str, Any]:
+        """The arrays as the runtime's own, on ``device``."""
+        from onnxruntime import OrtValue
+
+        # What is empty has no address on a device.
+        places = {name: device if value.size else "cpu" for name, value in inputs.items()}
+        arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        values: dict[str, Any] = self._run(
+            lambda: {name: OrtValue.ortvalue_from_numpy(arrays[name], place, 0) for name, place in places.items()}
+        )
+        return values
 
     def run_values(self, inputs: Mapping[str, Any]) -> list[Any]:
         """A call whose inputs and outputs are the runtime's own, so that a cache is not copied."""
-        return self._run(lambda: self._session.run_with_ort_values(self.output_names, dict(inputs)))
+        outputs: list[Any] = self._run(lambda: self.session.run_with_ort_values(self.output_names, dict(inputs)))
+        return outputs
 
-    def _run(self, call: Callable[[], list[Any]]) -> list[Any]:
+    def _run(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except Exception as error:  # as above
-            raise OnnxRuntimeError(f"ONNX Runtime cannot run {self.path}: {first_line(error)}") from error
+            raise run_failed(self.path, error) from error

@@ -1,27 +1,31 @@
-"""The child that runs ONNX Runtime: ``python -P -m dotresize_fx.export.runtime_process REQUEST RESPONSE``.
+"""The child that runs ONNX Runtime: ``python -P -m dotresize_fx.export.runtime_process``.
 
-REQUEST is a JSON file, arrays lie beside it in .npz files, RESPONSE is written last. A process of its own
-keeps the runtime's memory out of the export process and measures it. Kept light: importing torch here would
-be measured too.
+Requests come as lines of JSON on standard input and are answered so on standard output; arrays lie in .npz files in
+the working folder. A process of its own keeps the runtime's memory out of the export process and measures it. Kept
+light: importing torch here would be measured too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dotresize_fx.errors import DotresizeError, OnnxRuntimeError
-from dotresize_fx.export.onnx_session import OnnxModel
+from dotresize_fx.export.graph_inputs import InputPlan, make_inputs
+from dotresize_fx.export.node_profile import profile_nodes
+from dotresize_fx.export.onnx_session import CUDA, OnnxModel
+from dotresize_fx.export.peak_memory import CudaMemory, peak_rss_bytes
+from dotresize_fx.export.timed_model import TimedModel
 
 _CHUNK = 1 << 20  # elements compared at a time: differences in float64 must not double the measured memory
-_FEWEST_RUNS = 5
 
 
 def largest_difference(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> tuple[float, float]:
@@ -61,11 +65,11 @@ def _real(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any] | None) -> np.
     return array if array.shape[: mask.ndim] != mask.shape else array[mask]
 
 
-def _compare(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _compare(request: dict[str, Any]) -> dict[str, Any]:
     model = OnnxModel(request["model"], threads=request["threads"], provider=request["provider"])
     cases = []
     for case in request["cases"]:
-        path = folder / case["file"]
+        path = Path(case["file"])
         inputs = _load(path, case["inputs"])
         actual = model(inputs)
         if len(actual) != case["outputs"]:
@@ -86,82 +90,105 @@ def _compare(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"cases": cases}
 
 
-def _measure(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    inputs = _load(folder / request["file"], request["inputs"])
-    models = {
-        name: OnnxModel(path, threads=request["threads"], provider=request["provider"])
-        for name, path in request["models"].items()
-    }
-    given = {name: model.at_start(inputs) for name, model in models.items()}
-    started = time.monotonic()
+class Timed:
+    """The model that is being timed, what it is fed, and how much of the device's memory it has taken."""
 
-    def spent(part: float) -> bool:
-        elapsed = time.monotonic() - started
-        return elapsed > part * float(request["budget"])
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._cuda = CudaMemory() if request["provider"] == CUDA else None
+        self._taken = self._most = 0
+        self._model: TimedModel
+        self._plans = [InputPlan.from_json(entry) for entry in request.get("plans", ())]
+        self._sizes = (request.get("batch", 1), request.get("length", 1))
 
-    for index in range(request["warmup"]):
-        if index and spent(0.2):
-            break
-        for name, model in models.items():
-            model(given[name])
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    # In turns, so that what else the machine does meets every model alike.
-    for index in range(request["runs"]):
-        if index >= _FEWEST_RUNS and spent(1.0):
-            break
-        for name, model in models.items():
-            begin = time.perf_counter()
-            model(given[name])
-            seconds[name].append(time.perf_counter() - begin)
-    return {"seconds": seconds}
+        def open_and_start() -> None:
+            self._model = TimedModel(request["model"], threads=request["threads"], provider=request["provider"])
+            made = make_inputs(self._plans, *self._sizes, 0)
+            self._model.start_with(_load(Path(request["file"]), request["inputs"]) if "file" in request else made)
+
+        self._counted(open_and_start)
+
+    def run(self, tokens: int) -> dict[str, Any]:
+        """Time a run of the prompt, and behind it one run for each of so many tokens."""
+        answer: dict[str, Any] = {}
+        batch, length = self._sizes
+        plain = [plan for plan in self._plans if not plan.cache]
+        cache = {plan.name: plan.present for plan in self._plans if plan.present is not None}
+
+        def timed() -> None:
+            answer["prompt"] = self._model.run()
+            answer["tokens"] = self._model.continue_with(
+                tokens, lambda step: make_inputs(plain, batch, 1, length + step), cache
+            )
+
+        self._counted(timed)
+        return {**answer, "device_bytes": self._most if self._cuda and self._cuda.name else None}
+
+    @property
+    def device(self) -> str | None:
+        return self._cuda.name if self._cuda else None
+
+    def _counted(self, work: Any) -> None:
+        """While this process works the other children wait: what the device then lacks more, this one has taken."""
+        before = self._cuda.used() if self._cuda else None
+        work()
+        after = self._cuda.used() if self._cuda else None
+        if before is not None and after is not None:
+            self._taken += after - before
+            self._most = max(self._most, self._taken)
 
 
-def peak_rss_bytes() -> int | None:
-    """Peak resident memory of this process; None where the system does not tell.
+def _profile(request: dict[str, Any]) -> dict[str, Any]:
+    plans = [InputPlan.from_json(entry) for entry in request["plans"]]
+    nodes = profile_nodes(
+        request["model"],
+        make_inputs(plans, request["batch"], request["length"], request["past"]),
+        threads=request["threads"],
+        provider=request["provider"],
+        runs=request["runs"],
+        optimised=request["optimised"],
+        equations=request["equations"],
+        work=Path.cwd(),
+    )
+    return {"nodes": [asdict(node) for node in nodes]}
 
-    On Linux ``ru_maxrss`` would not do: it survives exec, so a child starts with its parent's peak.
+
+def _requests() -> queue.SimpleQueue[str]:
+    """The lines of standard input. When it closes this process ends: the parent holds it open until it ends itself."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def main() -> None:
+    """Answer requests until standard input closes. User errors travel in the answer; anything else ends as a traceback
+    on standard error.
     """
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    # macOS counts bytes, the others kilobytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _end_with_parent() -> None:
-    """End this process when standard input closes: the parent holds it open until it ends itself."""
-
-    def watch() -> None:
-        sys.stdin.buffer.read()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main(arguments: list[str]) -> int:
-    """Answer one request. User errors travel in the response; anything else ends as a traceback on stderr."""
-    request_path, response_path = Path(arguments[0]), Path(arguments[1])
-    _end_with_parent()
-    request = json.loads(request_path.read_text(encoding="utf-8"))
-    try:
-        answer = {"compare": _compare, "measure": _measure}[request["task"]](request, request_path.parent)
-    except DotresizeError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
-    answer["peak_rss_bytes"] = peak_rss_bytes()
-    response_path.write_text(json.dumps(answer), encoding="utf-8")
-    return 0
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    requests = _requests()
+    timed: Timed | None = None
+    while True:
+        request = json.loads(requests.get())
+        try:
+            if request["task"] == "open":
+                timed = Timed(request)
+                answer: dict[str, Any] = {"device": timed.device}
+            elif request["task"] == "run":
+                assert timed is not None
+                answer = timed.run(request["tokens"])
+            else:
+                answer = {"compare": _compare, "profile": _profile}[request["task"]](request)
+        except DotresizeError as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        answers.write(json.dumps({**answer, "peak_rss_bytes": peak_rss_bytes()}) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: at shutdown the watching thread may hold standard input's lock.
-    os._exit(status)
+    main()

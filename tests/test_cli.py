@@ -33,7 +33,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"dotresize-fx {version('dotresize-fx')}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["eval"], ["generate"]])
+@pytest.mark.parametrize("command", [[], ["export"], ["inspect"], ["eval"], ["generate"], ["bench"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command, "--help") == 0
     captured = capsys.readouterr()
@@ -44,7 +44,8 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         "eval": ("--text",),
         "inspect": ("MODEL",),
         "generate": ("PROMPT", "--max-tokens"),
-    }.get(command[0] if command else "", ("export", "inspect", "eval", "generate")):
+        "bench": ("--workload", "--html"),
+    }.get(command[0] if command else "", ("export", "inspect", "eval", "generate", "bench")):
         assert word in captured.out
 
 

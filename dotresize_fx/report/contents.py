@@ -89,10 +89,10 @@ class LinearRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Seconds per run of one model, from runs interleaved with the other model's in one process.
+    """Seconds per run of one model, from runs interleaved with the other model's.
 
     ``p25`` and ``p75`` are quartiles. ``batch`` and ``length`` are the first two dimensions of the inputs
-    (None where they have fewer). ``peak_rss_bytes`` is of the measuring process with all its models open.
+    (None where they have fewer). ``peak_rss_bytes`` is of the process with this model alone.
     """
 
     median: float
@@ -277,16 +277,16 @@ class Report:
             "speedup": self.figures.speedup,
             "verified": None if verification is None else verification.passed,
         }
-        plain: dict[str, Any] = _plain(content)
+        plain: dict[str, Any] = plain_json(content)
         return plain
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """``value`` as JSON can hold it. What is no JSON type (a path among the options) becomes its text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

@@ -28,6 +28,16 @@ def count(value: float | None) -> str:
     return NOT_MEASURED if value is None else _scaled(value, ("", "k", "M", "B", "T"))
 
 
+def giga(value: float | None) -> str:
+    """19481493504 -> "19.48 G"; three digits or more, whatever the unit."""
+    if value is None:
+        return NOT_MEASURED
+    step = 0
+    while abs(value) >= 999.995 and step < 4:
+        value, step = value / 1000, step + 1
+    return f"{value:.2f} {'kMGT'[step - 1]}" if step else f"{value:.0f}"
+
+
 def size(value: float | None) -> str:
     """Bytes in decimal units: 538060032 -> "538.1 MB"."""
     return NOT_MEASURED if value is None else _scaled(value, ("B", "kB", "MB", "GB", "TB"))

@@ -8,21 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
-
-import jinja2
 
 from dotresize_fx.report import figure_rows as words
 from dotresize_fx.report.contents import (
     DecoderFidelity,
     EncoderFidelity,
-    Figures,
-    Latency,
     OutputFidelity,
     RegionRow,
     Report,
 )
+from dotresize_fx.report.latency_plot import latency_plot
+from dotresize_fx.report.templates import render
 
 _KINDS = {
     "ffn": "FFN intermediate width",
@@ -68,31 +65,10 @@ class RegionPlot:
     has_errors: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyMark:
-    """One side of the latency plot; places in percent of the axis. ``beyond`` names a maximum outside it."""
-
-    name: str
-    latency: Latency
-    low: float
-    high: float
-    quartile_1: float
-    quartile_3: float
-    median: float
-    text: str
-    beyond: str
-    title: str
-
-
 def render_page(report: Report) -> str:
     """The whole HTML document."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(
-        files("dotresize_fx.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    )
-    marks, ticks = _latency_plot(report.figures)
+    sides = {"dense": report.figures.dense.latency, "slim": report.figures.slim.latency}
+    marks, ticks = latency_plot({name: latency for name, latency in sides.items() if latency is not None})
     stages = {name: seconds for name, seconds in report.stage_seconds.items() if name != "total"}
     longest = max(stages.values(), default=0.0)
     content: dict[str, Any] = {
@@ -116,8 +92,7 @@ def render_page(report: Report) -> str:
         "peak_runtime": words.size(report.figures.peak_runtime_bytes),
         "number": words.number,
     }
-    page: str = template.render(content)
-    return page
+    return render("page.html.j2", content)
 
 
 def _tiles(report: Report) -> list[Tile]:
@@ -201,50 +176,6 @@ def _region_plot(kind: str, rows: list[RegionRow]) -> RegionPlot:
     average = f"{before} → {after} in total, {words.change(before, after)}" if len(rows) > 1 else ""
     name_length = max(len(row.name) for row in rows)
     return RegionPlot(_KINDS.get(kind, kind), bars, average, min(name_length, 34), bool(errors))
-
-
-def _latency_plot(figures: Figures) -> tuple[list[LatencyMark], list[tuple[float, str]]]:
-    """Marks and axis ticks (percent, label). The axis starts at zero, so that lengths can be compared."""
-    sides = {"dense": figures.dense.latency, "slim": figures.slim.latency}
-    measured = {name: latency for name, latency in sides.items() if latency is not None}
-    if not measured:
-        return [], []
-    # One disturbed run on a shared machine must not press everything else into a corner.
-    bound = 1.6 * max(latency.p75 for latency in measured.values())
-    end = min(max(latency.max for latency in measured.values()), bound) * 1.04 or 1.0
-    rough = end / 6
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-
-    def place(seconds: float) -> float:
-        return min(100 * seconds / end, 100.0)
-
-    marks = []
-    for name, item in measured.items():
-        middle = f"quartiles {words.duration(item.p25)} to {words.duration(item.p75)}"
-        ends = f"fastest {words.duration(item.min)}, slowest {words.duration(item.max)}"
-        title = f"{name}: median {words.duration(item.median)}, {middle}, {ends}, {item.runs} runs"
-        beyond = f"slowest {words.duration(item.max)} →" if item.max > end else ""
-        marks.append(
-            LatencyMark(
-                name=name,
-                latency=item,
-                low=place(item.min),
-                high=place(item.max),
-                quartile_1=place(item.p25),
-                quartile_3=place(item.p75),
-                median=place(item.median),
-                text=words.spread(item),
-                beyond=beyond,
-                title=title,
-            )
-        )
-    factor, unit = (1.0, "s") if step >= 1 else (1e3, "ms") if step >= 1e-3 else (1e6, "µs")
-    ticks = [
-        (place(index * step), f"{index * step * factor:g} {unit}" if index else "0")
-        for index in range(int(end / step) + 1)
-    ]
-    return marks, ticks
 
 
 def _by_reason(report: Report) -> list[tuple[str, list[Any]]]:

@@ -19,15 +19,14 @@ def terminal_table(report: Report, *, ascii_only: bool | None = None) -> str:
 
     ``ascii_only`` keeps to ASCII; left out, it follows the encoding of standard output.
     """
-    if ascii_only is None:
-        ascii_only = "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
+    ascii_only = takes_ascii() if ascii_only is None else ascii_only
     figures = report.figures
-    rule = _plain("─", ascii_only) * WIDTH
-    lines = _wrapped(f"{report.model.name} ({report.model.task}): {verdict(report)}", 0, ascii_only)
+    rule = plain_text("─", ascii_only) * WIDTH
+    lines = wrapped(f"{report.model.name} ({report.model.task}): {verdict(report)}", 0, ascii_only)
     lines += [rule, _line(("", "dense", "slim", "change"), ascii_only), rule]
     for row in figure_rows(report):
         lines.append(_line((row.label, row.dense, row.slim, row.change), ascii_only))
-        lines += _wrapped(row.detail, 2, ascii_only)
+        lines += wrapped(row.detail, 2, ascii_only)
     changed = sum(region.width_before != region.width_after for region in report.regions)
     matched = sum(linear.status == "matched" for linear in report.linears)
     why = "" if matched == len(report.linears) else ", report.html says why the others were skipped"
@@ -40,10 +39,15 @@ def terminal_table(report: Report, *, ascii_only: bool | None = None) -> str:
         f"{'took' if total != NOT_MEASURED else 'time'} {total}.",
         *(f"Note: {note}" for note in report.notes),
     ]
-    return "\n".join([*lines, rule, *(line for text in closing for line in _wrapped(text, 0, ascii_only))])
+    return "\n".join([*lines, rule, *(line for text in closing for line in wrapped(text, 0, ascii_only))])
 
 
-def _plain(text: str, ascii_only: bool) -> str:
+def takes_ascii() -> bool:
+    """Whether standard output is not known to take more."""
+    return "utf" not in (getattr(sys.stdout, "encoding", None) or "").lower()
+
+
+def plain_text(text: str, ascii_only: bool) -> str:
     """``text`` without what would steer a terminal (names come from model files), in ASCII if asked for."""
     # A hyphen for the minus sign even in UTF-8: figures copied from a terminal should parse.
     safe = "".join(character if character.isprintable() else " " for character in text.replace("−", "-"))
@@ -51,11 +55,12 @@ def _plain(text: str, ascii_only: bool) -> str:
 
 
 def _line(cells: tuple[str, str, str, str], ascii_only: bool) -> str:
-    label, *figures = (_plain(cell, ascii_only) for cell in cells)
+    label, *figures = (plain_text(cell, ascii_only) for cell in cells)
     aligned = (f"{cell:>{width}}" for cell, width in zip(figures, _COLUMNS, strict=True))
     return f"{label:<{_LABEL}}{''.join(aligned)}".rstrip()
 
 
-def _wrapped(text: str, indent: int, ascii_only: bool) -> list[str]:
+def wrapped(text: str, indent: int, ascii_only: bool) -> list[str]:
+    """``text`` as :func:`plain_text` in lines of at most WIDTH, later ones indented more."""
     start = " " * indent
-    return textwrap.wrap(_plain(text, ascii_only), WIDTH, initial_indent=start, subsequent_indent=f"{start}  ")
+    return textwrap.wrap(plain_text(text, ascii_only), WIDTH, initial_indent=start, subsequent_indent=f"{start}  ")

@@ -14,10 +14,14 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.export.capture import capture
-from dotresize_fx.export.emit_onnx import ONNX_FILE, WEIGHTS_FILE, emit_onnx, onnx_size
+from dotresize_fx.export.emit_onnx import WEIGHTS_FILE, emit_onnx
+from dotresize_fx.export.node_profile import profile_nodes
+from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
@@ -159,6 +163,24 @@ def test_onnx_runtime_computes_what_the_program_does(
         assert np.abs(found - expected)[real].max() <= 1e-4
     slim = Execution(emitted.slim).outputs(batch)[0].numpy()
     assert np.abs(found - slim)[real].max() > 1e-2  # the last of both was the dense one: another function
+
+
+def test_macs_of_the_file_are_those_that_torch_counts(
+    emitted: Emitted, tiny_batch: Callable[..., Any], tmp_path: Path
+) -> None:
+    batch = tiny_batch(3, 29, 7)
+    inputs = {name: value.numpy() for name, value in batch.items()}
+    counted = []
+    for path, graph in ((emitted.dense_path, emitted.dense), (emitted.slim_path, emitted.slim)):
+        how = {"threads": 1, "provider": "CPUExecutionProvider", "equations": {}, "work": tmp_path}
+        nodes = profile_nodes(path, inputs, runs=1, optimised=False, **how)
+        # torch counts no attention on the CPU, unless it is made of its products.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            Execution(graph).outputs(batch)
+        counted.append(sum(node.macs or 0 for node in nodes))
+        assert counted[-1] == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
+        assert [node.name for node in nodes if node.macs is None] == []
+    assert counted[1] < 0.9 * counted[0]
 
 
 def test_nothing_is_said(emitted: Emitted, tiny_model: Any, tmp_path: Path, capfd: Any, caplog: Any) -> None:

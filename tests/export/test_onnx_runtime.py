@@ -17,14 +17,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError, OnnxRuntimeError
-from dotresize_fx.export.onnx_runtime import (
-    Comparison,
-    OnnxModel,
-    compare_outputs,
-    measure_latency,
-)
-from dotresize_fx.export.onnx_session import physical_cores
+from dotresize_fx.export.onnx_runtime import Comparison, compare_outputs
+from dotresize_fx.export.onnx_session import OnnxModel, physical_cores
 from dotresize_fx.export.runtime_process import largest_difference
+from dotresize_fx.export.timing import measure_latency
 
 pytest.importorskip("onnxruntime")
 
@@ -318,7 +314,7 @@ def test_child_ends_with_its_parent(tmp_path: Path, by: signal.Signals) -> None:
     slow = save_matmul(tmp_path / "slow", repeat=2_000_000_000)
     code = (
         "import sys, numpy as np; from pathlib import Path\n"
-        "from dotresize_fx.export.onnx_runtime import measure_latency\n"
+        "from dotresize_fx.export.timing import measure_latency\n"
         "measure_latency({'slow': Path(sys.argv[1])}, {'x': np.zeros((1, 1, 8), np.float32)})"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(slow)], stderr=subprocess.DEVNULL)
