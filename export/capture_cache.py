@@ -18,7 +18,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 
 # Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
 TOLERANCE = 1e-4
-# (tokens of the past, new tokens) of the sample's; the batch too is one that was not traced.
+# (tokens of the past, new tokens) of the sample's; a single new token is tried in a batch of one.
 SPLITS = ((0, 16), (0, 1), (9, 7), (15, 1))
 
 
@@ -70,9 +70,9 @@ def _compare(model: Any, captured: Captured) -> None:
     """The model's logits without a cache, in one go, against the program's, in one go and behind a past of its own."""
     assert captured.cache is not None
     execution = Execution(captured.graph, caches=True)
-    ids, mask = captured.sample["input_ids"], captured.sample["attention_mask"]
     for past, length in SPLITS:
-        stop = past + length
+        stop, first = past + length, 1 if length == 1 else 0
+        ids, mask = (captured.sample[name][first:] for name in ("input_ids", "attention_mask"))
         whole = prompt_inputs(captured.cache, ids[:, :stop], mask[:, :stop])
         real = mask[:, past:stop].bool()
         try:
