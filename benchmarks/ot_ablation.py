@@ -92,7 +92,7 @@ class Ablation(Setup):
             repair_steps=0 if effort == "fast" else steps,
             seed=self.seed,
         )
-        sweep.mix, sweep.watches_entry, sweep.values = member.mix, member.entered, self.values
+        sweep.mix, sweep.reader_refit.watches_entry, sweep.values = member.mix, member.entered, self.values
         swept: list[SweptRegion] = []
         for together in sublayers([region for region in self.regions if region.kind is member.kind]):
             cuts = [(region, plan.widths[region.name]) for region in together]
