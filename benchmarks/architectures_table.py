@@ -128,7 +128,7 @@ def cells(row: Row) -> list[str]:
     wrong = [kind for kind, value in row.get("wrong", {}).items() if not _broken(value)]
     ffn = f"{row['ffn_found']}/{row['ffn_layers']}" if row["ffn_layers"] else "none"
     counts = [str(regions.get(kind, "-")) for kind in ("experts", "value", "query_key", "kv_heads", "residual")]
-    worst = f"{max(proof.values()):.0e}" if proof else "-"
+    worst = f"{max(float('inf') if value is None else value for value in proof.values()):.0e}" if proof else "-"
     notes = []
     if for_one_shape(row):
         sizes = " and ".join(f"{name} ({size})" for name, size in row["one_shape"].items())

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dotresize_fx.report.bench_contents import BenchReport
 
 
 def bench_options(bench: argparse.ArgumentParser) -> None:
@@ -31,9 +35,8 @@ def bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 
-def run_bench(arguments: argparse.Namespace, check: Callable[[], None]) -> None:
-    """Measure, print, write. ``check`` runs between the stages and may raise."""
-    from dotresize_fx.export.bench import bench
+def run_bench(bench: Callable[..., BenchReport], arguments: argparse.Namespace, check: Callable[[], None]) -> None:
+    """Measure, print, write. ``bench`` is that of ``export``; ``check`` runs between the stages and may raise."""
     from dotresize_fx.progress import Progress
     from dotresize_fx.report.bench_tables import bench_table
     from dotresize_fx.report.write import check_writable, write_bench

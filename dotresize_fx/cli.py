@@ -1,5 +1,4 @@
-"""The command line: export, inspect, eval, generate, bench. Exit codes are those of :mod:`dotresize_fx.errors`; 130
-is Ctrl-C.
+"""The command line. Exit codes are those of :mod:`dotresize_fx.errors`; 130 is Ctrl-C.
 
 Under torchrun (``torchrun --nproc-per-node N -m dotresize_fx export ... --effort heal``) N processes heal together:
 rank 0 does all else and says all, the others leave with code 0 once healing is done.
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -21,12 +21,13 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from dotresize_fx.bench_command import bench_options, run_bench
-from dotresize_fx.errors import DotresizeError, OutputError, RanksError, UsageError
+from dotresize_fx.errors import DotresizeError, OutOfMemoryError, OutputError, RanksError, UsageError
 from dotresize_fx.launched import one_is_enough, rank_and_count
 
 INTERRUPTED = 130
 TERMINATED = 143
 INTERRUPTION = "interrupted; nothing half-written was left behind"
+NO_ROOM = "the GPU has no memory left: take a shorter --sequence-length, fewer --calibration-tokens, or --device cpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _fail(INTERRUPTION, stop.code)
         if isinstance(error, DotresizeError):
             _fail(str(error), error.exit_code)
+        if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
+            _fail(NO_ROOM, OutOfMemoryError.exit_code)
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _silence(sys.stdout)
@@ -230,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--quiet", action="store_true", help="no speed on standard error")
 
     bench = commands.add_parser("bench", help="time ONNX files side by side, with memory and MACs")
-    bench.set_defaults(run=lambda arguments, stop: run_bench(arguments, stop.check))
+    bench.set_defaults(run=_bench)
     bench_options(bench)
     return parser
 
@@ -297,9 +300,20 @@ def _evaluate(arguments: argparse.Namespace, stop: _Stop) -> None:
     print(f"perplexity {value:.4f} over {tokens} tokens")
 
 
+def _bench(arguments: argparse.Namespace, stop: _Stop) -> None:
+    from dotresize_fx.export.bench import bench
+
+    run_bench(bench, arguments, stop.check)
+
+
 def _generate(arguments: argparse.Namespace, stop: _Stop) -> None:
     from dotresize_fx.export.generate import Generator, Speed
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text go on as lone surrogates, as those of arguments do, and are refused there.
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     speed = Speed()
     for piece in Generator(arguments.out, threads=arguments.threads).pieces(prompt, arguments.max_tokens, speed):

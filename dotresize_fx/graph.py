@@ -244,6 +244,10 @@ class Graph(ABC):
         """Let a CHANNELWISE op have another number of channels; its parameters are given theirs apart."""
         raise NotImplementedError
 
+    def input_sizes(self, name: str) -> tuple[int | str, ...]:
+        """Sizes of an input of the graph."""
+        raise NotImplementedError
+
     def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
         """Let an input of the graph have other sizes on these axes."""
         raise NotImplementedError

@@ -157,14 +157,14 @@ def _own(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _summed_in_one_order() -> Iterator[None]:
-    """Inside, CUDA sums in one order: without, attention's gradients in float32 differ from run to run.
+    """Inside, CUDA sums in one order: without, attention's gradients differ from run to run.
 
-    The memory-saving kernel adds up in any order whatever is asked of it. The flash kernel of half precision does not.
+    Its fused kernels sum in any order unless torch raises an error on what cannot sum in one, which other ops want not.
     """
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic  # its setting is one of the module's, which its types do not say
     fills = memory.fill_uninitialized_memory
-    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False  # every step would write what it then overwrites

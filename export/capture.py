@@ -74,6 +74,12 @@ def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def longest_of(text_config: Any) -> int:
+    """Tokens that a sequence may have, as the configuration says."""
+    longest = int(getattr(text_config, "max_position_embeddings", None) or 0)
+    return longest if longest > 0 else UNLIMITED  # XLNet says -1
+
+
 def capture(model: torch.nn.Module, sample: Mapping[str, torch.Tensor] | None = None) -> Captured:
     """Trace the model's forward pass without a cache.
 
@@ -84,8 +90,7 @@ def capture(model: torch.nn.Module, sample: Mapping[str, torch.Tensor] | None = 
     """
     config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = int(getattr(text_config, "max_position_embeddings", None) or 0)
-    longest = longest if longest > 0 else UNLIMITED  # XLNet says -1
+    longest = longest_of(text_config)
     vocabulary = int(text_config.vocab_size) if sample is None else 0
     reads_text = sample is None
     chosen = sample_inputs(vocabulary) if sample is None else dict(sample)

@@ -10,7 +10,7 @@ import torch
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.cached_forward import PAST_LENGTH, cached_forward
 from dotresize_fx.export.cached_runs import continued, prompt_inputs
-from dotresize_fx.export.capture import LARGEST_BATCH, Captured, sample_inputs, trace, what_it_said
+from dotresize_fx.export.capture import LARGEST_BATCH, Captured, longest_of, sample_inputs, trace, what_it_said
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.cache import find_caches
 from dotresize_fx.fx_form.execution import Execution
@@ -30,7 +30,7 @@ def capture_with_cache(model: Any) -> Captured:
             the message begins with what.
     """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    longest = int(getattr(config, "max_position_embeddings", None) or 2048)
+    longest = longest_of(config)
     vocabulary = int(config.vocab_size)
     sample = sample_inputs(vocabulary)
     with quiet_libraries():

@@ -162,7 +162,8 @@ def _rounding_noise(result: SlimResult) -> float:
     largest = 0.0
     for inputs in verification_inputs(result):
         mask = padding_input(inputs)
-        for one, other in zip(*(Execution(graph).outputs(inputs) for graph in (result.slim, moved)), strict=True):
+        both = (Execution(graph, caches=True).outputs(inputs) for graph in (result.slim, moved))
+        for one, other in zip(*both, strict=True):
             moves = (one - other).abs()
             real = moves[mask.bool()] if mask is not None and moves.shape[:2] == mask.shape else moves
             largest = max(largest, float(real.max()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.model_source import load_model
-from dotresize_fx.export.onnx_file import ONNX_FILE
+from dotresize_fx.export.onnx_file import ONNX_FILE, read_onnx, task_of
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.export.program_file import is_program_file
 from dotresize_fx.fidelity import Inputs, Run, perplexity
@@ -59,9 +58,9 @@ def open_decoder(name: str, *, trust_remote_code: bool = False) -> Decoder:
 def _open_exported(folder: Path) -> Decoder:
     from transformers import AutoConfig, AutoTokenizer
 
+    task = task_of(folder)
+    read_onnx(folder / ONNX_FILE)
     model = OnnxModel(folder / ONNX_FILE)
-    report = folder / "report.json"
-    task = json.loads(report.read_text(encoding="utf-8"))["model"]["task"] if report.is_file() else "decoder"
     if not reads_text(task):
         raise UsageError(f"{folder} holds a module that reads no text: its report.json compares it with the dense one")
     if task == "encoder" or model.output_names[0] != "logits":
@@ -69,8 +68,8 @@ def _open_exported(folder: Path) -> Decoder:
             f"{folder} holds an encoder, which has no perplexity: its report.json gives the cosine instead"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} has no readable tokenizer and config: {str(error).splitlines()[0]}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.graph import Kind
 
 GENAI_FILE = "genai_config.json"
 
@@ -26,6 +27,12 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
         )
     ((heads, size),) = shapes
     text = config.get_text_config()
+    try:
+        query_heads = int(text.num_attention_heads)
+        groups = query_heads // int(getattr(text, "num_key_value_heads", None) or query_heads)
+        vocabulary = int(text.vocab_size)
+    except Exception as error:  # configurations that say it layer by layer raise classes of their own
+        return f"no {GENAI_FILE}: the model's configuration does not say its heads ({type(error).__name__})"
     ends = getattr(text, "eos_token_id", None)
     first = ends[0] if isinstance(ends, list) else ends
     if first is None:
@@ -36,7 +43,7 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
     content = {
         "model": {
             "type": "decoder",
-            "vocab_size": int(text.vocab_size),
+            "vocab_size": vocabulary,
             "context_length": longest,
             "bos_token_id": first if getattr(text, "bos_token_id", None) is None else text.bos_token_id,
             "eos_token_id": ends,
@@ -44,9 +51,9 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
             "decoder": {
                 "filename": ONNX_FILE,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "hidden_size": int(text.hidden_size),
+                "hidden_size": _stream_width(graph),
                 "num_hidden_layers": len(graph.caches) // 2,
-                "num_attention_heads": int(text.num_attention_heads),
+                "num_attention_heads": int(heads) * groups,
                 "num_key_value_heads": int(heads),
                 "head_size": int(size),
                 "inputs": inputs,
@@ -69,3 +76,9 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
 
 def _reads(graph: FxGraph, name: str) -> bool:
     return any(node.op == "placeholder" and node.name == name for node in graph.nodes.nodes)
+
+
+def _stream_width(graph: FxGraph) -> int:
+    """What the head reads."""
+    head = [op for op in graph.ops if op.kind is Kind.LINEAR][-1]
+    return int(graph.weight(head).shape[1])

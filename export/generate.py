@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.greedy import greedy
-from dotresize_fx.export.onnx_file import ONNX_FILE
+from dotresize_fx.export.onnx_file import ONNX_FILE, read_onnx, task_of
 from dotresize_fx.export.onnx_session import OnnxModel, first_line
 from dotresize_fx.task import reads_text
 
@@ -49,6 +48,8 @@ class Generator:
         if threads is not None and threads < 1:
             raise UsageError(f"--threads is {threads}: it must be at least 1")
         _require_decoder(folder)
+        if (folder / ONNX_FILE).is_file():
+            read_onnx(folder / ONNX_FILE)
         self.model = OnnxModel(folder / ONNX_FILE, threads=threads)
         if not self.model.has_cache:
             raise UsageError(f"{folder} holds a graph without a cache: its report.json says why, or it was --no-cache")
@@ -97,6 +98,10 @@ class Generator:
             yield piece
 
     def _encoded(self, prompt: str) -> list[int]:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError("the prompt is no UTF-8 text: convert it first") from error
         found: list[int] = self.tokenizer(prompt).input_ids
         # What closes a sequence (a byte-level BERT tokenizer's separator) is nothing to go on from.
         while found and found[-1] in self.ends:
@@ -109,13 +114,7 @@ class Generator:
 
 
 def _require_decoder(folder: Path) -> None:
-    report = folder / "report.json"
-    if not report.is_file():
-        return
-    try:
-        task = json.loads(report.read_text(encoding="utf-8"))["model"]["task"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{report}: not a report that export wrote: {first_line(error)}") from error
+    task = task_of(folder)
     if task == "encoder":
         raise UsageError(f"{folder} holds an encoder, which generates no text: give an exported decoder")
     if not reads_text(task):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from dotresize_fx.errors import BadWeightsError, ModelNotFoundError
+from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.weight_files import file_sha256
 
 ONNX_FILE = "model.onnx"
@@ -44,6 +44,21 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
+def task_of(folder: Path) -> str:
+    """What the report of an exported folder says that its model is for; "decoder" where there is no report.
+
+    Raises:
+        UsageError: there is a file of that name that is no report.
+    """
+    report = folder / REPORT_FILE
+    if not report.is_file():
+        return "decoder"
+    try:
+        return str(json.loads(report.read_text(encoding="utf-8"))["model"]["task"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{report} is not a report that export wrote; export the model again") from error
+
+
 def onnx_size(path: Path) -> int:
     """Bytes of the .onnx file and its external data."""
     model = onnx.load(path, load_external_data=False)
@@ -66,7 +81,7 @@ def _external_sizes(path: Path, model: onnx.ModelProto) -> dict[Path, int]:
 def _check_sums(path: Path, model: onnx.ModelProto) -> None:
     report = path.with_name(REPORT_FILE)
     try:
-        sums = json.loads(report.read_text(encoding="utf-8"))["outputs_sha256"]
+        sums = dict(json.loads(report.read_text(encoding="utf-8"))["outputs_sha256"])
     except (OSError, ValueError, KeyError, TypeError):  # no export's folder
         return
     for file in (path, *_external_sizes(path, model)):

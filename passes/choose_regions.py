@@ -105,6 +105,11 @@ def _why_no_head_goes(graph: Graph, region: Region) -> str:
         return "queries and keys are made of different values (cross attention), which is not supported yet"
     if region.layout is not None and not graph.caches.keys() >= set(region.layout.cache):
         return "the cache that the graph puts out would change its size"
+    axis = 1 if region.kind is RegionKind.HEADS else 3
+    if region.layout is not None and any(
+        graph.input_sizes(graph.caches[name])[axis] != region.width for name in region.layout.cache
+    ):
+        return "its cache keeps heads repeated, one a query head, which is not supported yet"
     return ""
 
 

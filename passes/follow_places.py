@@ -20,8 +20,7 @@ def is_elementwise(op: Op) -> bool:
     """Whether each number of the output follows from the numbers at the same place."""
     if op.kind in (Kind.SCALE, Kind.ADD, Kind.POINTWISE, Kind.MUL):
         return True
-    moves = op.attributes.get("moves_rows") or op.attributes.get("joins") or op.attributes.get("form")
-    return op.kind is Kind.KEEP and not moves and op.inputs[0].shape == op.output.shape
+    return op.kind is Kind.KEEP and "cast" in op.attributes  # casts and copies: others move numbers or leave some out
 
 
 def places_through(op: Op, place: int, *, back: bool) -> tuple[int, int] | None:

@@ -120,6 +120,9 @@ class FxEdits(FxReading):
         self._shapes_stale = True
         self.changed()
 
+    def input_sizes(self, name: str) -> tuple[int | str, ...]:
+        return self.value(self.node(name)).shape
+
     def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
         node = self.node(name)
         value = node.meta["val"]

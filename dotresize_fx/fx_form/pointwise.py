@@ -29,6 +29,8 @@ def _is_pointwise(graph: FxEdits, node: torch.fx.Node) -> bool:
     stored = [one for one in (weight, bias) if one is not None]
     if node.kwargs or not all(isinstance(one, torch.fx.Node) and graph.value(one).is_parameter for one in stored):
         return False
+    if len(weight.users) > 1:  # one kernel of several convolutions stays one
+        return False
     places = CONVOLUTIONS[node.target]
     single = set(weight.meta["val"].shape[2:]) == {1} and source.meta["val"].ndim == places + 2
     return single and set(stride) == {1} and (isinstance(padding, str) or set(padding) == {0}) and groups == 1
@@ -38,12 +40,9 @@ def _rewrite(graph: FxEdits, node: torch.fx.Node) -> str:
     arguments: Any = node.args
     source, weight, *rest = arguments
     value = graph.value(weight)
-    name, matrix = graph.parameter_name(value), graph.parameter(value).flatten(1)
-    if len(graph.node(value.name).users) == 1:
-        graph.set_parameter(value, matrix)
-        stored = graph.node(value.name)
-    else:
-        stored = graph.add_parameter(name, matrix)
+    name = graph.parameter_name(value)
+    graph.set_parameter(value, graph.parameter(value).flatten(1))
+    stored = graph.node(value.name)
     behind, before = _orders(CONVOLUTIONS[node.target])
     image = source.meta["val"]
     with graph.nodes.inserting_before(node):
@@ -56,32 +55,27 @@ def _rewrite(graph: FxEdits, node: torch.fx.Node) -> str:
     return f"{name}: a convolution of single pixels seen as a linear"
 
 
-def restore_pointwise(graph: FxEdits) -> list[str]:
+def restore_pointwise(graph: FxEdits) -> None:
     """Make convolutions again of what :func:`recognise_pointwise` rewrote, whatever widths they have by now."""
-    records = []
     for node in graph.nodes.find_nodes(op="call_function", target=aten.linear.default):
         arguments: Any = node.args
         rows, weight, *rest = arguments
         places = node.meta["val"].ndim - 2
-        if places not in _PLAIN or len(node.users) != 1 or not graph.value(weight).is_parameter:
+        if places not in _PLAIN or len(node.users) != 1 or len(weight.users) != 1:
+            continue
+        if not graph.value(weight).is_parameter:
             continue
         (back,) = node.users
         behind, before = (tuple(order) for order in _orders(places))
         if axes_form(rows).get("order") != behind or axes_form(back).get("order") != before:
             continue
-        name, matrix = graph.parameter_name(graph.value(weight)), graph.parameter(graph.value(weight))
-        kernel = matrix.reshape(*matrix.shape, *[1] * places)
-        if len(weight.users) == 1:
-            graph.set_parameter(graph.value(weight), kernel)
-            weight = graph.node(weight.name)
-        else:
-            weight = graph.add_parameter(name, kernel)
+        matrix = graph.parameter(graph.value(weight))
+        graph.set_parameter(graph.value(weight), matrix.reshape(*matrix.shape, *[1] * places))
+        weight = graph.node(weight.name)
         with graph.nodes.inserting_before(back):
             new = graph.nodes.call_function(_PLAIN[places], (rows.args[0], weight, rest[0] if rest else None))
         graph.replace(back, new)
-        records.append(f"{name}: a convolution again")
     graph.remove_dead()
-    return records
 
 
 def _orders(places: int) -> tuple[list[int], list[int]]:

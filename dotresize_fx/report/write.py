@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ def _json_text(content: dict[str, Any]) -> str:
 
 
 def _write(file: Path, text: str) -> None:
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         # Bytes, and with lone surrogates escaped: file names can hold what UTF-8 cannot.
-        file.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+        beside.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+        beside.replace(file)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise OutputError(f"cannot write {file}: {error.strerror}; free space or choose another place") from error

@@ -151,6 +151,7 @@ return add_1"""
         (lambda m, h: h.reshape(-1, 4, 4, 3).reshape(-1, 8, 2, 3), "goes into reshape"),  # halves of the channels
         (lambda m, h: m.rows(h), "acts on another of its axes"),
         (lambda m, h: h.cumsum(1), "cumsum"),
+        (lambda m, h: h.index_select(1, torch.arange(8).flip(0)), "index_select"),
         (lambda m, h: h * m.table, "is used elsewhere too"),
     ],
 )

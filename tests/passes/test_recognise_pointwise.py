@@ -55,8 +55,13 @@ return permute_4"""
     assert "linear_1" in text(graph)  # the copy alone was changed
 
 
-def test_one_axis_of_places_and_a_shared_weight(trace: Any, run: Any, difference: Any) -> None:
+def test_a_kernel_of_two_convolutions_stays_one(trace: Any) -> None:
     graph = trace(lambda m, x: m.same(torch.relu(m.same(x))), (2, 4, 5), same=nn.Conv1d(4, 4, 1))
+    assert not RecognisePointwise()(graph).modified
+
+
+def test_one_axis_of_places(trace: Any, run: Any, difference: Any) -> None:
+    graph = trace(lambda m, x: m.down(torch.relu(m.up(x))), (2, 4, 5), up=nn.Conv1d(4, 6, 1), down=nn.Conv1d(6, 4, 1))
     x = IMAGE.flatten(2)[..., :5]
     before = run(graph, x=x)
     assert len(RecognisePointwise()(graph).records) == 2
