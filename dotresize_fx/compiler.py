@@ -43,11 +43,11 @@ class SlimResult:
     """A slim program beside the dense one it came from. ``save`` emits, proves and measures it."""
 
     loaded: LoadedModel
-    captured: Captured
-    dense: FxGraph
-    slimmed: Slimmed
-    matches: MatchReport
-    data: CalibrationData
+    captured: Captured = field(repr=False)
+    dense: FxGraph = field(repr=False)
+    slimmed: Slimmed = field(repr=False)
+    matches: MatchReport = field(repr=False)
+    data: CalibrationData = field(repr=False)
     options: Options
     progress: Progress
     notes: tuple[str, ...] = ()

@@ -59,6 +59,8 @@ def stock_model(
 
 def require_stock_class(loaded: LoadedModel) -> None:
     """Raises CheckpointError where the model's code is not transformers' own."""
+    if loaded.program is not None:
+        raise CheckpointError("--checkpoint: a program has no stock class of transformers: export the model's folder")
     if type(loaded.model).__module__.partition(".")[0] != "transformers":
         name = type(loaded.model).__name__
         raise CheckpointError(f"--checkpoint: {name} is code that came with the model, not a class of transformers")

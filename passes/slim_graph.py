@@ -75,7 +75,9 @@ def slim_graph(
     if plan is not None:
         check_plan(plan, matches, options.method)
     refit = options.method != "magnitude" if refit is None else refit
-    length = next(iter(batches[0].values())).shape[1] if reads_text(task) else dense.attended_length
+    length = dense.attended_length
+    if reads_text(task):  # an encoder's batches are as long as their paragraphs
+        length = options.sequence_length if task == "encoder" else next(iter(batches[0].values())).shape[1]
     cost = CostModel(options.cost or "weights", length)
     total = cost.total(dense)
     swept: list[SweptRegion] = []
