@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dotresize_fx
-from dotresize_fx.export.emit_onnx import WEIGHTS_FILE, emit_onnx
+from dotresize_fx.export.emit_onnx import emit_onnx
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
