@@ -11,6 +11,7 @@ import pytest
 
 import dotresize_fx
 from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.onnx_file import WEIGHTS_FILE
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
