@@ -123,7 +123,9 @@ class _Conversion:
         tensor = weight.const_value
         assert tensor is not None
         if len(coarse) < len(uses):
-            kept = onnx_ir.Value(name=f"{weight.name}_float32", const_value=tensor, type=weight.type, shape=weight.shape)
+            kept = onnx_ir.Value(
+                name=f"{weight.name}_float32", const_value=tensor, type=weight.type, shape=weight.shape
+            )
             self.graph.register_initializer(kept)
             for node, index in uses:
                 if node in self.exact:
