@@ -37,14 +37,14 @@ def require_onnx_runtime() -> None:
         raise MissingExtraError("ONNX Runtime is not installed; run: pip install 'dotresize-fx[cpu]'")
 
 
-def require_provider(provider: str) -> None:
-    """Raise MissingExtraError unless ONNX Runtime is installed and has it."""
+def require_provider(provider: str, why: str = "") -> None:
+    """Raise MissingExtraError, which begins with ``why``, unless ONNX Runtime is installed and has it."""
     require_onnx_runtime()
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
         extra = "cpu" if provider == CPU else "gpu"
-        raise MissingExtraError(f"this ONNX Runtime has no {provider}; run: pip install 'dotresize-fx[{extra}]'")
+        raise MissingExtraError(f"{why}this ONNX Runtime has no {provider}; run: pip install 'dotresize-fx[{extra}]'")
 
 
 def physical_cores() -> int:

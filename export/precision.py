@@ -40,7 +40,7 @@ def provider_of(options: Options) -> str:
 def require_runtime(options: Options) -> None:
     """Raise MissingExtraError unless ONNX Runtime can run what the options ask for. Imports it only for CUDA."""
     if options.dtype == "bfloat16":
-        require_provider(CUDA)
+        require_provider(CUDA, "--dtype bfloat16 needs ONNX Runtime for CUDA, since on a CPU it computes none: ")
 
 
 class Precision:
