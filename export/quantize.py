@@ -21,8 +21,10 @@ from dotresize_fx.export.quiet import quiet_libraries
 
 # Numbers of a weight, along what a product sums over, that share a scale and a zero point.
 BLOCK = 32
-# By kind: bits, and which nodes. The quantiser has tables whose rows are picked in 4 bits alone.
+# By kind: bits, and which nodes. The quantiser has tables whose rows are picked in 4 bits alone. A head has 8 in both:
+# it is the last to speak, and one of few.
 KINDS = {"int8": (8, ("MatMul",)), "int4": (4, ("MatMul", "Gather"))}
+HEAD_BITS = 8
 # Products in integers, each block of activations with a scale of its own.
 ACCURACY_LEVEL = 4
 QUANTISED_PRODUCT = "MatMulNBits"
@@ -42,35 +44,44 @@ def quantize(source: Path, folder: Path, kind: str, work: Path) -> Quantised:
     """Write the float32 file ``source`` into ``folder`` with the weights that ``kind``, of KINDS, says.
 
     A head that is tied to the table of embeddings is quantised apart from it, from the same numbers. What stays float32
-    are norms, biases, convolutions, products with more than one matrix (experts), and for int8 the table. ``work``
-    takes what is not kept.
+    are norms, biases, convolutions, products with more than one matrix (experts), and for int8 the table. ``int4``
+    leaves 8 bits to the product that is an output of the graph. ``work`` takes what is not kept.
     """
     opened = work / _OPENED
     model = onnx_ir.load(source)
     _open_tied_heads(model.graph)
     onnx_ir.save(model, opened, external_data=f"{_OPENED}.data")
-    bits, ops = KINDS[kind]
     path = folder / ONNX_FILE
     with quiet_libraries(), _root_logger_kept():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(opened),
-            bits=bits,
-            block_size=BLOCK,
-            is_symmetric=False,
-            accuracy_level=ACCURACY_LEVEL,
-            op_types_to_quantize=ops,
-        )
-        quantizer.process()
+        found = _quantised(onnx.load(opened), kind)
     opened.unlink()
     opened.with_name(f"{_OPENED}.data").unlink()
-    found = quantizer.model.model
     quantised = sum(node.op_type == QUANTISED_PRODUCT for node in found.graph.node)
     weights = {tensor.name for tensor in found.graph.initializer}
     left = sum(node.op_type in ("MatMul", "Gemm") and node.input[1] in weights for node in found.graph.node)
     onnx.save(found, path, save_as_external_data=True, all_tensors_to_one_file=True, location=WEIGHTS_FILE)
     return Quantised(path, left + quantised, quantised)
+
+
+def _quantised(model: onnx.ModelProto, kind: str) -> onnx.ModelProto:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    bits, ops = KINDS[kind]
+    outputs = {value.name for value in model.graph.output}
+    heads = [node.name for node in model.graph.node if node.op_type == "MatMul" and outputs.intersection(node.output)]
+    for step_bits, step_ops, kept in ((bits, ops, heads), (HEAD_BITS, ("MatMul",), [])):
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            bits=step_bits,
+            block_size=BLOCK,
+            is_symmetric=False,
+            accuracy_level=ACCURACY_LEVEL,
+            nodes_to_exclude=kept,
+            op_types_to_quantize=step_ops,
+        )
+        quantizer.process()
+        model = quantizer.model.model
+    return model
 
 
 def _open_tied_heads(graph: onnx_ir.Graph) -> None:
