@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx_ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
@@ -36,9 +37,11 @@ def convert_dtype(source: Path, folder: Path, dtype: str) -> Path:
     and outputs become float16; with bfloat16, which numpy and so ONNX Runtime's Python lack, they stay float32.
 
     Raises:
-        UsageError: the graph has a loop or a branch, whose bodies are not converted.
+        UsageError: the graph has a loop or a branch, whose bodies are not converted, or a value of unknown type.
     """
     model = onnx_ir.load(source)
+    if any(value.type is None for node in model.graph for value in node.outputs):
+        ShapeInferencePass()(model)
     _Conversion(model.graph, dtype).run()
     path = folder / ONNX_FILE
     onnx_ir.save(model, path, external_data=WEIGHTS_FILE)
@@ -52,6 +55,9 @@ class _Conversion:
         for node in graph:
             if any(value.type in _GRAPHS for value in node.attributes.values()):
                 raise UsageError(f"--dtype {dtype}: the graph has a {node.op_type}, which stays float32: leave it out")
+            for value in node.outputs:
+                if not isinstance(value.type, onnx_ir.TensorType) and value.uses():
+                    raise UsageError(f"--dtype {dtype}: nothing tells the type of {value.name}: leave it out")
         self.exact = self._exact_nodes()
         self.casts: dict[tuple[onnx_ir.Value, onnx_ir.DataType], onnx_ir.Value] = {}
 
@@ -124,7 +130,7 @@ class _Conversion:
         assert tensor is not None
         if len(coarse) < len(uses):
             kept = onnx_ir.Value(
-                name=f"{weight.name}_float32", const_value=tensor, type=weight.type, shape=weight.shape
+                name=f"{weight.name}_float32", const_value=tensor, type=onnx_ir.TensorType(FLOAT), shape=weight.shape
             )
             self.graph.register_initializer(kept)
             for node, index in uses:
