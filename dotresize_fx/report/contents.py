@@ -295,12 +295,10 @@ class Report:
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         for entry, linear in zip(content["linears"], self.linears, strict=True):
             entry["status"] = linear.status
-        precise = [
-            (entry["fidelity"], row.fidelity)
-            for entry, row in zip(content["figures"]["precisions"], self.figures.precisions, strict=True)
-        ]
-        plain_pairs = zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True)
-        for entry, fidelity in (*plain_pairs, *precise):
+        measured = [*zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True)]
+        for written, row in zip(content["figures"]["precisions"], self.figures.precisions, strict=True):
+            measured.append((written["fidelity"], row.fidelity))
+        for entry, fidelity in measured:
             if isinstance(fidelity, DecoderFidelity):
                 entry["excess"] = fidelity.excess
         verification = self.figures.verification
