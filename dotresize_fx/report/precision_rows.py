@@ -25,7 +25,7 @@ def precision_rows(report: Report) -> list[FigureRow]:
     off = "" if slim.linears is None else f", {slim.quantised_linears} of {slim.linears} products quantised"
     rows = [
         FigureRow(
-            f"{name}: file size",
+            f"file size, {name}",
             size(dense.file_bytes),
             size(slim.file_bytes),
             change(dense.file_bytes, slim.file_bytes),
@@ -37,12 +37,12 @@ def precision_rows(report: Report) -> list[FigureRow]:
     words, better = _speed(dense.latency, slim.latency)
     both, _ = _speed(report.figures.dense.latency, slim.latency)
     detail = f"slim {name} beside dense float32: {both}"
-    rows.append(FigureRow(f"{name}: latency", spread(dense.latency), spread(slim.latency), words, better, detail))
+    rows.append(FigureRow(f"latency, {name}", spread(dense.latency), spread(slim.latency), words, better, detail))
     if (check := slim.verification) is not None:
         limit = f"{'within' if check.passed else 'over'} {number(check.tolerance)}"
         detail = "of an output's largest number"
         found = number(check.max_abs_difference)
-        rows.append(FigureRow(f"{name}: difference to slim program", DASH, found, limit, check.passed, detail))
+        rows.append(FigureRow(f"difference to slim program, {name}", DASH, found, limit, check.passed, detail))
     return rows
 
 
@@ -57,11 +57,13 @@ def _fidelity(dense: PrecisionFigures, slim: PrecisionFigures) -> list[FigureRow
         shares = [share(item.top1_agreement) for item in (first, second)]
         own = [share(item.top1_agreement) for item in (dense, slim)]
         return [
-            FigureRow(f"{name}: perplexity", number(first.slim_perplexity), number(second.slim_perplexity), DASH),
-            FigureRow(f"{name}: excess, nats", *excesses, DASH, None, "beside dense float32, measured in ONNX Runtime"),
-            FigureRow(f"{name}: KL to dense float32", number(first.kl_to_dense), number(second.kl_to_dense), DASH),
-            FigureRow(f"{name}: agreement with dense float32", *shares, DASH),
-            FigureRow(f"{name}: agreement with own float32", *own, DASH),
+            FigureRow(f"perplexity, {name}", number(first.slim_perplexity), number(second.slim_perplexity), DASH),
+            FigureRow(
+                f"excess in nats, {name}", *excesses, DASH, None, "beside dense float32, measured in ONNX Runtime"
+            ),
+            FigureRow(f"KL to dense float32, {name}", number(first.kl_to_dense), number(second.kl_to_dense), DASH),
+            FigureRow(f"agreement with dense float32, {name}", *shares, DASH),
+            FigureRow(f"agreement with own float32, {name}", *own, DASH),
         ]
     if isinstance(first, EncoderFidelity) and isinstance(second, EncoderFidelity):
         label, values = "cosine to dense", (first.mean_cosine, second.mean_cosine)
@@ -70,4 +72,4 @@ def _fidelity(dense: PrecisionFigures, slim: PrecisionFigures) -> list[FigureRow
         values = (getattr(first, "relative_error", None), getattr(second, "relative_error", None))
     else:
         return []
-    return [FigureRow(f"{name}: {label}", number(values[0]), number(values[1]), DASH)]
+    return [FigureRow(f"{label}, {name}", number(values[0]), number(values[1]), DASH)]

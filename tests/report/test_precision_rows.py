@@ -64,14 +64,14 @@ QUANTISED = report(
 
 def test_dense_and_slim_stand_beside_dense_float32() -> None:
     rows = {row.label: row for row in precision_rows(QUANTISED)}
-    size = rows["int4: file size"]
+    size = rows["file size, int4"]
     assert (size.dense, size.slim, size.change, size.better) == ("100.0 MB", "80.0 MB", "−20.0 %", True)
     assert size.detail == "−80.0 % beside dense float32, 7 of 8 products quantised"
-    excess = rows["int4: excess, nats"]
+    excess = rows["excess in nats, int4"]
     assert (excess.dense, excess.slim) == ("0.182", "0.693")
-    own = rows["int4: agreement with own float32"]
+    own = rows["agreement with own float32, int4"]
     assert (own.dense, own.slim) == ("95.0 %", "90.0 %")
-    speed = rows["int4: latency"]
+    speed = rows["latency, int4"]
     assert (speed.change, speed.better) == ("2.00× faster", True)
     assert speed.detail == "slim int4 beside dense float32: 4.00× faster"
     assert not any("difference" in label for label in rows)
@@ -84,19 +84,19 @@ def test_a_dtype_has_its_tolerance_and_an_encoder_its_cosine() -> None:
         side("slim", "bfloat16", fidelity=cosine, verification=check), side("dense", "bfloat16", fidelity=cosine)
     )
     rows = {row.label: row for row in precision_rows(given)}
-    difference = rows["bfloat16: difference to slim program"]
+    difference = rows["difference to slim program, bfloat16"]
     assert (difference.slim, difference.change, difference.better) == ("2e-3", "within 5e-3", True)
-    assert rows["bfloat16: cosine to dense"].slim == "0.987"
-    assert rows["bfloat16: latency"].slim == rows["bfloat16: file size"].dense == "not measured"
+    assert rows["cosine to dense, bfloat16"].slim == "0.987"
+    assert rows["latency, bfloat16"].slim == rows["file size, bfloat16"].dense == "not measured"
     assert max(map(len, terminal_table(given).splitlines())) <= WIDTH
 
 
 def test_terminal_page_and_json_have_them_and_float32_has_none() -> None:
     assert precision_rows(PLAIN) == []
     table = terminal_table(QUANTISED)
-    assert "int4: excess, nats" in table
+    assert "excess in nats, int4" in table
     assert max(map(len, table.splitlines())) <= WIDTH
-    assert "int4: KL to dense float32" in render_page(QUANTISED)
+    assert "KL to dense float32, int4" in render_page(QUANTISED)
     slim, dense = QUANTISED.to_json()["figures"]["precisions"]
     assert (slim["side"], slim["quantised_linears"]) == ("slim", 7)
     assert round(dense["fidelity"]["excess"], 3) == 0.182
