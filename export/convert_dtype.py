@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir
 from onnx_ir.passes.common import ShapeInferencePass
@@ -18,7 +17,7 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 
 HALF = {"float16": onnx_ir.DataType.FLOAT16, "bfloat16": onnx_ir.DataType.BFLOAT16}
-_LARGEST = {"float16": float(np.finfo(np.float16).max), "bfloat16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
+_LARGEST = {"float16": float(np.finfo(np.float16).max), "bfloat16": 2.0**127 * (2 - 2**-7)}
 FLOAT = onnx_ir.DataType.FLOAT
 # Sums of many terms, squares, exponentials and angles. LayerNormalization keeps its own statistics in float32.
 EXACT = {"Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "Cos"}
@@ -89,9 +88,10 @@ class _Conversion:
         exact |= {reader for node in exact if node.op_type in ROOTS for reader in _readers(node, ("Mul", "Div"))}
         pending = [node for node in exact if node.op_type in ANGLES]
         while pending:  # everything that an angle is made of
-            before = {value.producer() for value in pending.pop().inputs if value is not None and value.dtype == FLOAT}
-            pending += before - exact - {None}
-            exact |= before - {None}
+            floats = [value for value in pending.pop().inputs if value is not None and value.dtype == FLOAT]
+            before = {node for value in floats if (node := value.producer()) is not None}
+            pending += before - exact
+            exact |= before
         outputs = set(self.graph.outputs)
         for node in reversed(self.graph):
             readers = [use.node for value in node.outputs for use in value.uses()]
@@ -139,7 +139,7 @@ class _Conversion:
         weight.const_value = onnx_ir.LazyTensor(
             lambda: onnx_ir.Tensor(self._rounded(tensor), dtype=self.half),
             dtype=self.half,
-            shape=onnx_ir.Shape(tensor.shape),
+            shape=onnx_ir.Shape(tensor.shape.numpy()),
             name=weight.name,
         )
         weight.dtype = self.half

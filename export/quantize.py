@@ -93,7 +93,8 @@ def _open_tied_heads(graph: onnx_ir.Graph) -> None:
         tensor = weight.const_value
         given = node.attributes.get("perm")
         order = tuple(range(len(tensor.shape)))[::-1] if given is None else tuple(given.as_ints())
-        shape = onnx_ir.Shape([tensor.shape[axis] for axis in order])
+        numbers = tensor.shape.numpy()
+        shape = onnx_ir.Shape([numbers[axis] for axis in order])
         name = f"{weight.name}_transposed"
         lazy = onnx_ir.LazyTensor(_transposed(tensor, order), dtype=tensor.dtype, shape=shape, name=name)
         value = onnx_ir.Value(name=name, const_value=lazy, type=weight.type, shape=shape)
@@ -102,7 +103,7 @@ def _open_tied_heads(graph: onnx_ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def _transposed(tensor: onnx_ir.TensorProtocol, order: tuple[int, ...]) -> Callable[[], onnx_ir.Tensor]:
+def _transposed(tensor: onnx_ir.TensorProtocol, order: tuple[int, ...]) -> Callable[[], onnx_ir.TensorProtocol]:
     return lambda: onnx_ir.Tensor(np.ascontiguousarray(tensor.numpy().transpose(order)))
 
 

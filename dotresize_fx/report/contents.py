@@ -295,7 +295,7 @@ class Report:
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         for entry, linear in zip(content["linears"], self.linears, strict=True):
             entry["status"] = linear.status
-        measured = [*zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True)]
+        measured: list[tuple[Any, Any]] = [*zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True)]
         for written, row in zip(content["figures"]["precisions"], self.figures.precisions, strict=True):
             measured.append((written["fidelity"], row.fidelity))
         for entry, fidelity in measured:

@@ -50,20 +50,22 @@ def _speed(before: Latency | None, after: Latency | None) -> tuple[str, bool | N
     return speed(Figures(dense=SideFigures(latency=before), slim=SideFigures(latency=after)))
 
 
+def _excess(found: DecoderFidelity) -> str:
+    return DASH if found.excess is None else number(found.excess)
+
+
 def _fidelity(dense: PrecisionFigures, slim: PrecisionFigures) -> list[FigureRow]:
     first, second, name = dense.fidelity, slim.fidelity, slim.precision
     if isinstance(first, DecoderFidelity) and isinstance(second, DecoderFidelity):
-        excesses = [DASH if item.excess is None else number(item.excess) for item in (first, second)]
-        shares = [share(item.top1_agreement) for item in (first, second)]
-        own = [share(item.top1_agreement) for item in (dense, slim)]
+        with_dense, with_own = share(first.top1_agreement), share(dense.top1_agreement)
         return [
             FigureRow(f"perplexity, {name}", number(first.slim_perplexity), number(second.slim_perplexity), DASH),
             FigureRow(
                 f"excess in nats, {name}", *excesses, DASH, None, "beside dense float32, measured in ONNX Runtime"
             ),
             FigureRow(f"KL to dense float32, {name}", number(first.kl_to_dense), number(second.kl_to_dense), DASH),
-            FigureRow(f"agreement with dense float32, {name}", *shares, DASH),
-            FigureRow(f"agreement with own float32, {name}", *own, DASH),
+            FigureRow(f"agreement with dense float32, {name}", with_dense, share(second.top1_agreement), DASH),
+            FigureRow(f"agreement with own float32, {name}", with_own, share(slim.top1_agreement), DASH),
         ]
     if isinstance(first, EncoderFidelity) and isinstance(second, EncoderFidelity):
         label, values = "cosine to dense", (first.mean_cosine, second.mean_cosine)
