@@ -72,10 +72,10 @@ class _Conversion:
         for weight in weights:
             self._split(weight)
         for node in nodes:
-            for index, value in enumerate(node.inputs):
-                wanted = FLOAT if node in self.exact else self.half
-                if value in floats and value.dtype != wanted:
-                    node.replace_input_with(index, self._cast(value, wanted))
+            wanted = FLOAT if node in self.exact else self.half
+            for index, read in enumerate(node.inputs):
+                if read is not None and read in floats and read.dtype != wanted:
+                    node.replace_input_with(index, self._cast(read, wanted))
         for index, value in enumerate(self.graph.outputs):
             if value in floats and value.dtype != self.outer:
                 name, inner = value.name, self._cast(value, self.outer)

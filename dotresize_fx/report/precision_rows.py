@@ -57,12 +57,11 @@ def _excess(found: DecoderFidelity) -> str:
 def _fidelity(dense: PrecisionFigures, slim: PrecisionFigures) -> list[FigureRow]:
     first, second, name = dense.fidelity, slim.fidelity, slim.precision
     if isinstance(first, DecoderFidelity) and isinstance(second, DecoderFidelity):
+        where = "beside dense float32, measured in ONNX Runtime"
         with_dense, with_own = share(first.top1_agreement), share(dense.top1_agreement)
         return [
             FigureRow(f"perplexity, {name}", number(first.slim_perplexity), number(second.slim_perplexity), DASH),
-            FigureRow(
-                f"excess in nats, {name}", *excesses, DASH, None, "beside dense float32, measured in ONNX Runtime"
-            ),
+            FigureRow(f"excess in nats, {name}", _excess(first), _excess(second), DASH, None, where),
             FigureRow(f"KL to dense float32, {name}", number(first.kl_to_dense), number(second.kl_to_dense), DASH),
             FigureRow(f"agreement with dense float32, {name}", with_dense, share(second.top1_agreement), DASH),
             FigureRow(f"agreement with own float32, {name}", with_own, share(slim.top1_agreement), DASH),
