@@ -22,6 +22,7 @@ from bench import line
 
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.bench import bench
+from dotresize_fx.export.convert_dtype import convert_dtype
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.model_source import LoadedModel, load_model
 from dotresize_fx.options import Options
@@ -68,7 +69,11 @@ def emit_all(loaded: LoadedModel, arguments: argparse.Namespace, folder: Path) -
             graph = slim_graph(dense, matches, batches, options, Progress(quiet=True)).graph
         place = folder / (f"{ratio:.0%}" if ratio else "dense")
         place.mkdir()
-        files.append(emit_onnx(loaded.model, captured, graph, place))
+        file = emit_onnx(loaded.model, captured, graph, place)
+        if arguments.dtype != "float32":
+            (half := place / arguments.dtype).mkdir()
+            file = convert_dtype(file, half, arguments.dtype)
+        files.append(file)
         del graph
     return files
 
@@ -109,6 +114,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workload", action="append", default=[])
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return parser.parse_args(given)
 

@@ -170,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a decoder's ONNX without past keys and values: it reads whole sequences alone",
     )
     export.add_argument(
+        "--dtype",
+        default="float32",
+        help="of model.onnx: float32, float16, or bfloat16 with ONNX Runtime for CUDA (float32)",
+    )
+    export.add_argument("--quantize", help="weights of model.onnx, by ONNX Runtime's quantisers: int8 or int4 (no)")
+    export.add_argument(
         "--repair-steps", type=int, metavar="N", help="of best and heal, a sublayer (400; 1200 for an encoder)"
     )
     export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")

@@ -260,10 +260,12 @@ def export(
     from dotresize_fx.export.deliver import deliver
     from dotresize_fx.export.onnx_session import require_onnx_runtime
     from dotresize_fx.export.output_folder import OutputFolder
+    from dotresize_fx.export.precision import require_runtime
 
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()
+        require_runtime(options)
         with OutputFolder(out, force) as folder:
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work

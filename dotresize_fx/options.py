@@ -25,6 +25,9 @@ EFFORTS = ("fast", "best", "heal")
 ALLOCATIONS = ("measured", "uniform")
 HEAD_SIZES = ("free", "equal")
 BASES = ("shared", "sublayer")
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTISED = ("int8", "int4")
+MORE_CHOICES = {"cost": COSTS, "head_sizes": HEAD_SIZES, "basis": BASES, "dtype": DTYPES, "quantize": QUANTISED}
 # What decides the widths, with its defaults. Beside a plan of widths none of it can be given.
 PLANNED: dict[str, object] = {
     "ratio": 0.2,
@@ -61,7 +64,8 @@ class Options:
     stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
     so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
     can hold is refused. ``cache``: a decoder's ONNX
-    reads and hands on keys and values, where its cache is no more than these. ``device`` is where calibration and
+    reads and hands on keys and values, where its cache is no more than these. ``dtype`` (DTYPES) and ``quantize``
+    (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where calibration and
     solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
@@ -93,6 +97,8 @@ class Options:
     latency_length: int = 128
     tolerance: float = 1e-3
     cache: bool = True
+    dtype: str = "float32"
+    quantize: str | None = None
     device: str = "auto"
     seed: int = 0
     check: bool = field(default=False)
@@ -105,7 +111,7 @@ class Options:
         if self.heal_checkpoint is not None and not self.heal_checkpoint.is_dir():
             raise UsageError(f"--heal-checkpoint {self.heal_checkpoint}: there is no such folder: make it first")
         choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
-        for name, known in (choices | {"cost": COSTS, "head_sizes": HEAD_SIZES, "basis": BASES}).items():
+        for name, known in (choices | MORE_CHOICES).items():
             if (chosen := getattr(self, name)) not in known and chosen is not None:
                 raise UsageError(f"--{name.replace('_', '-')} {chosen}: choose one of {', '.join(sorted(known))}")
         said = f"--regions {','.join(self.regions)}"
@@ -122,6 +128,11 @@ class Options:
             )
         if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
             raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
+        if self.quantize is not None and self.dtype != "float32":
+            raise UsageError(
+                f"--quantize {self.quantize} starts from float32 weights and leaves float32 between them: "
+                f"leave out --dtype {self.dtype}"
+            )
         if self.head_sizes == "equal" and len({RegionKind.QUERY_KEY, RegionKind.VALUE} & set(self.kinds)) == 1:
             raise UsageError(f"{said}: --head-sizes equal cuts query_key and value together: name both")
         if not math.isfinite(self.heal_minutes) or self.heal_minutes <= 0:
@@ -161,6 +172,11 @@ class Options:
             return tuple(METHODS[self.method])
         names = self.regions or DEFAULT_REGIONS
         return tuple(kind for name in names for kind in REGION_NAMES[name] if kind in METHODS[self.method])
+
+    @property
+    def precision(self) -> str | None:
+        """What model.onnx is written in, where it is not float32."""
+        return self.quantize or (None if self.dtype == "float32" else self.dtype)
 
     def tokens_that_calibrate(self, task: str) -> int:
         """How much text calibrates; an encoder's without padding."""

@@ -56,7 +56,8 @@ def open_models(names: Sequence[Path]) -> list[GivenModel]:
     Raises:
         ModelNotFoundError, BadWeightsError: see :func:`read_onnx`.
         UsageError: an input that cannot be made.
-        InputsDifferError: another input, type, rank or fixed size than the first model's; a cache's sizes may differ.
+        InputsDifferError: another input, type, rank or fixed size than the first model's; a cache's sizes and precision
+            may differ.
     """
     paths = [find_onnx(name) for name in names]
     labels = _labels(paths)
@@ -106,7 +107,7 @@ def _check_alike(first: GivenModel, other: GivenModel) -> None:
             f"{has.path} takes an input {name} and {lacks.path} does not: give models of the same inputs"
         )
     for name, plan in wanted.items():
-        alike = (plan.dtype, plan.cache or plan.dims) == (found[name].dtype, found[name].cache or found[name].dims)
+        alike = plan.cache or (plan.dtype, plan.dims) == (found[name].dtype, found[name].dims)
         if not alike or len(plan.dims) != len(found[name].dims):
             raise InputsDifferError(
                 f"input {name} is {plan.dtype} {list(plan.dims)} in {first.path} and {found[name].dtype} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import chain
@@ -15,7 +14,6 @@ import torch
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
-from dotresize_fx.export.cached_runs import continued, onnx_inputs, splits
 from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.genai_config import write_genai_config
@@ -24,11 +22,18 @@ from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.peak_memory import peak_rss_bytes
+from dotresize_fx.export.precision import Precision, provider_of, require_runtime
 from dotresize_fx.export.timing import measure_latency
-from dotresize_fx.export.trials import latency_inputs, mask_name, measure_fidelity, text_inputs, verification_inputs
+from dotresize_fx.export.trials import (
+    latency_inputs,
+    mask_name,
+    measure_fidelity,
+    rounding_noise,
+    text_inputs,
+    verification_cases,
+    verification_inputs,
+)
 from dotresize_fx.export.weight_files import file_sha256
-from dotresize_fx.fx_form.execution import Execution
-from dotresize_fx.gram import padding_input
 from dotresize_fx.plan_file import write_plan
 from dotresize_fx.regions import SEPARATOR
 from dotresize_fx.report.contents import (
@@ -37,6 +42,7 @@ from dotresize_fx.report.contents import (
     LinearRole,
     LinearRow,
     ModelSource,
+    PrecisionFigures,
     RegionRow,
     Report,
     SideFigures,
@@ -68,8 +74,11 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     """
     require_onnx_runtime()
     progress, options = result.progress, result.options
+    require_runtime(options)
+    other = Precision(result, options.precision, folder, work) if options.precision else None
+    (plain := folder if other is None else work / "slim").mkdir(exist_ok=True)
     with progress.stage("convert slim to ONNX"):
-        path = emit_onnx(result.loaded.model, result.captured, result.slim, folder)
+        path = emit_onnx(result.loaded.model, result.captured, result.slim, plain)
         result.loaded.write_auxiliary_files(folder)
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
         notes = result.notes
@@ -77,10 +86,10 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
             why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)
             notes += (why,) if why else ()
     with progress.stage("verify in ONNX Runtime"):
-        comparison = compare_outputs(path, _cases(result), work, mask=mask_name(result))
+        comparison = compare_outputs(path, verification_cases(result), work, mask=mask_name(result))
         allowed = options.tolerance
         if comparison.max_abs_difference > allowed:
-            noise = _rounding_noise(result)
+            noise = rounding_noise(result)
             allowed = max(allowed, ROUNDINGS * noise)
             notes += (
                 f"the slim model amplifies rounding: weights moved by their last bit move its outputs by {noise:.1e}, "
@@ -97,6 +106,11 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
             f"the slim ONNX differs from the slim program by {comparison.max_abs_difference:.2e} "
             f"(tolerance {allowed:.0e}): nothing was written; please report this model"
         )
+    if other is not None:
+        with progress.stage(f"write {other.name}"):
+            other.write("slim", path)
+            other.verify(verification_cases(result))
+            notes += other.notes
     written = None
     if checkpoint:
         with progress.stage("write checkpoint"):
@@ -111,11 +125,19 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     with progress.stage("convert dense to ONNX"):
         gc.collect()
         dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work)
+        if other is not None:
+            other.write("dense", dense_path)
     with progress.stage("measure latency"):
         inputs = {name: value.numpy() for name, value in latency_inputs(result).items()}
-        latency = measure_latency({"dense": dense_path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
+        timed = {"dense": dense_path, "slim": path} | (other.paths if other else {})
+        latency = measure_latency(timed, inputs, runs=LATENCY_RUNS, work=work, provider=provider_of(options))
         if not reads_text(result.task):  # only of a text the second axis is sure to be its length
             latency = {side: replace(found, length=None) for side, found in latency.items()}
+    peak_export = peak_rss_bytes()  # without the sessions of what follows
+    precisions: tuple[PrecisionFigures, ...] = ()
+    if other is not None:
+        with progress.stage(f"measure fidelity of {other.name}", 2 * len(result.data.evaluation)) as step:
+            precisions = other.figures(latency, step)
     sizes = {"dense": onnx_size(dense_path), "slim": onnx_size(path)}
     length = MACS_LENGTH if reads_text(result.task) else result.dense.attended_length
     peaks = [comparison.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
@@ -126,48 +148,13 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         fidelity=(fidelity,),
         verification=verification,
         checkpoint=written,
-        peak_export_bytes=peak_rss_bytes(),
+        precisions=precisions,
+        peak_export_bytes=peak_export,
         peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
     report = _report(result, figures, folder, notes)
     write_report(report, folder)
     return report
-
-
-def _cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-    """Inputs and outputs of the program; with a cache, the last tokens are also left to be run behind the others."""
-    execution = Execution(result.slim, caches=True)
-    for inputs in verification_inputs(result):
-        expected = execution.outputs(inputs)
-        yield onnx_inputs(result.slim, inputs), [output.numpy() for output in expected]
-        if result.captured.cache is None:
-            continue
-        for past in splits(inputs["attention_mask"]):
-            before = [output[:, :, :past] for output in expected[1:]]
-            given = continued(result.slim, inputs, before, past)
-            behind = [expected[0][:, past:], *expected[1:]]
-            yield onnx_inputs(result.slim, given), [output.numpy() for output in behind]
-
-
-@torch.no_grad()
-def _rounding_noise(result: SlimResult) -> float:
-    """How far the slim program's outputs move, at real positions, when every weight moves by about its last bit."""
-    moved = result.slim.copy()
-    generator = torch.Generator().manual_seed(result.options.seed)
-    weights = moved.program.state_dict
-    for name, weight in weights.items():
-        if weight.is_floating_point():
-            last_bit = torch.finfo(weight.dtype).eps / 2
-            weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
-    largest = 0.0
-    for inputs in verification_inputs(result):
-        mask = padding_input(inputs)
-        both = (Execution(graph, caches=True).outputs(inputs) for graph in (result.slim, moved))
-        for one, other in zip(*both, strict=True):
-            moves = (one - other).abs()
-            real = moves[mask.bool()] if mask is not None and moves.shape[:2] == mask.shape else moves
-            largest = max(largest, float(real.max()))
-    return largest
 
 
 def _side(graph: Any, latency: Latency, size: int, length: int) -> SideFigures:

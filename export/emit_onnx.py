@@ -20,11 +20,10 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.capture import Captured, no_fast_path
-from dotresize_fx.export.onnx_file import ONNX_FILE
+from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 
-WEIGHTS_FILE = "model.onnx.data"
 # Of a graph with a cache, by the input.
 FREE_SIZES = {
     "input_ids": {0: "batch_size", 1: "sequence_length"},

@@ -11,6 +11,7 @@ from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.weight_files import file_sha256
 
 ONNX_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
 REPORT_FILE = "report.json"
 
 

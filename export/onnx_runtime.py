@@ -20,11 +20,13 @@ Array = np.ndarray[Any, Any]
 class CaseComparison:
     """One case: the largest |actual - expected| over all outputs, and the largest finite |expected|.
 
-    The difference is infinite where either side holds a NaN or the shapes differ.
+    The difference is infinite where either side holds a NaN or the shapes differ. ``max_relative_difference`` is the
+    worst output's, with its own largest |expected| as scale.
     """
 
     max_abs_difference: float
     max_abs_expected: float
+    max_relative_difference: float
     shapes: tuple[tuple[int, ...], ...]
     expected_shapes: tuple[tuple[int, ...], ...]
 
@@ -41,6 +43,10 @@ class Comparison:
     @property
     def max_abs_difference(self) -> float:
         return max(case.max_abs_difference for case in self.cases)
+
+    @property
+    def max_relative_difference(self) -> float:
+        return max(case.max_relative_difference for case in self.cases)
 
     @property
     def max_abs_expected(self) -> float:
@@ -79,6 +85,7 @@ def compare_outputs(
         CaseComparison(
             case["max_abs_difference"],
             case["max_abs_expected"],
+            case["max_relative_difference"],
             tuple(tuple(shape) for shape in case["shapes"]),
             tuple(tuple(shape) for shape in case["expected_shapes"]),
         )

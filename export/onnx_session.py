@@ -37,6 +37,16 @@ def require_onnx_runtime() -> None:
         raise MissingExtraError("ONNX Runtime is not installed; run: pip install 'dotresize-fx[cpu]'")
 
 
+def require_provider(provider: str, why: str = "") -> None:
+    """Raise MissingExtraError, which begins with ``why``, unless ONNX Runtime is installed and has it."""
+    require_onnx_runtime()
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        extra = "cpu" if provider == CPU else "gpu"
+        raise MissingExtraError(f"{why}this ONNX Runtime has no {provider}; run: pip install 'dotresize-fx[{extra}]'")
+
+
 def physical_cores() -> int:
     """Physical cores that this process may use, at least 1: what a thread per core should be counted by."""
     if not hasattr(os, "sched_getaffinity"):
@@ -67,14 +77,12 @@ def open_session(
     Raises MissingExtraError (no ONNX Runtime, or one without ``provider``), ModelNotFoundError (no such file),
     BadWeightsError (not an ONNX model, or its external data is missing or cut off) and OutOfMemoryError.
     """
-    require_onnx_runtime()
+    require_onnx_runtime()  # before what is said of the file
     if not path.is_file():
         raise ModelNotFoundError(f"no ONNX model at {path}; give the path of a model.onnx")
+    require_provider(provider)
     import onnxruntime
 
-    if provider not in onnxruntime.get_available_providers():
-        extra = "cpu" if provider == CPU else "gpu"
-        raise MissingExtraError(f"this ONNX Runtime has no {provider}; run: pip install 'dotresize-fx[{extra}]'")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = 3  # errors only: warnings about unfused nodes are not the user's business
@@ -116,6 +124,7 @@ def _no_room(error: Exception) -> bool:
 class OnnxModel:
     """An ONNX file as a callable, in this process: arrays by input name -> outputs in the graph's order.
 
+    float32 arrays are rounded for an input that is float16, so that what feeds one precision feeds all.
     Takes and raises what :func:`open_session` does; a call raises OnnxRuntimeError for inputs the graph does not
     take, and OutOfMemoryError.
     """
@@ -124,6 +133,7 @@ class OnnxModel:
         self.path = Path(path)
         self.session = open_session(self.path, **options)
         self._shapes = {item.name: item.shape for item in self.session.get_inputs()}
+        self._halves = {item.name for item in self.session.get_inputs() if item.type == "tensor(float16)"}
         self.input_names: tuple[str, ...] = tuple(self._shapes)
         self.output_names: tuple[str, ...] = tuple(item.name for item in self.session.get_outputs())
 
@@ -157,7 +167,7 @@ class OnnxModel:
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         self.check_names(inputs)
-        outputs: list[Array] = self._run(lambda: self.session.run(None, dict(inputs)))
+        outputs: list[Array] = self._run(lambda: self.session.run(None, self._rounded(inputs)))
         return outputs
 
     def values(self, inputs: Mapping[str, Array], device: str = "cpu") -> dict[str, Any]:
@@ -166,7 +176,7 @@ class OnnxModel:
 
         # What is empty has no address on a device.
         places = {name: device if value.size else "cpu" for name, value in inputs.items()}
-        arrays = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        arrays = {name: np.ascontiguousarray(value) for name, value in self._rounded(inputs).items()}
         values: dict[str, Any] = self._run(
             lambda: {name: OrtValue.ortvalue_from_numpy(arrays[name], place, 0) for name, place in places.items()}
         )
@@ -176,6 +186,9 @@ class OnnxModel:
         """A call whose inputs and outputs are the runtime's own, so that a cache is not copied."""
         outputs: list[Any] = self._run(lambda: self.session.run_with_ort_values(self.output_names, dict(inputs)))
         return outputs
+
+    def _rounded(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: value.astype(np.float16) if name in self._halves else value for name, value in inputs.items()}
 
     def _run(self, call: Callable[[], Any]) -> Any:
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dotresize_fx.export.cached_runs import prompt_inputs
+from dotresize_fx.export.cached_runs import continued, onnx_inputs, prompt_inputs, splits
 from dotresize_fx.export.capture_module import untraced_samples
-from dotresize_fx.fidelity import Inputs, compare_answers, compare_decoders, mean_cosine
+from dotresize_fx.fidelity import Inputs, Run, compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.gram import padding_input
 from dotresize_fx.report.contents import DecoderFidelity, EncoderFidelity, OutputFidelity
@@ -38,6 +38,42 @@ def verification_inputs(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]
         yield dict(inputs)
 
 
+def verification_cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """Inputs and outputs of the program; with a cache, the last tokens are also left to be run behind the others."""
+    execution = Execution(result.slim, caches=True)
+    for inputs in verification_inputs(result):
+        expected = execution.outputs(inputs)
+        yield onnx_inputs(result.slim, inputs), [output.numpy() for output in expected]
+        if result.captured.cache is None:
+            continue
+        for past in splits(inputs["attention_mask"]):
+            before = [output[:, :, :past] for output in expected[1:]]
+            given = continued(result.slim, inputs, before, past)
+            behind = [expected[0][:, past:], *expected[1:]]
+            yield onnx_inputs(result.slim, given), [output.numpy() for output in behind]
+
+
+@torch.no_grad()
+def rounding_noise(result: SlimResult) -> float:
+    """How far the slim program's outputs move, at real positions, when every weight moves by about its last bit."""
+    moved = result.slim.copy()
+    generator = torch.Generator().manual_seed(result.options.seed)
+    weights = moved.program.state_dict
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            last_bit = torch.finfo(weight.dtype).eps / 2
+            weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
+    largest = 0.0
+    for inputs in verification_inputs(result):
+        mask = padding_input(inputs)
+        both = (Execution(graph, caches=True).outputs(inputs) for graph in (result.slim, moved))
+        for one, other in zip(*both, strict=True):
+            moves = (one - other).abs()
+            real = moves[mask.bool()] if mask is not None and moves.shape[:2] == mask.shape else moves
+            largest = max(largest, float(real.max()))
+    return largest
+
+
 def latency_inputs(result: SlimResult) -> dict[str, torch.Tensor]:
     """One sequence or sample, or as many as a run has to have."""
     captured = result.captured
@@ -50,6 +86,11 @@ def latency_inputs(result: SlimResult) -> dict[str, torch.Tensor]:
 def mask_name(result: SlimResult) -> str | None:
     """The input that tells padding, whose outputs mean nothing and are not compared."""
     return None if padding_input(result.captured.sample) is None else "attention_mask"
+
+
+def ids_name(result: SlimResult) -> str:
+    """The input whose next tokens are predicted."""
+    return "input_ids" if reads_text(result.task) else result.captured.predicts
 
 
 def text_inputs(result: SlimResult) -> Iterator[dict[str, torch.Tensor]]:
@@ -69,9 +110,9 @@ def _random_inputs(result: SlimResult, batch: int, length: int, padding: int) ->
 
 
 def measure_fidelity(
-    result: SlimResult, step: Callable[[], None]
+    result: SlimResult, step: Callable[[], None], run: Run | None = None
 ) -> DecoderFidelity | EncoderFidelity | OutputFidelity:
-    """Slim program against dense program on what did not calibrate; ``step`` is called once a batch."""
+    """Slim program, or ``run``, against dense program on what did not calibrate; ``step`` is called once a batch."""
     dense, slim = Execution(result.dense), Execution(result.slim)
 
     def first(execution: Execution, batch: Inputs) -> torch.Tensor:
@@ -82,7 +123,7 @@ def measure_fidelity(
             yield batch
             step()
 
-    runs = (lambda batch: first(dense, batch)), (lambda batch: first(slim, batch))
+    runs = (lambda batch: first(dense, batch)), run or (lambda batch: first(slim, batch))
     if result.task == "encoder":
         cosine, count = mean_cosine(*runs, batches())
         return EncoderFidelity(text=result.data.description, count=count, mean_cosine=cosine)
@@ -94,8 +135,7 @@ def measure_fidelity(
             relative_error=found.relative_error,
             mean_cosine=found.mean_cosine,
         )
-    ids = "input_ids" if reads_text(result.task) else result.captured.predicts
-    figures = compare_decoders(*runs, batches(), ids)
+    figures = compare_decoders(*runs, batches(), ids_name(result))
     return DecoderFidelity(
         text=result.data.description,
         tokens=figures.tokens,

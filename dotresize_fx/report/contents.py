@@ -189,6 +189,28 @@ class Verification:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionFigures:
+    """One side written in ``precision`` (float16, bfloat16, int8, int4), as its file runs in ONNX Runtime.
+
+    ``fidelity`` is to the dense program in float32; ``top1_agreement`` is with this side's own program in float32, the
+    share of positions at which both predict the same next token. ``verification`` is of the slim side's dtype: its
+    differences are relative, an output's largest difference to its largest number. Quantised weights are other weights
+    and have none. Of its ``linears``, products with
+    weights, ``quantised_linears`` are quantised; None for a dtype.
+    """
+
+    side: Literal["dense", "slim"]
+    precision: str
+    file_bytes: int | None = None
+    latency: Latency | None = None
+    fidelity: DecoderFidelity | EncoderFidelity | OutputFidelity | None = None
+    top1_agreement: float | None = None
+    verification: Verification | None = None
+    linears: int | None = None
+    quantised_linears: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointFigures:
     """The Hugging Face checkpoint in ``folder`` of OUT, loaded with from_pretrained, against the slim program.
 
@@ -211,7 +233,11 @@ class CheckpointFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
-    """Everything measured. ``macs_length`` is the length in tokens at which attention's MACs are counted."""
+    """Everything measured. ``macs_length`` is the length in tokens at which attention's MACs are counted.
+
+    ``dense`` and ``slim`` are float32, whatever model.onnx was asked to be: what it is instead, ``precisions`` has, and
+    the dense model written alike.
+    """
 
     dense: SideFigures = SideFigures()
     slim: SideFigures = SideFigures()
@@ -219,6 +245,7 @@ class Figures:
     fidelity: tuple[DecoderFidelity | EncoderFidelity | OutputFidelity, ...] = ()
     verification: Verification | None = None
     checkpoint: CheckpointFigures | None = None
+    precisions: tuple[PrecisionFigures, ...] = ()
     peak_export_bytes: int | None = None
     peak_runtime_bytes: int | None = None
 
@@ -268,7 +295,10 @@ class Report:
         content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         for entry, linear in zip(content["linears"], self.linears, strict=True):
             entry["status"] = linear.status
-        for entry, fidelity in zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True):
+        measured: list[tuple[Any, Any]] = [*zip(content["figures"]["fidelity"], self.figures.fidelity, strict=True)]
+        for written, row in zip(content["figures"]["precisions"], self.figures.precisions, strict=True):
+            measured.append((written["fidelity"], row.fidelity))
+        for entry, fidelity in measured:
             if isinstance(fidelity, DecoderFidelity):
                 entry["excess"] = fidelity.excess
         verification = self.figures.verification

@@ -19,6 +19,7 @@ from dotresize_fx.report.contents import (
     Report,
 )
 from dotresize_fx.report.latency_plot import latency_plot
+from dotresize_fx.report.precision_rows import precision_rows
 from dotresize_fx.report.templates import render
 
 _KINDS = {
@@ -76,7 +77,7 @@ def render_page(report: Report) -> str:
         "verdict": words.verdict_parts(report),
         "failed": report.figures.verification is not None and not report.figures.verification.passed,
         "tiles": _tiles(report),
-        "rows": words.figure_rows(report),
+        "rows": [*words.figure_rows(report), *precision_rows(report)],
         "plots": [_region_plot(kind, rows) for kind, rows in _by_kind(report.regions).items()],
         "marks": marks,
         "ticks": ticks,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import dotresize_fx
-from dotresize_fx.export.emit_onnx import WEIGHTS_FILE, emit_onnx
+from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.onnx_file import WEIGHTS_FILE
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.export.capture import capture
-from dotresize_fx.export.emit_onnx import WEIGHTS_FILE, emit_onnx
+from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.node_profile import profile_nodes
-from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
+from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
