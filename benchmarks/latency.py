@@ -71,7 +71,7 @@ def emit_all(loaded: LoadedModel, arguments: argparse.Namespace, folder: Path) -
         place.mkdir()
         file = emit_onnx(loaded.model, captured, graph, place)
         if arguments.dtype != "float32":
-            (half := place / arguments.dtype).mkdir()
+            (half := folder / f"{place.name} {arguments.dtype}").mkdir()
             file = convert_dtype(file, half, arguments.dtype)
         files.append(file)
         del graph
@@ -90,7 +90,7 @@ def rows(report: BenchReport) -> list[list[str]]:
                 holds = run.macs_ratio is not None and run.ratio.value <= run.macs_ratio + ALLOWED
                 found.append(
                     [
-                        Path(run.model).parent.name or run.model,
+                        run.model,
                         f"prompt={workload.prompt},decode={workload.decode},batch={workload.batch}",
                         phase.name,
                         "-" if run.macs_ratio is None else f"{run.macs_ratio:.3f}",

@@ -83,6 +83,8 @@ def open_session(
     require_provider(provider)
     import onnxruntime
 
+    if provider == CUDA and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries out of Python packages, where the system has none
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = 3  # errors only: warnings about unfused nodes are not the user's business
