@@ -42,53 +42,57 @@ class NodewiseProgram(ExportedProgram):
         )
 
     def run_decompositions(self, decomp_table: Table | None = None, *args: Any, **kwargs: Any) -> ExportedProgram:
-        if decomp_table is None or args or kwargs or not _decompose(self.graph_module, decomp_table):
+        if decomp_table is None or args or kwargs or not self._decompose(decomp_table):
             return super().run_decompositions(decomp_table, *args, **kwargs)  # type: ignore[arg-type]
         return self
 
-
-def _decompose(module: torch.fx.GraphModule, table: Table) -> bool:
-    """Whether every op that has to be could be decomposed by itself; the graph is changed only then."""
-    whole = torch.export.default_decompositions()  # of composite ops torch keeps what is here and not in the table
-    parts: dict[Any, torch.fx.GraphModule] = {}
-    keys: dict[torch.fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+    def _decompose(self, table: Table) -> bool:
+        """Whether every op that has to be could be decomposed by itself; the graph is changed only then."""
+        whole = torch.export.default_decompositions()  # of composite ops torch keeps what is here and not in the table
+        parts: dict[Any, torch.fx.Graph] = {}
+        keys: dict[torch.fx.Node, Any] = {}
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output") or _computes_sizes(node):
+                continue
+            if not isinstance(node.target, torch._ops.OpOverload) or has_effects(node.target):
                 return False
-            if getattr(operator, getattr(node.target, "__name__", ""), None) is not node.target:
+            composite = node.target.has_kernel_for_dispatch_key(COMPOSITE)
+            kept = not composite or node.target in whole or node.target in _KNOWN
+            if node.target not in table and kept:
+                continue
+            values = [source.meta.get("val") for source in node.all_input_nodes]
+            if not all(isinstance(value, torch.Tensor) for value in (*values, node.meta.get("val"))):
                 return False
-            continue
-        if has_effects(node.target):
-            return False
-        composite = node.target.has_kernel_for_dispatch_key(COMPOSITE)
-        kept = not composite or node.target in whole or node.target in _KNOWN
-        if node.target not in table and kept:
-            continue
-        sources = node.all_input_nodes
-        values = [source.meta.get("val") for source in sources]
-        if not all(isinstance(value, torch.Tensor) for value in (*values, node.meta.get("val"))):
-            return False
-        key = (
-            node.target,
-            repr(torch.fx.node.map_arg((node.args, node.kwargs), lambda n: sources.index(n))),
-            tuple((value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride()))) for value in values),
-        )
-        if key not in parts:
-            parts[key] = _part(node, values, table)
-            if any(inner.op == "get_attr" or has_effects(inner.target) for inner in parts[key].graph.nodes):
-                return False
-        keys[node] = key
-    for node, key in keys.items():
-        _put(module.graph, node, parts[key].graph)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return True
+            key = keys[node] = _key(node, values)
+            if key not in parts:
+                parts[key] = _part(node, values, table)
+                if any(inner.op == "get_attr" or has_effects(inner.target) for inner in parts[key].nodes):
+                    return False
+        for node, key in keys.items():
+            name = _put(self.graph, node, parts[key]).name
+            for spec in self.graph_signature.output_specs:
+                if spec.arg.name == node.name:
+                    spec.arg.name = name
+        self.graph.eliminate_dead_code()
+        self.graph_module.recompile()
+        return True
 
 
-def _part(node: torch.fx.Node, values: list[torch.Tensor], table: Table) -> torch.fx.GraphModule:
+def _computes_sizes(node: torch.fx.Node) -> bool:
+    """Whether a node is Python's own arithmetic."""
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and getattr(operator, name, None) is node.target
+
+
+def _key(node: torch.fx.Node, values: list[torch.Tensor]) -> Any:
+    """The same for nodes that are decomposed alike: the op and all it reads, but for the numbers in tensors."""
+    places = {source: f"input {index}" for index, source in enumerate(node.all_input_nodes)}
+    arguments = repr(torch.fx.node.map_arg((node.args, node.kwargs), places.__getitem__))
+    like = [(str(value.dtype), str(value.device), str(value.shape), str(value.stride())) for value in values]
+    return node.target, arguments, tuple(like)
+
+
+def _part(node: torch.fx.Node, values: list[torch.Tensor], table: Table) -> torch.fx.Graph:
     """What one op is decomposed into, its placeholders the op's inputs in their order."""
     sources = node.all_input_nodes
 
@@ -99,15 +103,16 @@ def _part(node: torch.fx.Node, values: list[torch.Tensor], table: Table) -> torc
 
     written = make_fx(run, decomposition_table=dict(table))(*values)
     if not any(has_effects(inner.target) for inner in written.graph.nodes):
-        return written
-    return make_fx(torch.func.functionalize(written), decomposition_table=dict(table))(*values)
+        return written.graph
+    return make_fx(torch.func.functionalize(written), decomposition_table=dict(table))(*values).graph
 
 
-def _put(graph: torch.fx.Graph, node: torch.fx.Node, part: torch.fx.Graph) -> None:
-    """The nodes of ``part`` in place of ``node``."""
+def _put(graph: torch.fx.Graph, node: torch.fx.Node, part: torch.fx.Graph) -> torch.fx.Node:
+    """The nodes of ``part`` in place of ``node``; returns what stands for it now."""
     given = dict(zip(part.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     with graph.inserting_before(node):
         result = graph.graph_copy(part, given)  # type: ignore[arg-type]
     assert isinstance(result, torch.fx.Node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+    return result

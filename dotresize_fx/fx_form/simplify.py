@@ -15,10 +15,10 @@ _OPEN = 2**63 - 1  # how torch spells a slice's open end
 
 
 def simplify(graph: FxEdits) -> int:
-    """Drop copies, slices of everything and reshapes to the same shape, and compute once what is computed twice; returns how many ops are gone.
+    """Drop copies, slices of everything and reshapes to the same shape, and compute once what is computed twice.
 
-    Shapes must be up to date. The program must write to no tensor in place, else it is left as it is. Views become reshapes, since what was a
-    view of a copy may be none of the original.
+    Returns how many ops are gone. Shapes must be up to date. A program that writes to a tensor in place is left as it
+    is. Views become reshapes, since what was a view of a copy may be none of the original.
     """
     nodes = graph.nodes
     if any(has_effects(node.target) for node in nodes.nodes):
