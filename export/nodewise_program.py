@@ -65,7 +65,10 @@ class NodewiseProgram(ExportedProgram):
                 return False
             key = keys[node] = _key(node, values)
             if key not in parts:
-                parts[key] = _part(node, values, table)
+                try:
+                    parts[key] = _part(node, values, table)
+                except Exception:  # torch, with all of the program before it, may know better
+                    return False
                 if any(inner.op == "get_attr" or has_effects(inner.target) for inner in parts[key].nodes):
                     return False
         for node, key in keys.items():
