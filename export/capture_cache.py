@@ -39,14 +39,8 @@ def capture_with_cache(model: Any) -> Captured:
         except Exception as error:  # what a model's own code raises
             raise CaptureError(what_it_said(error)) from error
     auto = torch.export.Dim.AUTO
-    # Of these the tracer knows then that they may be 0 or 1.
-    named = (
-        torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
-        auto,
-        torch.export.Dim("past", min=0, max=max(longest, PAST_LENGTH + 1)),
-    )
     refusal: Exception | None = None
-    for sizes in (named, (auto, auto, auto)):
+    for sizes in (free_sizes(longest), (auto, auto, auto)):
         try:
             with cached.on(model):
                 program, metadata = trace(model, cached.sample, cached.shapes(*sizes))
@@ -63,6 +57,15 @@ def capture_with_cache(model: Any) -> Captured:
         _compare(model, captured)
         return captured
     raise CaptureError(f"torch.export said: {what_it_said(refusal or Exception())}") from refusal
+
+
+def free_sizes(longest: int) -> tuple[Any, Any, Any]:
+    """Batch, length and past for torch.export, which knows of them then that they may be 0 or 1."""
+    return (
+        torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
+        torch.export.Dim.AUTO,
+        torch.export.Dim("past", min=0, max=max(longest, PAST_LENGTH + 1)),
+    )
 
 
 @torch.no_grad()

@@ -20,9 +20,11 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.capture import Captured, no_fast_path
+from dotresize_fx.export.nodewise_program import NodewiseProgram
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.fx_form.simplify import simplify
 
 # Of a graph with a cache, by the input.
 FREE_SIZES = {
@@ -40,10 +42,12 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     """
     graph = graph.restore_pointwise()
     graph.refresh_shapes()
+    simplify(graph)
     cached = captured.cache
     sample = dict(captured.sample if cached is None else cached.sample)
     with quiet_libraries(), no_fast_path(), torch.no_grad(), cached.on(model) if cached else nullcontext():
-        exporter = _GivenProgramExporter(graph.program, captured)  # inside: it warns of versions when it is made
+        # Inside: it warns of versions when it is made.
+        exporter = _GivenProgramExporter(NodewiseProgram.of(graph.program), captured)
         exported = exporter.export(model, sample, OnnxConfig(dynamic=True))
     if cached is not None:
         _name_sizes(exported.program.graph)

@@ -1,0 +1,61 @@
+"""Make an exported program shorter without changing a number, for what has to walk through all of it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+from dotresize_fx.fx_form.edits import FxEdits, has_effects
+
+aten = torch.ops.aten
+_COPIES = (aten.clone.default, aten.contiguous.default)
+_OPEN = 2**63 - 1  # how torch spells a slice's open end
+
+
+def simplify(graph: FxEdits) -> int:
+    """Drop copies, slices of everything and reshapes to the same shape, and compute once what is computed twice.
+
+    Returns how many ops are gone. Shapes must be up to date. A program that writes to a tensor in place is left as it
+    is. Views become reshapes, since what was a view of a copy may be none of the original.
+    """
+    nodes = graph.nodes
+    if any(has_effects(node.target) for node in nodes.nodes):
+        return 0
+    before = len(nodes.nodes)
+    for view in nodes.find_nodes(op="call_function", target=aten.view.default):
+        view.target = aten.reshape.default
+    ends = set(nodes.output_node().all_input_nodes)
+    first: dict[tuple[Any, ...], torch.fx.Node] = {}
+    for node in list(nodes.nodes):
+        if node.op != "call_function" or node in ends:
+            continue
+        same = node.args[0] if _hands_on(node) else None
+        if same is None and _is_pure(node.target):
+            same = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if isinstance(same, torch.fx.Node) and same is not node:
+            node.replace_all_uses_with(same)
+            nodes.erase_node(node)
+    graph.remove_dead()
+    return before - len(nodes.nodes)
+
+
+def _hands_on(node: torch.fx.Node) -> bool:
+    """Whether an op puts out the very numbers it reads."""
+    if node.target in _COPIES:
+        return True
+    if node.target == aten.reshape.default:
+        source: Any = node.args[0]
+        return [str(size) for size in source.meta["val"].shape] == [str(size) for size in node.meta["val"].shape]
+    if node.target != aten.slice.Tensor:
+        return False
+    start, stop, step = (*node.args[2:], None, None, None)[:3]
+    return start in (None, 0) and (stop is None or stop == _OPEN) and step in (None, 1)
+
+
+def _is_pure(target: Any) -> bool:
+    """Whether an op puts out the same each time it reads the same."""
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in target.tags and not has_effects(target)
+    return getattr(operator, getattr(target, "__name__", ""), None) is target
