@@ -47,11 +47,13 @@ def _hands_on(node: torch.fx.Node) -> bool:
         return True
     if node.target == aten.reshape.default:
         source: Any = node.args[0]
-        return [str(size) for size in source.meta["val"].shape] == [str(size) for size in node.meta["val"].shape]
+        before, after = source.meta["val"].shape, node.meta["val"].shape
+        return [str(size) for size in before] == [str(size) for size in after]
     if node.target != aten.slice.Tensor:
         return False
-    start, stop, step = (*node.args[2:], None, None, None)[:3]
-    return start in (None, 0) and (stop is None or stop == _OPEN) and step in (None, 1)
+    given: tuple[Any, ...] = (*node.args[2:], None, None, None)
+    start, stop, step = given[:3]
+    return start in (None, 0) and stop in (None, _OPEN) and step in (None, 1)
 
 
 def _is_pure(target: Any) -> bool:
