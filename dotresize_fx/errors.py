@@ -94,6 +94,12 @@ class CheckpointError(DotresizeError):
     exit_code = 14
 
 
+class UnknownOpError(DotresizeError):
+    """The file has an op, or an operator set, that this ONNX Runtime does not know."""
+
+    exit_code = 15
+
+
 class InputsDifferError(DotresizeError):
     """Models that are to be measured side by side take different inputs."""
 

@@ -21,11 +21,19 @@ from dotresize_fx.errors import (
     ModelNotFoundError,
     OnnxRuntimeError,
     OutOfMemoryError,
+    UnknownOpError,
 )
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 Array = np.ndarray[Any, Any]
+# What ONNX Runtime says of a file that is newer than itself, or made for another.
+_UNKNOWN = (
+    "is not a registered function/op",
+    "No Op registered for",
+    "onnx opset versions",
+    "Unsupported model IR version",
+)
 # What ONNX Runtime, CUDA, cuBLAS and C++ say where there is no room; none has an error code that reaches Python.
 _NO_ROOM = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
 
@@ -75,7 +83,8 @@ def open_session(
     file has them, and the profiler sees their weights.
 
     Raises MissingExtraError (no ONNX Runtime, or one without ``provider``), ModelNotFoundError (no such file),
-    BadWeightsError (not an ONNX model, or its external data is missing or cut off) and OutOfMemoryError.
+    BadWeightsError (not an ONNX model, or its external data is missing or cut off), UnknownOpError and
+    OutOfMemoryError.
     """
     require_onnx_runtime()  # before what is said of the file
     if not path.is_file():
@@ -98,6 +107,10 @@ def open_session(
     except Exception as error:  # its exceptions share no base class but Exception
         if _no_room(error):
             raise run_failed(path, error) from error
+        if any(words in str(error) for words in _UNKNOWN):
+            raise UnknownOpError(
+                f"this ONNX Runtime does not know all that {path} is made of: {first_line(error)}; take a newer one"
+            ) from error
         raise BadWeightsError(
             f"ONNX Runtime cannot open {path}: {first_line(error)}; the file or its data is damaged, export it again"
         ) from error

@@ -16,7 +16,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
-from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError, OnnxRuntimeError
+from dotresize_fx.errors import BadWeightsError, MissingExtraError, ModelNotFoundError, OnnxRuntimeError, UnknownOpError
 from dotresize_fx.export.onnx_runtime import Comparison, compare_outputs
 from dotresize_fx.export.onnx_session import OnnxModel, physical_cores
 from dotresize_fx.export.runtime_process import largest_difference
@@ -223,6 +223,20 @@ def test_damaged_files_are_one_clear_line(model_path: Path, tmp_path: Path, dama
         compare_outputs(model_path, [({"x": batch_of(1, 1)}, [batch_of(1, 1)])], tmp_path)
     assert "\n" not in str(here.value)
     assert "\n" not in str(in_child.value)
+
+
+@pytest.mark.parametrize(("domain", "opset", "version"), [("", 99, 10), ("my.own", 20, 10), ("", 20, 99)])
+def test_what_this_runtime_does_not_know_is_no_damage(tmp_path: Path, domain: str, opset: int, version: int) -> None:
+    one = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    two = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"], domain=domain)
+    sets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("my.own", 1)]
+    graph = onnx.helper.make_graph([node], "unknown", [one], [two])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx.helper.make_model(graph, opset_imports=sets, ir_version=version).SerializeToString())
+    with pytest.raises(UnknownOpError, match=r"does not know all that .*; take a newer one") as caught:
+        OnnxModel(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_runtime_names_the_extra(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
