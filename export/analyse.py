@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from dotresize_fx.errors import CaptureError
-from dotresize_fx.export.capture import Captured, capture
+from dotresize_fx.export.capture import CAPTURE_TOLERANCE, Captured, capture
 from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.capture_module import capture_module
 from dotresize_fx.export.model_source import LoadedModel
@@ -19,8 +19,6 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
 from dotresize_fx.task import reads_text
 
-# Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
-CAPTURE_TOLERANCE = 1e-4
 UNTRACED_LENGTH = 7
 
 

@@ -26,6 +26,8 @@ from dotresize_fx.program_inputs import ProgramInputs
 
 # Traced with two sequences, one of them padded, so that the attention mask stays an input.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PADDING = 2, 16, 5
+# Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
+CAPTURE_TOLERANCE = 1e-4
 LARGEST_BATCH = 4096
 UNLIMITED = 2048  # the longest sequence of a model that states none
 
@@ -74,6 +76,12 @@ def sample_inputs(vocabulary: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def text_config_of(model: Any) -> Any:
+    """The configuration of the part that reads text, or the model's own where it has no parts."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def longest_of(text_config: Any) -> int:
     """Tokens that a sequence may have, as the configuration says."""
     longest = int(getattr(text_config, "max_position_embeddings", None) or 0)
@@ -88,8 +96,7 @@ def capture(model: torch.nn.Module, sample: Mapping[str, torch.Tensor] | None = 
     Raises:
         CaptureError: torch.export refused; the message quotes what it said.
     """
-    config: Any = model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config = text_config_of(model)
     longest = longest_of(text_config)
     vocabulary = int(text_config.vocab_size) if sample is None else 0
     reads_text = sample is None

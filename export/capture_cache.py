@@ -10,14 +10,21 @@ import torch
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.cached_forward import PAST_LENGTH, cached_forward
 from dotresize_fx.export.cached_runs import continued, prompt_inputs
-from dotresize_fx.export.capture import LARGEST_BATCH, Captured, longest_of, sample_inputs, trace, what_it_said
+from dotresize_fx.export.capture import (
+    CAPTURE_TOLERANCE,
+    LARGEST_BATCH,
+    Captured,
+    longest_of,
+    sample_inputs,
+    text_config_of,
+    trace,
+    what_it_said,
+)
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.cache import find_caches
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 
-# Two float32 runs of one function differ by rounding only; a wrong capture differs by the size of its outputs.
-TOLERANCE = 1e-4
 # (tokens of the past, new tokens) of the sample's; a single new token is tried in a batch of one.
 SPLITS = ((0, 16), (0, 1), (9, 7), (15, 1))
 
@@ -29,7 +36,7 @@ def capture_with_cache(model: Any) -> Captured:
         CaptureError: the cache is something else, or torch.export refused, or the program computes something else;
             the message begins with what.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = text_config_of(model)
     longest = longest_of(config)
     vocabulary = int(config.vocab_size)
     sample = sample_inputs(vocabulary)
@@ -86,7 +93,7 @@ def _compare(model: Any, captured: Captured) -> None:
                 given = continued(captured.graph, whole, before, past)
             found = execution.outputs(given)[0]
             same = found.shape == expected.shape and bool(
-                (found - expected)[real].abs().max() <= TOLERANCE * expected.abs().max()
+                (found - expected)[real].abs().max() <= CAPTURE_TOLERANCE * expected.abs().max()
             )
         except Exception:  # sizes that tracing took for constants, or positions that the model cannot be given
             same = False

@@ -9,10 +9,10 @@ import onnx
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.weight_files import file_sha256
+from dotresize_fx.report.contents import REPORT_FILE
 
 ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-REPORT_FILE = "report.json"
 
 
 def find_onnx(name: Path) -> Path:

@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from dotresize_fx.errors import OutputError
+from dotresize_fx.report.contents import REPORT_FILE
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Rust (safetensors, tokenizers) and C++ (protobuf, torch) report a full disk as text only.
@@ -100,7 +101,7 @@ class OutputFolder:
             raise OutputError(f"{out} cannot be read: {error.strerror}") from error
         if found and not self._force:
             raise OutputError(f"{out} exists and is not empty: choose another folder or pass --force")
-        if found and "report.json" not in found:
+        if found and REPORT_FILE not in found:
             raise OutputError(f"{out} holds no report.json, so it is not an earlier output: --force leaves it alone")
 
     def _commit(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dotresize_fx.task import Task
 
+REPORT_FILE = "report.json"
 # 2: ``cache`` says which inputs and outputs the ONNX of a decoder has.
 SCHEMA_VERSION = 2
 

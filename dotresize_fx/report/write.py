@@ -10,14 +10,14 @@ from typing import Any
 from dotresize_fx.errors import OutputError
 from dotresize_fx.report.bench_contents import BenchReport
 from dotresize_fx.report.bench_page import render_bench_page
-from dotresize_fx.report.contents import Report
+from dotresize_fx.report.contents import REPORT_FILE, Report
 from dotresize_fx.report.page import render_page
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json and report.html into the existing ``folder``. Raises OutputError where that fails."""
     texts = {
-        "report.json": _json_text(report.to_json()),
+        REPORT_FILE: _json_text(report.to_json()),
         "report.html": render_page(report),
     }
     for name, text in texts.items():
