@@ -24,6 +24,8 @@ DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("fast", "best", "heal")
 ALLOCATIONS = ("measured", "uniform")
 HEAD_SIZES = ("free", "equal")
+# Whose ops the ONNX holds: the standard's, or ONNX Runtime's own for one of its providers too.
+TARGETS = ("any", "cpu", "cuda")
 BASES = ("shared", "sublayer")
 # What decides the widths, with its defaults. Beside a plan of widths none of it can be given.
 PLANNED: dict[str, object] = {
@@ -61,8 +63,9 @@ class Options:
     stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
     so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
     can hold is refused. ``cache``: a decoder's ONNX
-    reads and hands on keys and values, where its cache is no more than these. ``device`` is where calibration and
-    solving run; conversion and ONNX Runtime stay on the CPU.
+    reads and hands on keys and values, where its cache is no more than these. ``target``: "any" emits standard ops
+    alone, "cpu" and "cuda" also fused ops that only ONNX Runtime has, for that provider. ``device`` is where
+    calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -93,6 +96,7 @@ class Options:
     latency_length: int = 128
     tolerance: float = 1e-3
     cache: bool = True
+    target: str = "any"
     device: str = "auto"
     seed: int = 0
     check: bool = field(default=False)
@@ -105,7 +109,9 @@ class Options:
         if self.heal_checkpoint is not None and not self.heal_checkpoint.is_dir():
             raise UsageError(f"--heal-checkpoint {self.heal_checkpoint}: there is no such folder: make it first")
         choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
-        for name, known in (choices | {"cost": COSTS, "head_sizes": HEAD_SIZES, "basis": BASES}).items():
+        for name, known in (
+            choices | {"cost": COSTS, "head_sizes": HEAD_SIZES, "basis": BASES, "target": TARGETS}
+        ).items():
             if (chosen := getattr(self, name)) not in known and chosen is not None:
                 raise UsageError(f"--{name.replace('_', '-')} {chosen}: choose one of {', '.join(sorted(known))}")
         said = f"--regions {','.join(self.regions)}"
