@@ -209,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--calibration-tokens", type=int, metavar="N", help="(24576; 98304 for an encoder)")
     export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
     export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")
+    export.add_argument(
+        "--target", default="any", help="any: standard ops; cpu, cuda: and ONNX Runtime's fused ops for it (any)"
+    )
     export.add_argument("--device", default="auto", help="where to calibrate and solve: auto, cpu, cuda (auto)")
     export.add_argument("--seed", type=int, default=0)
     export.add_argument("--force", action="store_true", help="replace an OUT that an earlier export wrote")

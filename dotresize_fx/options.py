@@ -24,10 +24,19 @@ DEVICES = ("auto", "cpu", "cuda")
 EFFORTS = ("fast", "best", "heal")
 ALLOCATIONS = ("measured", "uniform")
 HEAD_SIZES = ("free", "equal")
+# Whose ops the ONNX holds: the standard's, or ONNX Runtime's own for one of its providers too.
+TARGETS = ("any", "cpu", "cuda")
 BASES = ("shared", "sublayer")
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTISED = ("int8", "int4")
-MORE_CHOICES = {"cost": COSTS, "head_sizes": HEAD_SIZES, "basis": BASES, "dtype": DTYPES, "quantize": QUANTISED}
+MORE_CHOICES = {
+    "cost": COSTS,
+    "head_sizes": HEAD_SIZES,
+    "basis": BASES,
+    "target": TARGETS,
+    "dtype": DTYPES,
+    "quantize": QUANTISED,
+}
 # What decides the widths, with its defaults. Beside a plan of widths none of it can be given.
 PLANNED: dict[str, object] = {
     "ratio": 0.2,
@@ -64,9 +73,10 @@ class Options:
     stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
     so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
     can hold is refused. ``cache``: a decoder's ONNX
-    reads and hands on keys and values, where its cache is no more than these. ``dtype`` (DTYPES) and ``quantize``
-    (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where calibration and
-    solving run; conversion and ONNX Runtime stay on the CPU.
+    reads and hands on keys and values, where its cache is no more than these. ``target`` (TARGETS): "any" emits
+    standard ops alone, "cpu" and "cuda" also fused ops that only ONNX Runtime has. ``dtype`` (DTYPES) and
+    ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where
+    calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
     Raises:
         UsageError: an option has a value that cannot be used.
@@ -97,6 +107,7 @@ class Options:
     latency_length: int = 128
     tolerance: float = 1e-3
     cache: bool = True
+    target: str = "any"
     dtype: str = "float32"
     quantize: str | None = None
     device: str = "auto"

@@ -16,6 +16,7 @@ from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.fused_ops import count_fused_ops
 from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs
@@ -78,13 +79,15 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     other = Precision(result, options.precision, folder, work) if options.precision else None
     (plain := folder if other is None else work / "slim").mkdir(exist_ok=True)
     with progress.stage("convert slim to ONNX"):
-        path = emit_onnx(result.loaded.model, result.captured, result.slim, plain)
+        path = emit_onnx(result.loaded.model, result.captured, result.slim, plain, options.target)
         result.loaded.write_auxiliary_files(folder)
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
         notes = result.notes
         if result.captured.cache is not None:
             why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)
             notes += (why,) if why else ()
+        if options.target != "any":
+            notes += (count_fused_ops(path, options.target),)
     with progress.stage("verify in ONNX Runtime"):
         comparison = compare_outputs(path, verification_cases(result), work, mask=mask_name(result))
         allowed = options.tolerance
@@ -124,7 +127,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         fidelity = measure_fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
         gc.collect()
-        dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work)
+        dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work, options.target)
         if other is not None:
             other.write("dense", dense_path)
     with progress.stage("measure latency"):

@@ -26,6 +26,8 @@ from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.simplify import simplify
 
+# By the target, whose ops of ONNX Runtime transformers' exporter fuses into.
+FUSIONS = {"any": None, "cpu": "cpu", "cuda": "cuda"}
 # Of a graph with a cache, by the input.
 FREE_SIZES = {
     "input_ids": {0: "batch_size", 1: "sequence_length"},
@@ -35,7 +37,7 @@ FREE_SIZES = {
 }
 
 
-def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder: Path) -> Path:
+def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder: Path, target: str = "any") -> Path:
     """Convert ``graph``, a rewriting of ``captured.graph``, and write it into ``folder``; returns model.onnx's path.
 
     ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
@@ -48,7 +50,7 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     with quiet_libraries(), no_fast_path(), torch.no_grad(), cached.on(model) if cached else nullcontext():
         # Inside: it warns of versions when it is made.
         exporter = _GivenProgramExporter(NodewiseProgram.of(graph.program), captured)
-        exported = exporter.export(model, sample, OnnxConfig(dynamic=True))
+        exported = exporter.export(model, sample, OnnxConfig(dynamic=True, ort_fusions=FUSIONS[target]))
     if cached is not None:
         _name_sizes(exported.program.graph)
     path = folder / ONNX_FILE

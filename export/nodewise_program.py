@@ -102,12 +102,23 @@ def _part(node: torch.fx.Node, values: list[torch.Tensor], table: Table) -> torc
     def run(*given: torch.Tensor) -> Any:
         tensors = dict(zip(sources, given, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), tensors.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        run_op: Any = _rms_norm if node.target == aten.rms_norm.default else node.target
+        return run_op(*args, **kwargs)
 
     written = make_fx(run, decomposition_table=dict(table))(*values)
     if not any(has_effects(inner.target) for inner in written.graph.nodes):
         return written.graph
     return make_fx(torch.func.functionalize(written), decomposition_table=dict(table))(*values).graph
+
+
+def _rms_norm(
+    x: torch.Tensor, shape: list[int], weight: torch.Tensor | None = None, epsilon: float | None = None
+) -> torch.Tensor:
+    """As models spell it, which fusions look for; torch's own counts the axes from the front."""
+    if x.dtype != torch.float32 or epsilon is None or len(shape) != 1:
+        return aten.rms_norm.default(x, shape, weight, epsilon)  # type: ignore[no-any-return]
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    return normed if weight is None else normed * weight
 
 
 def _put(graph: torch.fx.Graph, node: torch.fx.Node, part: torch.fx.Graph) -> torch.fx.Node:

@@ -204,3 +204,8 @@ def test_counts_have_a_smallest_value(name: str, value: int) -> None:
 def test_a_seed_that_torch_does_not_take() -> None:
     assert Options(seed=2**63 - 1).seed == 2**63 - 1
     assert refusal(seed=2**63).startswith("--seed is 9223372036854775808: it must be below")
+
+
+def test_a_target_that_is_not_known() -> None:
+    with pytest.raises(UsageError, match="--target gpu: choose one of any, cpu, cuda"):
+        Options(target="gpu")

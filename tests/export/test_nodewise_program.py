@@ -69,7 +69,8 @@ def test_it_computes_the_same_in_the_ops_that_torch_decomposes_to(monkeypatch: p
     program, retraced = exported(module), whole(monkeypatch)
     done = NodewiseProgram.of(program).run_decompositions(table())
     assert not retraced
-    assert kinds(done) == wanted
+    assert kinds(done) - wanted <= {aten.add.Tensor}  # a norm is spelled as models spell it, which fusions look for
+    assert [node.args[1] for node in done.graph.find_nodes(op="call_function", target=aten.mean.dim)] == [[-1], [-1]]
     assert aten.linear.default in wanted
     assert not wanted & {aten.to.dtype, aten.flatten.using_ints, aten.rms_norm.default}
     done.validate()
