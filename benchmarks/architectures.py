@@ -2,13 +2,15 @@
 
     python benchmarks/architectures.py --json architectures.jsonl            # all, about an hour on two cores
     python benchmarks/architectures.py --json some.jsonl --only causal:llama masked:bert image:vit
+    python benchmarks/architectures.py --json fused.jsonl --cache --target cpu
     python benchmarks/architectures_table.py architectures.jsonl             # writes docs/architectures.md
 
 Each model is built in a process of its own. All parameters are re-drawn; the proof inserts and folds random admissible
 maps of full width into every region of a kind and compares with the model itself on a batch and length that were not
 traced, at real positions (a program that holds for the traced ones alone is examined at those, and counted apart); a
 map that the symmetry does not admit must break the bound a hundredfold. Then a quarter of the block weights goes
-(``--ratio``), the slim program becomes ONNX, and ONNX Runtime must put out what it does.
+(``--ratio``), the slim program becomes ONNX, and ONNX Runtime must put out what it does. ``--cache`` captures decoders
+with their cache, as an export does, and also runs the ONNX behind a past; ``--target`` is whose ops the ONNX holds.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 import transformers
 from architectures_table import WRONG_ONNX, WRONG_PROOF
@@ -35,12 +38,14 @@ from tiny_inputs import LENGTH, ROWS, batches
 from tiny_models import TASKS, Architecture, architectures, tiny_model
 
 from dotresize_fx.errors import CaptureError, VerificationError
+from dotresize_fx.export.cached_runs import continued, onnx_inputs, prompt_inputs
 from dotresize_fx.export.capture import Captured, capture
+from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.options import Options
+from dotresize_fx.options import TARGETS, Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import map_regions
@@ -85,8 +90,8 @@ def used_parameters(graph: FxGraph) -> set[str]:
 class Examination:
     """One architecture; ``row`` holds what was found, up to the stage that failed."""
 
-    def __init__(self, architecture: Architecture, ratio: float) -> None:
-        self.architecture, self.ratio = architecture, ratio
+    def __init__(self, architecture: Architecture, ratio: float, target: str = "any", cache: bool = False) -> None:
+        self.architecture, self.ratio, self.target, self.cache = architecture, ratio, target, cache
         self.row: dict[str, Any] = {"kind": "row", "key": architecture.key, "class": architecture.class_name}
         self.row["torch"] = torch.__version__.partition("+")[0]
         self.shape = {"batch": ROWS, "length": LENGTH}
@@ -125,7 +130,7 @@ class Examination:
 
     def capture(self) -> None:
         (images,) = batches(self.architecture, 1, 0, rows=2)
-        self.captured: Captured = capture(self.model, images if self.architecture.task == "image" else None)
+        self.captured = self._captured(images)
         self.dense: FxGraph = self.captured.graph
         self.used = used_parameters(self.dense)
         canonicalise(self.dense, check=True)
@@ -133,6 +138,16 @@ class Examination:
         self.row["capture"] = self.error(self.dense)
         if self.row["capture"] > WRONG_PROOF:
             raise CaptureError("the captured program does not compute what the model does")
+
+    def _captured(self, images: Inputs) -> Captured:
+        if self.cache and self.architecture.task == "causal":
+            try:
+                captured = capture_with_cache(self.model)
+                self.batch = prompt_inputs(captured.cache, self.batch["input_ids"], self.batch["attention_mask"])
+                return captured
+            except CaptureError as error:
+                self.row["no_cache"] = str(error)
+        return capture(self.model, images if self.architecture.task == "image" else None)
 
     def _examine_at_one_shape(self) -> None:
         """Where the program holds for the traced batch or length alone all is examined at that, and the row says so."""
@@ -217,12 +232,32 @@ class Examination:
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:
-            path = emit_onnx(self.model, self.captured, graph, Path(folder))
+            path = emit_onnx(self.model, self.captured, graph, Path(folder), self.target)
+            self.row["ops"] = dict(
+                Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+            )
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             names = {value.name for value in session.get_inputs()}
-            feed = {name: value.numpy() for name, value in self.batch.items() if name in names}
-            found = torch.from_numpy(session.run([session.get_outputs()[0].name], feed)[0])
-        return difference(found, Execution(graph).outputs(self.batch)[0], self.batch)
+            worst = 0.0
+            for given, expected, real in self._runs(graph):
+                feed = {name: value for name, value in onnx_inputs(graph, given).items() if name in names}
+                found = torch.from_numpy(session.run([session.get_outputs()[0].name], feed)[0])
+                worst = max(worst, difference(found, expected, real))
+        return worst
+
+    def _runs(self, graph: FxGraph) -> Iterator[tuple[Inputs, torch.Tensor, Inputs]]:
+        """Inputs, what the program puts out, and where that is real: all at once, and behind a past if there is one."""
+        cached = self.captured.cache
+        if cached is None:
+            yield self.batch, Execution(graph).outputs(self.batch)[0], self.batch
+            return
+        ids, mask = self.batch["input_ids"], self.batch["attention_mask"]
+        whole = prompt_inputs(cached, ids, mask)
+        logits, *present = Execution(graph, caches=True).outputs(whole)
+        yield whole, logits, whole
+        for past in (ids.shape[1] // 2, ids.shape[1] - 1):
+            given = continued(graph, whole, [each[:, :, :past] for each in present], past)
+            yield given, logits[:, past:], {"attention_mask": mask[:, past:]}
 
 
 def _is_ffn(name: str) -> bool:
@@ -231,19 +266,21 @@ def _is_ffn(name: str) -> bool:
     return bool(FFN_NAMES.search(name)) and not any(names.search(name) for names in others)
 
 
-def _child(architecture: Architecture, ratio: float, out: Connection) -> None:
+def _child(out: Connection, *asked: Any) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    out.send(Examination(architecture, ratio).run())
+    out.send(Examination(*asked).run())
 
 
-def examine(architecture: Architecture, ratio: float, seconds: float = SECONDS) -> dict[str, Any]:
+def examine(
+    architecture: Architecture, ratio: float, target: str = "any", cache: bool = False, seconds: float = SECONDS
+) -> dict[str, Any]:
     """The row of one architecture, made in a process of its own."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(architecture, ratio, sending))
+    process = context.Process(target=_child, args=(sending, architecture, ratio, target, cache))
     process.start()
     sending.close()
     row = {"kind": "row", "key": architecture.key, "class": architecture.class_name, "failed": "run"}
@@ -273,6 +310,8 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--only", nargs="+", default=None, metavar="TASK:TYPE")
     parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--target", choices=TARGETS, default="any")
+    parser.add_argument("--cache", action="store_true", help="capture decoders with their cache")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="append all rows to it")
     return parser.parse_args(given)
 
@@ -290,7 +329,7 @@ def main() -> None:
     warm_up()
     chosen = [a for a in architectures(tuple(arguments.tasks)) if arguments.only is None or a.key in arguments.only]
     for architecture in chosen:
-        row = examine(architecture, arguments.ratio)
+        row = examine(architecture, arguments.ratio, arguments.target, arguments.cache)
         append(arguments.json, row)
         print(line(row), flush=True)
 

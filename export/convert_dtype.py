@@ -22,6 +22,8 @@ FLOAT = onnx_ir.DataType.FLOAT
 # Sums of many terms, squares, exponentials and angles. LayerNormalization keeps its own statistics in float32.
 EXACT = {"Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal", "Exp", "Log", "Cos"}
 EXACT |= {"Sin", "Softmax", "LogSoftmax", "Range", "CumSum", "TopK"}
+# Comparisons: exact for nothing, and for bfloat16 ONNX Runtime has none.
+EXACT |= {"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"}
 ANGLES = {"Cos", "Sin"}
 ROOTS = {"Sqrt", "Reciprocal"}
 # What computes each number from those at its place, or moves it: exact where all that read it are.

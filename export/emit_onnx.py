@@ -14,12 +14,16 @@ from typing import Any
 
 import onnx_ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from transformers.exporters.configs import OnnxConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.capture import Captured, no_fast_path
+from dotresize_fx.export.flatten_heads import flatten_heads
+from dotresize_fx.export.fuse_attention import OPSET, fuse_attention
+from dotresize_fx.export.fuse_skip_norms import fuse_skip_norms
 from dotresize_fx.export.nodewise_program import NodewiseProgram
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.quiet import quiet_libraries
@@ -45,12 +49,19 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
     graph = graph.restore_pointwise()
     graph.refresh_shapes()
     simplify(graph)
+    fused = target != "any"
     cached = captured.cache
     sample = dict(captured.sample if cached is None else cached.sample)
     with quiet_libraries(), no_fast_path(), torch.no_grad(), cached.on(model) if cached else nullcontext():
         # Inside: it warns of versions when it is made.
         exporter = _GivenProgramExporter(NodewiseProgram.of(graph.program), captured)
-        exported = exporter.export(model, sample, OnnxConfig(dynamic=True, ort_fusions=FUSIONS[target]))
+        config = OnnxConfig(dynamic=True, ort_fusions=FUSIONS[target], opset_version=OPSET if fused else None)
+        exported = exporter.export(model, sample, config)
+    if fused:
+        fuse_attention(exported.program)
+        flatten_heads(exported.program)
+        fuse_skip_norms(exported.program)
+        RemoveUnusedNodesPass()(exported.program)
     if cached is not None:
         _name_sizes(exported.program.graph)
     path = folder / ONNX_FILE

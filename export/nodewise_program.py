@@ -58,7 +58,7 @@ class NodewiseProgram(ExportedProgram):
                 return False
             composite = node.target.has_kernel_for_dispatch_key(COMPOSITE)
             kept = not composite or node.target in whole or node.target in _KNOWN
-            if node.target not in table and kept:
+            if node.target not in table and kept and node.target != aten.rms_norm.default:
                 continue
             values = [source.meta.get("val") for source in node.all_input_nodes]
             if not all(isinstance(value, torch.Tensor) for value in (*values, node.meta.get("val"))):

@@ -15,7 +15,8 @@ _OPEN = 2**63 - 1  # how torch spells a slice's open end
 
 
 def simplify(graph: FxEdits) -> int:
-    """Drop copies, slices of everything and reshapes to the same shape, and compute once what is computed twice.
+    """Drop copies, slices of everything, reshapes to the same shape and picks of all rows and columns in their order,
+    and compute once what is computed twice.
 
     Returns how many ops are gone. Shapes must be up to date. A program that writes to a tensor in place is left as it
     is. Views become reshapes, since what was a view of a copy may be none of the original.
@@ -37,6 +38,9 @@ def simplify(graph: FxEdits) -> int:
         if isinstance(same, torch.fx.Node) and same is not node:
             node.replace_all_uses_with(same)
             nodes.erase_node(node)
+    for pick in list(nodes.find_nodes(op="call_function", target=aten.index.Tensor)):
+        if _picks_all(pick):
+            _put_axes_between(graph, pick)
     graph.remove_dead()
     return before - len(nodes.nodes)
 
@@ -54,6 +58,37 @@ def _hands_on(node: torch.fx.Node) -> bool:
     given: tuple[Any, ...] = (*node.args[2:], None, None, None)
     start, stop, step = given[:3]
     return start in (None, 0) and stop in (None, _OPEN) and step in (None, 1)
+
+
+def _picks_all(node: torch.fx.Node) -> bool:
+    """Whether an index is ``table[rows, columns]`` with all rows, (n, 1, ..., 1), and all columns, (1, ..., 1, m)."""
+    table, indices = node.args[:2]
+    if not isinstance(table, torch.fx.Node) or not isinstance(indices, (list, tuple)) or len(indices) != 2:
+        return False
+    sizes, shape = table.meta["val"].shape, [str(size) for size in node.meta["val"].shape]
+    if len(sizes) != 2 or shape != [str(sizes[0]), *["1"] * (len(shape) - 2), str(sizes[1])]:
+        return False
+    for index, size, axis in zip(indices, sizes, (0, -1), strict=True):
+        counted = index
+        while isinstance(counted, torch.fx.Node) and counted.target == aten.unsqueeze.default:
+            counted = counted.args[0]
+        if not isinstance(counted, torch.fx.Node) or counted.target != aten.arange.default:
+            return False
+        if index.meta["val"].ndim != len(shape) or str(index.meta["val"].shape[axis]) != str(size):
+            return False
+    return True
+
+
+def _put_axes_between(graph: FxEdits, node: torch.fx.Node) -> None:
+    """In place of an index that picks all of a table."""
+    (table, _), value = node.args[:2], node.meta["val"]
+    with graph.nodes.inserting_before(node):
+        current: Any = table
+        for _ in range(value.ndim - 2):
+            wider = graph.nodes.call_function(aten.unsqueeze.default, (current, 1))
+            wider.meta["val"] = current.meta["val"].unsqueeze(1)
+            current = wider
+    graph.replace(node, current)
 
 
 def _is_pure(target: Any) -> bool:
