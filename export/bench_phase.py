@@ -47,7 +47,10 @@ class PhaseProfile:
         """
         if self.provider != CUDA:
             return None, None
-        found = self.profiled(model)
+        try:
+            found = self.profiled(model)
+        except (OnnxRuntimeError, OutOfMemoryError):  # it was timed; without a profile that is all there is
+            return None, None
         busy = None if found.kernels is None else min(1.0, found.kernels / median)
         return busy, None if found.launching is None else min(1.0, found.launching)
 

@@ -203,7 +203,9 @@ def _what_went(cost: CostModel, options: Options, went: float) -> tuple[str, ...
     """Of another cost than weights always, of any where it is not about what was asked for."""
     asked = options.ratio or 0.0
     why = "" if options.basis == "shared" else ", and adapters between bases count"
-    notes = () if cost.kind == "weights" else (f"the ratio is of the {cost.name}: {went:.1%} of them went",)
+    notes: tuple[str, ...] = (
+        () if cost.kind == "weights" else (f"the ratio is of the {cost.name}: {went:.1%} of them went",)
+    )
     if abs(went - asked) > ASTRAY:
         notes += (
             f"--ratio asked for {asked:.1%} of the {cost.name} and {went:.1%} went: widths go in steps, "
