@@ -16,14 +16,16 @@ from dotresize_fx.device import compute_device
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.check_text import check_length, check_tokenizer, longest_text
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.module_source import Examples
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.launched import Launched
-from dotresize_fx.options import Options
+from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
+from dotresize_fx.passes.follow_plan import check_plan
 from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
@@ -159,7 +161,12 @@ def slim_with(
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
         loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code)
+    if text is not None:
+        check_tokenizer(loaded)
+        check_length(chosen.sequence_length, longest_text(loaded.model), SEQUENCE_LENGTH)
     captured, dense, matches = analyse(loaded, progress, check=chosen.check, cache=chosen.cache)
+    if plan is not None and chosen.basis == "shared":  # other bases part the stream first, into regions of their own
+        check_plan(plan, matches, chosen.method)
     factors: Mapping[str, int] = {}
     if chosen.checkpoint and chosen.ratio != 0:
         from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint

@@ -133,7 +133,7 @@ def prepare_inputs(
     if total < 2 * least:
         unit = "samples" if inputs.batch else "batches"
         raise CalibrationError(
-            f"{names}: {total} {unit}, at least {2 * least} are needed: half to calibrate, half to measure"
+            f"{names}: {total} {unit}, at least {2 * least} are needed: {SPLIT}, and neither part may be empty"
         )
     boundary = min(max(round((1 - MEASURES) * total / least) * least, least), total - least)
     calibrating, measured = _split(given, counts, boundary, inputs)

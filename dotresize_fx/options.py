@@ -51,6 +51,8 @@ PLANNED: dict[str, object] = {
 SELF_TOKENS = 393_216
 # Calibration text where nothing is said. An encoder is small, and what it loses it loses to text that it did not see.
 CALIBRATION_TOKENS = {"decoder": 24_576, "encoder": 98_304}
+# Of calibration and measurement, where nothing is said and the model takes as many.
+SEQUENCE_LENGTH = 512
 # Steps that repair each cut sublayer, likewise.
 REPAIR_STEPS = {"decoder": 400, "encoder": 1200, "logits": 400, "outputs": 1200}
 
@@ -102,7 +104,7 @@ class Options:
     calibration: tuple[Path, ...] = ()
     calibration_data: tuple[Path, ...] = ()
     calibration_tokens: int | None = None
-    sequence_length: int = 512
+    sequence_length: int = SEQUENCE_LENGTH
     evaluation_tokens: int = 8_192
     latency_length: int = 128
     tolerance: float = 1e-3

@@ -15,16 +15,19 @@ _COLUMNS = {
     RegionKind.HEADS: "KV heads",
 }
 _NONE = "-"
+KEPT = "kept"
 
 
 def plan_table(regions: Sequence[Region], widths: Mapping[str, int]) -> str:
     """Aligned lines without a line break at the end: the residual stream if it is cut, then one for each layer.
 
-    A layer is what a region's name says up to its last number. Columns stand for the kinds of width that there are.
+    A layer is what a region's name says up to its last number. Columns stand for the kinds of width that the plan
+    names; of these, a region that it does not name is kept.
     """
-    cells = {r.name: _cell(r.width, widths[r.name]) for r in regions if r.name in widths}
-    streams = [region for region in regions if region.kind is RegionKind.RESIDUAL and region.name in cells]
-    others = [region for region in regions if region.kind in _COLUMNS and region.name in cells]
+    cells = {r.name: _cell(r.width, widths[r.name]) if r.name in widths else KEPT for r in regions}
+    named = {region.kind for region in regions if region.name in widths}
+    streams = [region for region in regions if region.kind is RegionKind.RESIDUAL and region.name in widths]
+    others = [region for region in regions if region.kind in _COLUMNS and region.kind in named]
     layers: dict[str, dict[RegionKind, str]] = {}
     for region in others:
         layer = _layer(region)

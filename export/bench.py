@@ -8,12 +8,10 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from dotresize_fx.errors import OnnxRuntimeError, OutOfMemoryError, UsageError
+from dotresize_fx.errors import OutOfMemoryError, UsageError
 from dotresize_fx.export.bench_model import GivenModel, open_models, sizes_told
-from dotresize_fx.export.latency_losses import latency_losses
-from dotresize_fx.export.node_profile import ProfiledNode
+from dotresize_fx.export.bench_phase import PhaseProfile, idle_gpu, request_for, unknown_business
 from dotresize_fx.export.onnx_session import CPU, CUDA, physical_cores, require_onnx_runtime
 from dotresize_fx.export.runtime_child import RuntimeChild
 from dotresize_fx.export.timing import WARM_UP, Conditions, Turns, latency, ratio_interval, take_turns
@@ -21,7 +19,6 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.report.bench_contents import (
     BenchModel,
     BenchReport,
-    Finding,
     Peak,
     Phase,
     Ratio,
@@ -32,7 +29,6 @@ from dotresize_fx.report.provenance import package_versions, this_machine
 from dotresize_fx.workload import Workload
 
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
-PROFILED_RUNS = 5
 SEED = 0
 
 
@@ -81,7 +77,8 @@ class Bench:
             children = {}
             for model in self.models:
                 child = children[model.name] = stack.enter_context(RuntimeChild())
-                answer = child.ask("open", **self._request(model, workload, workload.prompt))
+                request = request_for(model, self.threads, self.provider, workload.batch, workload.prompt)
+                answer = child.ask("open", **request)
                 self.device = answer["device"] or self.device
             with self.progress.stage(f"time {workload}", self.runs) as step:
                 return take_turns(children, runs=self.runs, warmup=WARM_UP, tokens=workload.decode, step=step)
@@ -95,74 +92,42 @@ class Bench:
             length, past = 1, workload.prompt + workload.decode // 2
             seconds = {model: [median(one) for one in found.tokens] for model, found in turns.items()}
             end = workload.prompt + workload.decode - 1
-            detail = f"median of a round's, behind {workload.prompt} to {end} cached tokens (MACs behind {past})"
+            detail = (
+                f"median of a round's, behind {workload.prompt} to {end} cached tokens (MACs and bytes behind {past})"
+            )
         where = Conditions(self.threads, self.provider, workload.batch, length if self.models[0].reads_text else None)
+        profile = PhaseProfile(
+            threads=self.threads, provider=self.provider, batch=workload.batch, length=length, past=past
+        )
         runs: list[RunFigures] = []
-        plain = {}
-        with self.progress.stage(f"count MACs of the {name}"):
+        with self.progress.stage(f"count MACs and bytes of the {name}"):
             for model in self.models:
-                plain[model.name], said = self._plain(model, workload, length, past)
-                notes += said
-                nodes, found = plain[model.name], seconds[model.name]
-                macs = sum(node.macs or 0 for node in nodes) if nodes else None
-                first = runs[0] if runs else None
-                ratio = None if first is None else Ratio(**_interval(seconds[first.model], found))
-                runs.append(
-                    RunFigures(
-                        model=model.name,
-                        latency=latency(found, where),
-                        tokens_per_run=workload.batch * length if model.reads_text else None,
-                        macs=macs,
-                        ratio=ratio,
-                        macs_ratio=None if first is None or not first.macs or macs is None else macs / first.macs,
-                    )
+                counted, found = profile.counted(model), seconds[model.name]
+                notes += counted.notes
+                taken = latency(found, where)
+                busy, launching = profile.business(model, taken.median)
+                run = RunFigures(
+                    model=model.name,
+                    latency=taken,
+                    tokens_per_run=workload.batch * length if model.reads_text else None,
+                    macs=counted.macs,
+                    weight_bytes=counted.weight_bytes,
+                    cache_bytes=profile.cache_bytes(model),
+                    gpu_busy=busy,
+                    launching=launching,
                 )
+                runs.append(run.beside(runs[0], _interval(seconds[runs[0].model], found)) if runs else run)
         findings = []
         for model, run in zip(self.models, runs, strict=True):
             if run.cut_in_vain:
                 with self.progress.stage(f"profile the {name}"):
-                    sides = [
-                        (self._profiled(side, workload, length, past), plain[side.name], side.modules)
-                        for side in (self.models[0], model)
-                    ]
+                    findings.append(profile.cut_in_vain(self.models[0], model, run))
                 if self.provider == CUDA:
                     notes.append("the profiler's times on a GPU are those of launching its kernels")
-                findings.append(
-                    Finding(model=model.name, text=_in_vain(run), losses=latency_losses(sides[0], sides[1]))
-                )
+        if self.provider == CUDA:
+            findings += idle_gpu(runs)
+            notes += [f"{name}: {said}" for said in unknown_business(runs)]
         return Phase(name=name, detail=detail, runs=tuple(runs), findings=tuple(findings))
-
-    def _plain(
-        self, model: GivenModel, workload: Workload, length: int, past: int
-    ) -> tuple[list[ProfiledNode], list[str]]:
-        """The nodes as the file has them, and what is to be said of their MACs."""
-        try:
-            nodes = self._nodes(model, workload, length, past, runs=1, optimised=False)
-        except (OnnxRuntimeError, OutOfMemoryError) as error:
-            return [], [
-                f"MACs of {model.name} are not counted: it does not run without ONNX Runtime's fusions ({error})"
-            ]
-        unknown = sorted({node.op for node in nodes if node.macs is None})
-        return nodes, [f"MACs of {model.name} lack those of {', '.join(unknown)}"] if unknown else []
-
-    def _profiled(self, model: GivenModel, workload: Workload, length: int, past: int) -> list[ProfiledNode]:
-        return self._nodes(model, workload, length, past, runs=PROFILED_RUNS, optimised=True)
-
-    def _nodes(self, model: GivenModel, workload: Workload, length: int, past: int, **how: Any) -> list[ProfiledNode]:
-        with RuntimeChild() as child:
-            request = self._request(model, workload, length)
-            answer = child.ask("profile", **request, past=past, equations=model.equations, **how)
-        return [ProfiledNode(**entry) for entry in answer["nodes"]]
-
-    def _request(self, model: GivenModel, workload: Workload, length: int) -> dict[str, Any]:
-        return {
-            "model": str(model.path.resolve()),
-            "threads": self.threads,
-            "provider": self.provider,
-            "plans": [plan.as_json() for plan in model.plans],
-            "batch": workload.batch,
-            "length": length,
-        }
 
 
 def bench(
@@ -220,14 +185,6 @@ def bench(
     )
 
 
-def _interval(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), ratio_interval(before, after, seed=SEED), strict=True))
-
-
-def _in_vain(run: RunFigures) -> str:
-    assert run.ratio is not None
-    assert run.macs_ratio is not None
-    return (
-        f"{run.model} has {100 * (1 - run.macs_ratio):.1f} % fewer MACs and is not surely faster: its latency is "
-        f"{run.ratio.value:.3f} of the first model's, 95 % interval {run.ratio.low:.3f} to {run.ratio.high:.3f}"
-    )
+def _interval(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    value, low, high = ratio_interval(before, after, seed=SEED)
+    return Ratio(value=value, low=low, high=high)

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dotresize_fx.errors import InputsDifferError
+from dotresize_fx.export.bytes_moved import WeightBytes, weight_bytes
 from dotresize_fx.export.graph_inputs import InputPlan, plan_inputs
 from dotresize_fx.export.node_regions import node_modules
 from dotresize_fx.export.onnx_file import ONNX_FILE, find_onnx, onnx_size, read_onnx
 from dotresize_fx.workload import Workload
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GivenModel:
-    """``modules`` tells what module a node came from, ``equations`` those of its Einsum nodes."""
+    """``modules`` tells what module a node came from, ``equations`` those of its Einsum nodes, ``weights`` what a run
+    reads of them.
+    """
 
     name: str
     path: Path
@@ -24,6 +27,7 @@ class GivenModel:
     plans: list[InputPlan]
     modules: dict[str, str]
     equations: dict[str, str]
+    weights: WeightBytes
 
     @property
     def reads_text(self) -> bool:
@@ -78,6 +82,7 @@ def open_models(names: Sequence[Path]) -> list[GivenModel]:
                     for attribute in node.attribute
                     if attribute.name == "equation"
                 },
+                weights=weight_bytes(graph),
             )
         )
     for other in found[1:]:

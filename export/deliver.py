@@ -49,6 +49,7 @@ from dotresize_fx.report.contents import (
     SideFigures,
     Verification,
 )
+from dotresize_fx.report.given_options import given_options
 from dotresize_fx.report.provenance import package_versions, this_machine
 from dotresize_fx.report.write import write_report
 from dotresize_fx.task import reads_text
@@ -174,7 +175,7 @@ def _side(graph: Any, latency: Latency, size: int, length: int) -> SideFigures:
 
 def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str, ...]) -> Report:
     left_out = {"seed"} if reads_text(result.task) else {"seed", *TEXT_OPTIONS}
-    options = {key: value for key, value in asdict(result.options).items() if key not in left_out}
+    options = given_options({key: value for key, value in asdict(result.options).items() if key not in left_out})
     seconds = {**result.progress.seconds, "total": time.perf_counter() - result.started}
     return Report(
         tool_version=version("dotresize-fx"),

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from dotresize_fx.errors import UsageError
+from dotresize_fx.export.check_text import check_length, check_tokenizer
 from dotresize_fx.export.model_source import load_model
 from dotresize_fx.export.onnx_file import ONNX_FILE, read_onnx, task_of
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.export.program_file import is_program_file
 from dotresize_fx.fidelity import Inputs, Run, perplexity
+from dotresize_fx.options import SEQUENCE_LENGTH
 from dotresize_fx.progress import Progress
 from dotresize_fx.task import reads_text
 from dotresize_fx.text import read_text, token_batches
@@ -44,8 +46,7 @@ def open_decoder(name: str, *, trust_remote_code: bool = False) -> Decoder:
     loaded = load_model(name, trust_remote_code=trust_remote_code)
     if loaded.task == "encoder":
         raise UsageError(f"{name} is an encoder, which has no perplexity: export's report gives its cosine instead")
-    if loaded.tokenizer is None:
-        raise UsageError(f"{name} has no tokenizer: {loaded.tokenizer_problem}")
+    check_tokenizer(loaded)
 
     @torch.no_grad()
     def run(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -101,6 +102,7 @@ def evaluate(
     text = read_text(files)
     with progress.stage("load"):
         decoder = open_decoder(name, trust_remote_code=trust_remote_code)
+    check_length(sequence_length, decoder.longest, SEQUENCE_LENGTH)
     length = min(sequence_length, decoder.longest)
     count = None if tokens is None else max(2, round(tokens / length))
     batches = [

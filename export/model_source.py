@@ -28,6 +28,10 @@ from dotresize_fx.export.weight_files import file_sha256, first_line, weight_fil
 from dotresize_fx.task import Task
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_NO_ONNX = (
+    "ONNX files are not taken as input yet: give the model that it was made from, a Hugging Face folder (safetensors), "
+    "a GGUF file, a hub id or a program that torch.export saved (.pt2)"
+)
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -76,7 +80,7 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     """
     path = Path(name)
     if name.lower().endswith(".onnx"):
-        raise UsageError(f"{name}: ONNX input is not supported yet: give the Hugging Face model it was made from")
+        raise UsageError(f"{name}: {_NO_ONNX}")
     if path.is_dir():
         return _load_folder(path, f"folder {path.resolve().name}", trust_remote_code)
     if path.is_file():
@@ -111,6 +115,9 @@ def _fetch_from_hub(name: str, trust_remote_code: bool) -> Path:
 
 def _load_folder(folder: Path, source: str, trust_remote_code: bool) -> LoadedModel:
     config_file = folder / "config.json"
+    onnx = sorted(file.name for file in folder.glob("*.onnx"))
+    if onnx and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.gguf")):
+        raise UsageError(f"{folder}: holds {onnx[0]} and no other weights. {_NO_ONNX}")
     if not config_file.is_file():
         gguf = sorted(file.name for file in folder.glob("*.gguf"))
         hint = f"give the file, {folder / gguf[0]}" if gguf else "give a folder that save_pretrained wrote"

@@ -140,7 +140,7 @@ class Timed:
 
 def _profile(request: dict[str, Any]) -> dict[str, Any]:
     plans = [InputPlan.from_json(entry) for entry in request["plans"]]
-    nodes = profile_nodes(
+    profile = profile_nodes(
         request["model"],
         make_inputs(plans, request["batch"], request["length"], request["past"]),
         threads=request["threads"],
@@ -150,7 +150,7 @@ def _profile(request: dict[str, Any]) -> dict[str, Any]:
         equations=request["equations"],
         work=Path.cwd(),
     )
-    return {"nodes": [asdict(node) for node in nodes]}
+    return asdict(profile)
 
 
 def _requests() -> queue.SimpleQueue[str]:

@@ -29,6 +29,9 @@ from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.task import predicts_tokens, reads_text
 from dotresize_fx.width_plan import WidthPlan
 
+# A share that went and differs by more from the one asked for is worth a note.
+ASTRAY = 0.02
+
 
 @dataclass(frozen=True)
 class Slimmed:
@@ -101,6 +104,7 @@ def slim_graph(
         notes += beside + _too_few_tokens(dense, regions, batches, task)
     else:
         regions = _refitted_alone(slimmed, found) if refit or options.effort != "fast" else []
+    planned = regions if rest or plan else []
     if plan is not None:
         # What it does not name was not planned, and is not refitted either: a run's plan gives that run again.
         regions = [region for region in regions if region.name in plan.widths]
@@ -111,13 +115,12 @@ def slim_graph(
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})
     widths |= chosen.widths
-    planned = regions if rest or plan else []
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task, refit)
     slimmed.refresh_shapes()
-    if plan is None and cost.kind != "weights":
-        notes += (f"the ratio is of the {cost.name}: {1 - cost.total(slimmed) / total:.1%} of them went",)
+    if plan is None:
+        notes += _what_went(cost, options, 1 - cost.total(slimmed) / total)
     return Slimmed(slimmed, tuple(swept), WidthPlan(widths, chosen.losses), notes)
 
 
@@ -194,6 +197,21 @@ def _what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tupl
     """Why heads that were asked for have no region at all."""
     asked = any(kind in ATTENTION_KINDS for kind in kinds)
     return tuple(left_alone(why for _, why in matches.refused)) if asked else ()
+
+
+def _what_went(cost: CostModel, options: Options, went: float) -> tuple[str, ...]:
+    """Of another cost than weights always, of any where it is not about what was asked for."""
+    asked = options.ratio or 0.0
+    why = "" if options.basis == "shared" else ", and adapters between bases count"
+    notes: tuple[str, ...] = (
+        () if cost.kind == "weights" else (f"the ratio is of the {cost.name}: {went:.1%} of them went",)
+    )
+    if abs(went - asked) > ASTRAY:
+        notes += (
+            f"--ratio asked for {asked:.1%} of the {cost.name} and {went:.1%} went: widths go in steps, "
+            f"which --multiple can make finer{why}",
+        )
+    return notes
 
 
 def _too_few_tokens(

@@ -78,3 +78,16 @@ def test_names_without_a_number_stand_as_they_are_and_none_steers_the_terminal()
 
 def test_nothing_to_plan() -> None:
     assert plan_table([], {}) == "width plan, dense -> slim"
+
+
+def test_what_a_plan_leaves_out_is_kept() -> None:
+    """A layer that it does not name at all, too; of a kind that it does not name there is no column."""
+    layers = [*layer(0), *layer(1), *layer(2), region("model.layers.3.mlp", RegionKind.FFN, 8)]
+    widths = {"model.layers.0.mlp": 96, "model.layers.1.self_attn value": 32}
+    assert plan_table([STREAM, *layers], widths).splitlines()[1:] == [
+        "  layer           FFN         value head",
+        "  model.layers.0  1536 -> 96  kept",
+        "  model.layers.1  kept        64 -> 32",
+        "  model.layers.2  kept        kept",
+        "  model.layers.3  kept        -",
+    ]

@@ -14,6 +14,8 @@ from dotresize_fx.report.contents import Latency, Machine, plain_json
 BENCH_SCHEMA_VERSION = 1
 #: A cut in MACs beyond the first counts as one; a latency whose ratio may reach the second was not cut.
 MACS_CUT, NO_LATENCY_CUT = 0.95, 0.97
+#: A GPU that is busy for less of a run waits for its kernels to be launched.
+GPU_BUSY = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +39,43 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFigures:
-    """One model in one phase. ``macs`` are of one run; ``ratio`` and ``macs_ratio`` are to the first model's."""
+    """One model in one phase. ``macs`` are of one run, ``weight_bytes`` what it reads of the weights (each once, of an
+    embedding the rows picked), ``cache_bytes`` keys and values in and out; all ratios are to the first model's.
+
+    ``gpu_busy`` is the share of the time that kernels run on a GPU, ``launching`` that its nodes take to be launched.
+    """
 
     model: str
     latency: Latency
     tokens_per_run: int | None
     macs: int | None
+    weight_bytes: int | None = None
+    cache_bytes: int | None = None
     ratio: Ratio | None = None
     macs_ratio: float | None = None
+    bytes_ratio: float | None = None
+    gpu_busy: float | None = None
+    launching: float | None = None
+
+    def beside(self, first: RunFigures, ratio: Ratio) -> RunFigures:
+        """With the ratios to the first model's figures; ``ratio`` is that of the latencies."""
+        return dataclasses.replace(
+            self,
+            ratio=ratio,
+            macs_ratio=None if not first.macs or self.macs is None else self.macs / first.macs,
+            bytes_ratio=None
+            if not first.bytes_moved or self.bytes_moved is None
+            else self.bytes_moved / first.bytes_moved,
+        )
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Weights and cache; what is between the nodes is not counted."""
+        return None if self.weight_bytes is None else self.weight_bytes + (self.cache_bytes or 0)
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        return None if self.bytes_moved is None else self.bytes_moved / self.latency.median / 1e9
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -83,7 +114,9 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Where the time of ``model`` goes that its cut in MACs should have saved, by kind of op, region and layer."""
+    """Why a cut in MACs does not show in ``model``. ``losses``: where the time goes that it should have saved, by kind
+    of op, region and layer; none where the text says it all.
+    """
 
     model: str
     text: str
@@ -142,7 +175,7 @@ class BenchReport:
         for workload, entry in zip(self.workloads, content["workloads"], strict=True):
             for phase, written in zip(workload.phases, entry["phases"], strict=True):
                 for run, figures in zip(phase.runs, written["runs"], strict=True):
-                    derived = ("tokens_per_second", "gflops", "cut_in_vain")
+                    derived = ("tokens_per_second", "gflops", "bytes_moved", "gigabytes_per_second", "cut_in_vain")
                     figures.update({name: getattr(run, name) for name in derived})
         plain: dict[str, Any] = plain_json(content)
         return plain

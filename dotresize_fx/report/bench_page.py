@@ -16,7 +16,7 @@ def render_bench_page(report: BenchReport) -> str:
         for phase in workload.phases:
             marks, ticks = latency_plot({run.model: run.latency for run in phase.runs})
             findings = [(finding.text, tables.loss_tables(finding)) for finding in phase.findings]
-            phases.append((tables.phase_table(phase), marks, ticks, findings))
+            phases.append((tables.phase_table(phase), tables.moved_table(phase), marks, ticks, findings))
         workloads.append((tables.workload_name(workload), phases, workload.notes))
     content = {
         "report": report,

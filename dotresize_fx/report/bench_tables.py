@@ -67,6 +67,27 @@ def phase_table(phase: Phase) -> Table:
     return Table(title, head, rows, phase.detail)
 
 
+def moved_table(phase: Phase) -> Table:
+    """What a run moves, a line a model; and of a GPU how long it is busy."""
+    on_gpu = any(run.launching is not None or run.gpu_busy is not None for run in phase.runs)
+    head = ("model", "weights read", "cache in and out", "together", "", "GB/s", *(("GPU busy",) if on_gpu else ()))
+    rows = []
+    for run in phase.runs:
+        busy = "unknown" if run.gpu_busy is None else f"{run.gpu_busy:.0%}"
+        rows.append(
+            (
+                run.model,
+                words.size(run.weight_bytes),
+                words.DASH if run.cache_bytes is None else words.size(run.cache_bytes),
+                words.size(run.bytes_moved),
+                words.DASH if run.bytes_ratio is None else words.change(1.0, run.bytes_ratio),
+                words.DASH if run.gigabytes_per_second is None else words.number(run.gigabytes_per_second),
+                *((busy,) if on_gpu else ()),
+            )
+        )
+    return Table(f"Bytes moved, {phase.name}", head, rows, "weights once, of embeddings the rows picked")
+
+
 def interval(run: RunFigures) -> str:
     """The ratio of latencies with its interval."""
     ratio = run.ratio
@@ -99,8 +120,9 @@ def bench_table(report: BenchReport, *, ascii_only: bool | None = None) -> str:
         lines += ["", *wrapped(f"== {workload_name(workload)} ==", 0, ascii_only)]
         for phase in workload.phases:
             lines += _printed(phase_table(phase), ascii_only)
+            lines += _printed(moved_table(phase), ascii_only)
             for finding in phase.findings:
-                lines += wrapped(f"! {finding.text}. {ATE}", 0, ascii_only)
+                lines += wrapped(f"! {finding.text}.{f' {ATE}' if finding.losses else ''}", 0, ascii_only)
                 for table in loss_tables(finding, SHOWN):
                     lines += _printed(table, ascii_only)
         lines += [line for note in workload.notes for line in wrapped(f"Note: {note}", 0, ascii_only)]

@@ -18,6 +18,7 @@ from dotresize_fx.report.contents import (
     RegionRow,
     Report,
 )
+from dotresize_fx.report.given_options import typed_options
 from dotresize_fx.report.latency_plot import latency_plot
 from dotresize_fx.report.precision_rows import precision_rows
 from dotresize_fx.report.templates import render
@@ -91,6 +92,7 @@ def render_page(report: Report) -> str:
         "total": words.duration(report.stage_seconds.get("total")),
         "peak_export": words.size(report.figures.peak_export_bytes),
         "peak_runtime": words.size(report.figures.peak_runtime_bytes),
+        "options": typed_options(report.options),
         "number": words.number,
     }
     return render("page.html.j2", content)

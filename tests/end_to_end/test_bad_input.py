@@ -144,6 +144,32 @@ def test_a_model_without_tokenizer(export: Refused, copied: Path) -> None:
     assert "has no tokenizer" in export(2, copied)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "no tokenizer that can be read, which text needs (no tokenizer could be loaded: "),
+        (["--sequence-length", "65"], "--sequence-length is 65, and the model takes 64 tokens at most"),
+        (["--plan", "plan.json"], "--plan names 'model.layers.7.mlp', which is no width of this model"),
+    ],
+)
+def test_what_is_said_before_the_long_work(
+    export: Refused, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    """A damaged tokenizer and a length too long before capture, a plan of another model before calibration."""
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(
+        "dotresize_fx.compiler.prepare_data" if "--plan" in options else "dotresize_fx.compiler.analyse", too_late
+    )
+    if not options:
+        (copied / "tokenizer.json").write_text('{"version": ')
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"schema_version": 1, "widths": {"model.layers.7.mlp": 8}}))
+    assert said in export(2, copied, *(plan if option == plan.name else option for option in options))
+
+
 def test_a_model_that_torch_export_refuses(export: Refused, model_folder: Folder) -> None:
     """Funnel computes with the length as a number, so a program of it would serve one length only."""
     said = export(5, model_folder("funnel"))

@@ -87,6 +87,17 @@ def test_lengths_that_cannot_be_used(
     assert ended.stderr.count("\n") == 1
 
 
+def test_a_length_beyond_the_models(
+    here: Here, model_folder: Folder, exported: Callable[..., Any], text_file: Path
+) -> None:
+    for model in (model_folder("llama"), exported("deep llama")[0]):
+        ended = here("eval", model, "--text", text_file, "--sequence-length", 65, "--quiet")
+        assert (ended.code, ended.stdout) == (2, "")
+        assert ended.stderr == (
+            "dotresize-fx: --sequence-length is 65, and the model takes 64 tokens at most: choose one up to 64\n"
+        )
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_inspect_lists_every_linear(here: Here, model_folder: Folder, kind: str) -> None:
     ended = here("inspect", model_folder(kind), "--quiet")

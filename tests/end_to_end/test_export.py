@@ -18,6 +18,8 @@ import torch
 import transformers
 
 import dotresize_fx
+from dotresize_fx.export.bench import bench
+from dotresize_fx.workload import Workload
 
 FILES = ["config.json", "model.onnx", "model.onnx.data", "plan.json", "report.html", "report.json"]
 FILES += ["tokenizer.json", "tokenizer_config.json"]
@@ -82,6 +84,24 @@ def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callab
     weights = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {row["name"].removeprefix("model.") for row in report["linears"]} - {"lm_head"} == weights
     assert all(row["roles"] or row["reason"] for row in report["linears"])
+
+
+@pytest.mark.parametrize("kind", ["deep llama", "bert"])
+def test_the_reports_macs_are_those_that_bench_counts(exported: Exported, kind: str) -> None:
+    """Of the same file. Per token they are a + b x length; the report's length is beyond these models' positions.
+
+    The report counts a pooler for each token like any linear, a run has it once a sequence.
+    """
+    out, _ = exported(kind)
+    figures = json.loads((out / "report.json").read_text(encoding="utf-8"))["figures"]
+    pooler = 32 * 32 if kind == "bert" else 0
+    lengths = (16, 48)
+    done = bench([out], [Workload(prompt=length, decode=0, batch=2) for length in lengths], runs=1, threads=1)
+    found = [workload.phases[0].runs[0].macs for workload in done.workloads]
+    one, other = (macs / 2 - pooler for macs in found if macs is not None)
+    slope = (other / lengths[1] - one / lengths[0]) / (lengths[1] - lengths[0])
+    per_token = one / lengths[0] + slope * (figures["macs_length"] - lengths[0])
+    assert per_token + pooler == pytest.approx(figures["slim"]["macs_per_token"])
 
 
 def sha256(file: Path) -> str:

@@ -174,7 +174,10 @@ def test_calibration_that_is_none(refused: Callable[..., str], tmp_path: Path) -
         ({"idx": draw(4, 8)[0]}, "idx has shape (8,), the program reads idx int64 ("),
         ({"idx": draw(4, 8) + VOCABULARY}, "ids are 0 to 96"),
         ({"idx": draw(4, LONGEST + 1)}, "the program does not take idx ("),
-        ({"idx": draw(1, 8)}, "1 samples, at least 2 are needed"),
+        (
+            {"idx": draw(1, 8)},
+            "1 samples, at least 2 are needed: the first 80 % calibrates, the last 20 % measures, and neither part may",
+        ),
     ],
 )
 def test_calibration_that_does_not_fit(

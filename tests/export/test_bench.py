@@ -124,33 +124,43 @@ def test_two_copies_of_a_cached_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [phase["name"] for phase in (prompt, token)] == ["prompt", "output token"]
     for phase, length, keys in ((prompt, 6, 6), (token, 1, 6 + 3 + 1)):
         macs = 2 * length * (8 * 8 + 2 * 8 * keys + 8 * 40)
+        # Both products whole, constants of shape arithmetic, and of both tables a row a token (of the positions 12).
+        weights = 4 * (8 * 8 + 8 * 40) + 8 * 3 + 4 * 8 * (2 * length + min(2 * length, 12))
+        cache = 4 * 2 * 8 * 2 * (keys - length + keys)
         for run in phase["runs"]:
             assert run["macs"] == macs
+            assert (run["weight_bytes"], run["cache_bytes"]) == (weights, cache)
+            assert run["bytes_moved"] == weights + cache
+            assert run["gigabytes_per_second"] == pytest.approx((weights + cache) / run["latency"]["median"] / 1e9)
+            assert (run["gpu_busy"], run["launching"]) == (None, None)  # no GPU, so nothing is said of one
             assert run["tokens_per_second"] == pytest.approx(2 * length / run["latency"]["median"])
             assert run["gflops"] == pytest.approx(2 * macs / run["latency"]["median"] / 1e9)
             assert run["latency"]["runs"] == 15
         first, second = phase["runs"]
         assert (first["ratio"], second["macs_ratio"], phase["findings"]) == (None, 1, [])
+        assert (first["bytes_ratio"], second["bytes_ratio"]) == (None, 1)
         # Runs of some 20 microseconds: how a process lies in memory alone may make one faster.
         assert second["ratio"]["low"] <= 1.3
         assert second["ratio"]["high"] >= 0.7
     page = Page(files[1].read_text("utf-8"))
     for text in (printed.out, page.text):
         assert "Time per output token" in text
+        assert "Bytes moved, output token" in text
+        assert "GPU busy" not in text
         assert "one (2)" in text
         assert f"{second['ratio']['value']:.3f}" in text
 
 
 def test_a_cut_in_vain_is_told_with_what_ate_it(tmp_path: Path) -> None:
     wide, narrow = save_slow(tmp_path / "wide.onnx", 64), save_slow(tmp_path / "narrow.onnx", 16)
-    report = bench([wide, narrow], [Workload(prompt=1, decode=4, batch=2)], runs=5, threads=1)
+    report = bench([wide, narrow], [Workload(prompt=1, decode=4, batch=2)], runs=15, threads=1)
     (workload,) = report.workloads
     (phase,) = workload.phases
     assert any("no input past_key_values" in note for note in workload.notes)
     dense, slim = phase.runs
     assert (dense.macs, slim.macs, slim.tokens_per_second) == (2 * 2 * 64, 2 * 2 * 16, None)
     (finding,) = phase.findings
-    assert "75.0 % fewer MACs" in finding.text
+    assert "75.0 % fewer MACs, moves" in finding.text
     assert finding.losses["op"][0].label == "Sin"
     assert sum(loss.after_macs for loss in finding.losses["op"]) == slim.macs
     for losses in finding.losses.values():

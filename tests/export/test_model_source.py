@@ -184,7 +184,18 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "no config.json" in refusal(ModelNotFoundError, tmp_path)
     (tmp_path / "model.txt").write_text("x")
     assert "not a model" in refusal(ModelNotFoundError, tmp_path / "model.txt")
-    assert "ONNX input is not supported yet" in refusal(UsageError, tmp_path / "model.onnx")
+    assert "ONNX files are not taken as input yet" in refusal(UsageError, tmp_path / "model.onnx")
+
+
+def test_a_folder_with_an_onnx_alone(tmp_path: Path, save_tiny_model: SaveModel) -> None:
+    """With and without a configuration; what is taken is said. Beside weights that are taken it does no harm."""
+    (tmp_path / "model.onnx").write_bytes(b"onnx")
+    for _ in range(2):
+        said = refusal(UsageError, tmp_path)
+        assert "holds model.onnx and no other weights. ONNX files are not taken as input yet" in said
+        assert "a Hugging Face folder (safetensors), a GGUF file, a hub id" in said
+        (tmp_path / "config.json").write_text("{}")
+    assert load_model(str(save_tiny_model(tmp_path))).task == "decoder"
 
 
 def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,3 +70,23 @@ def test_what_ate_a_cut() -> None:
     ]
     assert [loss.label for loss in found["region"]] == [ELSEWHERE, "model.layers.*.mlp"]
     assert [loss.label for loss in found["layer"]] == [ELSEWHERE, "model.layers.0"]
+
+
+def test_what_a_rewrite_made_belongs_where_it_is_used() -> None:
+    """A packed product and a norm with a skip; the gain, alike in all layers and so one, tells nothing."""
+    scope = "['', 'model', 'model.layers.{}', 'op']"
+    nodes = [
+        node("norm", "x", "model.layers.0.norm.weight"),
+        node("packed", "norm_out"),
+        node("gate", "packed_out", scopes=scope.format("0.mlp.gate")),
+        node("up", "packed_out", scopes=scope.format("0.mlp.up")),
+        node("skip", "gate_out", "model.layers.0.norm.weight"),
+        node("q", "skip_out", scopes=scope.format("1.attn.q")),
+        node("last", "skip_sum", "q_out"),
+    ]
+    nodes[4].output.append("skip_sum")
+    graph = helper.make_graph(nodes, "g", [], [], [onnx.TensorProto(name="model.layers.0.norm.weight")])
+    found = node_modules(graph)
+    assert found["norm"] == found["packed"] == "model.layers.0.mlp"
+    assert found["skip"] == "model.layers.1.attn.q"
+    assert found["last"] == "model.layers.1.attn.q"

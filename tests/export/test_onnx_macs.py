@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,22 @@ SCORES_AND_MIXING = 2 * 4 * 3 * 8 * (8 + 8)
         ("MultiHeadAttention", [Q, (2, 8, 32), (2, 8, 32)], [OUT], SCORES_AND_MIXING),
         ("MultiHeadAttention", [Q, (2, 4, 8, 8), (2, 4, 8, 8)], [OUT], SCORES_AND_MIXING),
         ("MultiHeadAttention", [(2, 3, 4, 3, 8)], [OUT], 2 * 4 * 3 * 3 * 16),  # packed
+        ("MatMulInteger", [(2, 3, 8), (8, 5), (), ()], [(2, 3, 5)], 2 * 3 * 5 * 8),
+        ("DynamicQuantizeMatMul", [(2, 3, 8), (8, 5), (5,)], [(2, 3, 5)], 2 * 3 * 5 * 8),
+        ("QLinearMatMul", [(2, 3, 8), (), (), (8, 5), (), (), (), ()], [(2, 3, 5)], 2 * 3 * 5 * 8),
+        ("QGemm", [(6, 8), (), (), (8, 5), (), ()], [(6, 5)], 6 * 8 * 5),
+        ("MatMulNBitsQkv", [(2, 3, 64), (2, 3, 64), (64,)], [(2, 3, 48), (2, 3, 16), (2, 3, 16)], 2 * 3 * 64 * 80),
+        ("MatMulNBitsMlp", [(2, 3, 64)], [(2, 3, 48)], 2 * 2 * 3 * 48 * 64),
+        ("QAttention", [(2, 3, 20), (20, 96), (96,), (), (96,)], [OUT], 2 * 3 * 20 * 96 + 2 * 4 * 3 * 3 * 16),
+        # Values of another size than queries and keys, behind a past.
+        (
+            "Attention",
+            [(2, 3, 20), (20, 80), (80,)],
+            [(2, 3, 16), (2, 2, 4, 8, 8)],
+            2 * 3 * 20 * 80 + 2 * 4 * 3 * 8 * 12,
+        ),
+        # Of Attention's further outputs the last one alone: scores are no cache.
+        ("Attention", [(2, 4, 3, 8), (2, 2, 8, 8), (2, 2, 8, 8)], [(2, 4, 3, 8), (2, 4, 3, 8)], SCORES_AND_MIXING),
         ("Add", [(2, 3), (3,)], [(2, 3)], 0),
         ("LSTM", [(2, 3, 4)], [(2, 1, 3, 4)], None),
         ("MatMul", [], [], None),
@@ -48,3 +66,14 @@ def test_an_einsum_is_counted_by_its_equation() -> None:
     assert node_macs("Einsum", [left.shape, right.shape], [(2, 3, 5)], "bij, bkj -> bik") == 2 * 3 * 5 * 4
     assert node_macs("Einsum", [left.shape], [(2, 3)], "bij->bi") == 0
     assert node_macs("Einsum", [left.shape, right.shape], [(2, 3, 5)], "...ij,...kj->...ik") is None
+
+
+def test_what_multiplies_and_is_not_counted_is_not_zero() -> None:
+    """Of all kinds that this ONNX Runtime knows, those that are 0 whatever their shapes hold no product."""
+    state = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = {schema.name for schema in state.get_all_operator_schema()}
+    assert {"MoE", "QMoE", "PackedAttention", "PackedMultiHeadAttention", "LSTM", "GatedDeltaNet"} <= names
+    silent = {name for name in names if node_macs(name, [], []) == 0}
+    telling = re.compile("MatMul|Gemm|Attention|Conv|MoE|RNN|LSTM|GRU|Einsum|DeltaNet")
+    assert {name for name in silent if telling.search(name)} == set()
+    assert {"Add", "Softmax", "RotaryEmbedding", "SkipSimplifiedLayerNormalization", "Gather"} <= silent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.fused_ops import count_fused_ops, fused_ops
+from dotresize_fx.export.node_profile import profile_nodes
+from dotresize_fx.export.node_regions import layer, node_modules, original_name, role
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
@@ -92,3 +95,27 @@ def test_no_shape_in_the_file_has_a_dense_width(slim: Slim, tmp_path: Path) -> N
     shapes = [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.value_info]
     stated = [*shapes, *(list(tensor.dims) for tensor in proto.initializer)]
     assert not [shape for shape in stated if {FFN, 2 * FFN} & set(shape)]
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_every_fused_node_is_of_a_layer(slim: Slim, target: str, tmp_path: Path) -> None:
+    """Also as ONNX Runtime runs it, with its own fusions: little of the time is elsewhere."""
+    model, captured, graph = slim
+    path = emit_onnx(model, captured, graph, tmp_path, target)
+    proto = onnx.load(path, load_external_data=False).graph
+    modules = node_modules(proto)
+    fused = [node for node in proto.node if node.domain or node.op_type == "MatMul"]
+    layers = Counter(layer(modules[node.name]) for node in fused if modules[node.name] != "lm_head")
+    assert set(layers) == {"model.layers.0", "model.layers.1"}
+    assert layers["model.layers.0"] == pytest.approx(layers["model.layers.1"], abs=1)  # the first norm has no skip
+    packed = [node for node in fused if any(name.startswith("packed_matmul") for name in node.input)]
+    assert {role(modules[node.name]) for node in packed} == {"model.layers.*.self_attn", "model.layers.*.mlp"}
+
+    inputs = onnx_inputs(
+        graph, prompt_inputs(captured.cache, *(captured.sample[n] for n in ("input_ids", "attention_mask")))
+    )
+    how = {"threads": 1, "provider": "CPUExecutionProvider", "equations": {}, "work": tmp_path}
+    nodes = profile_nodes(path, inputs, runs=1, optimised=True, **how).nodes
+    known = [original_name(node.name, modules) for node in nodes]
+    multiplying = [name for name, node in zip(known, nodes, strict=True) if node.macs]
+    assert [name for name in multiplying if name not in modules] == []

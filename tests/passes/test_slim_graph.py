@@ -41,8 +41,19 @@ def test_ffns_that_add_to_one_sum_are_one_sublayer(trace: Any, run: Any) -> None
     slimmed = slim_graph(graph, find_regions(graph), batches(), options, QUIET)
     # 0.2 of 64 neurons, on a grid of 4.
     assert sorted(entry.region.width - entry.width for entry in slimmed.swept) == [4, 8]
-    assert slimmed.notes == ()
+    assert slimmed.notes == ()  # 18.75 % went, near enough
     assert run(slimmed.graph, x=torch.ones(3, 8))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("multiple", "said"), [(16, True), (4, False)])
+def test_a_grid_too_coarse_for_the_ratio_is_told(trace: Any, multiple: int, said: bool) -> None:
+    parts = {"up1": nn.Linear(8, 32), "down1": nn.Linear(32, 8), "up2": nn.Linear(8, 32), "down2": nn.Linear(32, 8)}
+    graph = trace(ffns_beside, (2, 8), **parts, head=nn.Linear(8, 3))
+    options = Options(ratio=0.19, allocation="uniform", multiple=multiple)
+    notes = slim_graph(graph, find_regions(graph), batches(), options, QUIET).notes
+    told = "--ratio asked for 19.0% of the block weights and 25.0% went: widths go in steps"
+    assert [note for note in notes if note.startswith(told)] == list(notes)
+    assert bool(notes) == said
 
 
 @pytest.mark.parametrize("regions", [("ffn",), ("residual",), ("ffn", "residual"), ("ffn", "attention")])
