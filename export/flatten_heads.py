@@ -70,6 +70,9 @@ def _flatten(graph: onnx_ir.Graph, node: onnx_ir.Node, squeezed: dict[onnx_ir.Va
     for old, new in zip((result, *node.outputs[1:]), (out, *outputs[1:]), strict=True):
         new.shape, new.dtype = old.shape, old.dtype
         _replace(old, new)
+    for each in written.nodes:  # to which part of the model a node belongs
+        like = where if each.op_type == "Where" else node
+        each.metadata_props.update(like.metadata_props if like is not None else {})
     graph.insert_before(node, written.nodes)
     return True
 

@@ -46,7 +46,14 @@ def _fuse(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     if cached:
         (past_key, new_key), (past_value, new_value) = (each.producer().inputs for each in (key, value))  # type: ignore[union-attr]
         inputs = [query, new_key, new_value, *(mask or [None]), past_key, past_value]
-    fused = onnx_ir.node("Attention", inputs, dict(node.attributes), num_outputs=3 if cached else 1)
+    fused = onnx_ir.node(
+        "Attention",
+        inputs,
+        dict(node.attributes),
+        num_outputs=3 if cached else 1,
+        name=node.name,
+        metadata_props=dict(node.metadata_props),
+    )
     graph.insert_before(node, fused)
     for old, new in zip((node.outputs[0], key, value), fused.outputs, strict=False):
         new.shape, new.dtype, name = old.shape, old.dtype, old.name

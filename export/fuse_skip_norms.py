@@ -36,6 +36,8 @@ def fuse_skip_norms(model: onnx_ir.Model) -> int:
             {"epsilon": norm.attributes.get_float("epsilon", 1e-5)},
             domain=MICROSOFT,
             num_outputs=4,
+            name=norm.name,
+            metadata_props=dict(norm.metadata_props),
         )
         graph.insert_after(added, node)
         for old, new in ((norm.outputs[0], node.outputs[0]), (stream, node.outputs[3])):

@@ -65,11 +65,12 @@ def test_the_fused_graph_computes_the_same_at_all_levels(slim: Slim, target: str
     model, captured, graph = slim
     path = emit_onnx(model, captured, graph, tmp_path, target)
     fused = fused_ops(path)
-    assert fused["SimplifiedLayerNormalization"] == 1  # the first norm has no skip before it
-    assert fused["SkipSimplifiedLayerNormalization"] == 4
-    assert fused["RotaryEmbedding"] == 4
-    assert fused["MultiHeadAttention"] == (2 if target == "cuda" else 0)
+    assert fused["SkipSimplifiedLayerNormalization"] == 4  # of five norms; the first has no sum before it
     assert "4 SkipSimplifiedLayerNormalization" in count_fused_ops(path, target)
+    ops = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
+    assert (ops["Attention"], ops["RotaryEmbedding"]) == (2, 4)
+    assert not {"Softmax", "Transpose", "Pow"} & set(ops)
+    assert ops["Concat"] <= 1  # a shape's; no cache's
 
     ids, mask = captured.sample["input_ids"], captured.sample["attention_mask"]
     whole = prompt_inputs(captured.cache, ids, mask)

@@ -64,3 +64,20 @@ def test_a_program_that_writes_in_place_is_left_alone() -> None:
     before = targets(graph)
     assert simplify(graph) == 0
     assert targets(graph) == before
+
+
+def test_an_index_that_picks_all_in_order_is_none() -> None:
+    class Picks(torch.nn.Module):
+        def forward(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows, columns = (torch.arange(size) for size in mask.shape)
+            return mask[rows[:, None, None, None], columns[None, None, None]] + 1, mask[rows[:, None], columns + 0] + 1
+
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    shapes = ({0: batch, 1: length},)
+    graph = FxGraph(torch.export.export(Picks(), (torch.ones(3, 4),), dynamic_shapes=shapes))
+    simplify(graph)
+    assert targets(graph).count(aten.index.Tensor) == 1  # what was computed to be all is not known to be
+    graph.program.validate()
+    mask = torch.randn(5, 7)
+    for one, other in zip(Execution(graph).outputs({"mask": mask}), Picks()(mask), strict=True):
+        assert torch.equal(one, other)
