@@ -1,4 +1,4 @@
-"""Emit: a slim program for ExecuTorch (XNNPACK, CPU), by transformers' exporter; one sequence at a time.
+"""Emit: a slim program for ExecuTorch (XNNPACK, CPU), by transformers' exporter.
 
 ExecuTorch plans all memory beforehand, for the largest sizes, so these are stated: :func:`largest_sizes`.
 """
@@ -19,13 +19,14 @@ from dotresize_fx.export.given_program import export_given, ready_to_emit
 from dotresize_fx.fx_form.graph import FxGraph
 
 EXECUTORCH_FILE = "model.pte"
-# New tokens and tokens before them, where the model takes so many.
-LARGEST_LENGTH, LARGEST_PAST = 512, 2048
+# Sequences, new tokens and tokens before them, where the model takes so many. A batch of no more than the two that
+# were traced would become a constant.
+LARGEST_BATCH, LARGEST_LENGTH, LARGEST_PAST = 4, 256, 2048
 
 
 def largest_sizes(captured: Captured) -> dict[str, int]:
     """The largest batch, length and, with a cache, past that the file takes."""
-    sizes = {"batch": 1, "length": min(LARGEST_LENGTH, captured.longest)}
+    sizes = {"batch": LARGEST_BATCH, "length": min(LARGEST_LENGTH, captured.longest)}
     return sizes | ({"past": min(LARGEST_PAST, captured.longest)} if captured.cache else {})
 
 

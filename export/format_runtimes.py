@@ -5,6 +5,7 @@ Nothing of them is imported before a file is opened.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 Array = np.ndarray[Any, Any]
+GENAI_FILE = "genai_config.json"
 Model = Callable[[Mapping[str, Array]], list[Array]]
 
 
@@ -70,7 +72,7 @@ class OpenVinoModel:
 
 
 class ExecutorchModel:
-    """A .pte, which takes one sequence: the rows of a batch, the first axis of all inputs, are run one by one."""
+    """A .pte; how many threads it takes is its own."""
 
     def __init__(self, path: Path, threads: int) -> None:
         from executorch.runtime import Runtime
@@ -79,12 +81,8 @@ class ExecutorchModel:
         self._method = self._program.load_method("forward")
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
-        tensors = [_tensor(value) for value in inputs.values()]
-        rows = []
-        for row in range(len(tensors[0])):
-            outputs = self._method.execute([tensor[row : row + 1].clone() for tensor in tensors])
-            rows.append([output.numpy().copy() for output in outputs])  # the next run writes where these lie
-        return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+        outputs = self._method.execute([_tensor(value) for value in inputs.values()])
+        return [output.numpy().copy() for output in outputs]  # the next run writes where these lie
 
 
 class GenaiModel:
@@ -92,15 +90,18 @@ class GenaiModel:
 
     def __init__(self, path: Path, threads: int) -> None:
         self._model = OnnxModel(path, threads=threads)
+        decoder = json.loads((path.parent / GENAI_FILE).read_text(encoding="utf-8"))["model"]["decoder"]
+        self._heads, self._size = decoder["num_key_value_heads"], decoder["head_size"]
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         past = ids.shape[1] - 1
-        if not past:
-            return [self._run(ids, mask, {})[0]]
-        before = self._run(ids[:, :past], mask[:, :past], {})
-        results = dict(zip(self._model.output_names, before, strict=True))
         names = [name for name in self._model.input_names if name.startswith(PAST)]
+        empty = dict.fromkeys(names, np.empty((len(ids), self._heads, 0, self._size), np.float32))
+        if not past:
+            return [self._run(ids, mask, empty)[0]]
+        before = self._run(ids[:, :past], mask[:, :past], empty)
+        results = dict(zip(self._model.output_names, before, strict=True))
         cache = {name: results[name.replace(PAST, "present")] for name in names}
         behind = self._run(ids[:, past:], mask, cache)
         return [np.concatenate([before[0], behind[0]], 1)]
@@ -110,7 +111,7 @@ class GenaiModel:
         given = {"input_ids": ids, "attention_mask": mask, **cache}
         given["position_ids"] = np.broadcast_to(np.arange(first, mask.shape[1]), ids.shape)
         taken = {name: np.ascontiguousarray(value) for name, value in given.items() if name in self._model.input_names}
-        return self._model(self._model.at_start(taken))
+        return self._model(taken)
 
 
 RUNTIMES: dict[str, Callable[[Path, int], Model]] = {
