@@ -49,4 +49,4 @@ def scale_queries(graph: FxGraph) -> None:
         with graph.nodes.inserting_before(node):
             scaled = graph.nodes.call_function(aten.mul.Tensor, (query, factor))
         scaled.meta["val"] = query.meta["val"].clone()
-        node.replace_input_with(query, scaled)
+        node.args = (scaled, *node.args[1:])  # keys may be the same tensor
