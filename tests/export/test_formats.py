@@ -33,7 +33,9 @@ TOLERANCE = 1e-5
 
 @pytest.fixture
 def slimmed(save_tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., SlimResult]:
-    """``slimmed(kind, *formats, sizes={}, **options)``: a model with weights of size 1, of which 30 % are cut."""
+    """``slimmed(kind, *formats, sizes={}, **options)``: a model with weights of size 1, of which 30 % are cut, or
+    ``ratio``.
+    """
 
     def make(kind: str, *names: str, sizes: Mapping[str, int] | None = None, **options: Any) -> SlimResult:
         folder = save_tiny_model(tmp_path / "model", kind, **(sizes or {}))
@@ -41,7 +43,7 @@ def slimmed(save_tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..
         redraw_parameters(model.from_pretrained(folder).requires_grad_(False)).save_pretrained(folder)
         (tmp_path / "out").mkdir()
         (tmp_path / "work").mkdir()
-        return dotresize_fx.slim(str(folder), 0.3, formats=names, **SMALL | options)
+        return dotresize_fx.slim(str(folder), formats=names, **SMALL | {"ratio": 0.3} | options)
 
     return make
 
@@ -104,11 +106,12 @@ def test_openvino(
     kind: str, slimmed: Callable[..., SlimResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    result = slimmed(kind, "openvino", sizes={"num_key_value_heads": 2} if kind == "llama" else None)
+    heads = {"sizes": {"num_key_value_heads": 2}, "ratio": 0.05, "regions": ("query_key",)} if kind == "llama" else {}
+    result = slimmed(kind, "openvino", **heads)
     (found,), _ = write_formats(result, tmp_path / "out", tmp_path / "work", TOLERANCE)
     assert found.verification.max_abs_difference < TOLERANCE
     assert sorted(file.suffix for file in (tmp_path / "out" / "openvino").iterdir()) == [".bin", ".xml"]
-    if kind == "llama":  # whose query and key heads are cut
+    if kind == "llama":  # whose heads keep the scale of their size before
         monkeypatch.setattr(emit_openvino, "scale_queries", lambda graph: None)
         (tmp_path / "again").mkdir()
         with pytest.raises(VerificationError, match="--format openvino: it differs"):
