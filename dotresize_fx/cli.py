@@ -164,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", action="store_true", help="also write OUT/checkpoint, which stock from_pretrained loads"
     )
     export.add_argument(
+        "--format",
+        metavar="LIST",
+        action="append",
+        default=[],
+        help="beside model.onnx: pt2, openvino, executorch, genai (with --checkpoint), each verified; repeatable",
+    )
+    export.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
@@ -258,6 +265,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
     given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
     given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
+    given["formats"] = tuple(name for names in arguments.format for name in names.split(","))
     options = Options(**given)
     from dotresize_fx.compiler import export
     from dotresize_fx.memory import give_large_blocks_back

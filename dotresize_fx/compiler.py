@@ -17,6 +17,7 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.check_text import check_length, check_tokenizer, longest_text
+from dotresize_fx.export.formats import require_formats
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.module_source import Examples
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
@@ -157,6 +158,7 @@ def slim_with(
     given = reads_given_inputs(model)
     _check_kind(chosen, given, batches)
     # What is wrong with these is said before the model is loaded.
+    require_formats(chosen.formats, given)
     text = None if given else load_text(chosen.calibration)
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):

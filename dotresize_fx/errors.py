@@ -59,13 +59,13 @@ class OutputError(DotresizeError):
 
 
 class MissingExtraError(DotresizeError):
-    """ONNX Runtime is not installed; the message names the extra that brings it."""
+    """ONNX Runtime, or what a ``--format`` needs, is not installed; the message names the extra that brings it."""
 
     exit_code = 9
 
 
 class VerificationError(DotresizeError):
-    """The emitted ONNX differs from the slim program by more than the tolerance."""
+    """The emitted ONNX, or another format, differs from the slim program by more than the tolerance."""
 
     exit_code = 10
 
@@ -110,3 +110,9 @@ class OutOfMemoryError(DotresizeError):
     """The device has no room for a model, or for one run of it at the smallest batch."""
 
     exit_code = 18
+
+
+class FormatError(DotresizeError):
+    """The library behind a ``--format`` does not convert the slim program, or cannot run what it made."""
+
+    exit_code = 20

@@ -29,6 +29,8 @@ TARGETS = ("any", "cpu", "cuda")
 BASES = ("shared", "sublayer")
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTISED = ("int8", "int4")
+# What is written; onnx always. The others go into folders of these names.
+FORMATS = ("onnx", "pt2", "openvino", "executorch", "genai")
 MORE_CHOICES = {
     "cost": COSTS,
     "head_sizes": HEAD_SIZES,
@@ -74,7 +76,8 @@ class Options:
     ``calibration_data`` .npz files or folders of them, for modules and programs. ``basis``: "shared" cuts the residual
     stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
     so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
-    can hold is refused. ``cache``: a decoder's ONNX
+    can hold is refused. ``formats``
+    (FORMATS) are what to write beside model.onnx; "genai" is built from the checkpoint. ``cache``: a decoder's ONNX
     reads and hands on keys and values, where its cache is no more than these. ``target`` (TARGETS): "any" emits
     standard ops alone, "cpu" and "cuda" also fused ops that only ONNX Runtime has. ``dtype`` (DTYPES) and
     ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where
@@ -95,6 +98,7 @@ class Options:
     uniform: bool | None = None
     plan: Path | None = None
     checkpoint: bool = False
+    formats: tuple[str, ...] = ()
     repair_steps: int | None = None
     heal_minutes: float = 5.0
     heal_steps: int | None = None
@@ -127,6 +131,10 @@ class Options:
         for name, known in (choices | MORE_CHOICES).items():
             if (chosen := getattr(self, name)) not in known and chosen is not None:
                 raise UsageError(f"--{name.replace('_', '-')} {chosen}: choose one of {', '.join(sorted(known))}")
+        if unknown := [name for name in self.formats if name not in FORMATS]:
+            raise UsageError(f"--format {unknown[0]}: choose from {', '.join(FORMATS)}")
+        if "genai" in self.formats and not self.checkpoint:
+            raise UsageError("--format genai is built from the checkpoint: say --checkpoint too")
         said = f"--regions {','.join(self.regions)}"
         if any(name not in REGION_NAMES for name in self.regions):
             raise UsageError(f"{said}: choose from {', '.join(REGION_NAMES)}")

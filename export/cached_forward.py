@@ -74,7 +74,8 @@ class CachedForward:
 
 def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:
     """(batch, length): of the last tokens of a mask (batch, past + length), counted without padding on the left."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    # Contiguous: strides of a slice would become a condition of what is traced with it.
+    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -length:].contiguous()
 
 
 @torch.no_grad()

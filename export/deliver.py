@@ -16,6 +16,7 @@ from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.formats import write_formats
 from dotresize_fx.export.fused_ops import count_fused_ops
 from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.onnx_file import onnx_size
@@ -72,7 +73,8 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     Raises:
         CheckpointError: a ``checkpoint`` is wanted and no stock model computes what the slim program does.
         MissingExtraError: ONNX Runtime is not installed.
-        VerificationError: slim ONNX and slim program differ by more than the tolerance.
+        FormatError: one of the formats cannot be made or run.
+        VerificationError: slim ONNX, or another format, and slim program differ by more than the tolerance.
     """
     require_onnx_runtime()
     progress, options = result.progress, result.options
@@ -124,6 +126,8 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
             )
             notes += said
             gc.collect()
+    formats, said = write_formats(result, folder, work, allowed)
+    notes += said
     with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
         fidelity = measure_fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
@@ -153,6 +157,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         verification=verification,
         checkpoint=written,
         precisions=precisions,
+        formats=formats,
         peak_export_bytes=peak_export,
         peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )

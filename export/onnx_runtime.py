@@ -61,11 +61,13 @@ def compare_outputs(
     mask: str | None = None,
     threads: int | None = None,
     provider: str = CPU,
+    runtime: str = "onnx",
 ) -> Comparison:
     """Run every case's inputs through the ONNX file and compare with its expected outputs, in graph order.
 
     ``mask`` names an input (batch, length): outputs that begin with these dimensions are compared where it is not
     0, since what a model puts out for padding means nothing and is not well-conditioned.
+    ``runtime``: what opens the file, of RUNTIMES in :mod:`dotresize_fx.export.format_runtimes` or ONNX Runtime.
     ``cases`` may be a generator: each case is written to ``work`` before the next one is asked for. Raises
     ValueError without a case, MissingExtraError, ModelNotFoundError, BadWeightsError, OnnxRuntimeError and
     OutputError (no room for the arrays).
@@ -79,7 +81,7 @@ def compare_outputs(
             store_arrays(child.folder / f"{index}.npz", list(inputs.values()), expected)
         if not listed or not all(case["outputs"] for case in listed):
             raise ValueError("nothing to compare: no case, or a case without outputs")
-        request = {"model": str(Path(model_path).resolve()), "cases": listed, "mask": mask}
+        request = {"model": str(Path(model_path).resolve()), "cases": listed, "mask": mask, "runtime": runtime}
         answer = child.ask("compare", **request, threads=count, provider=provider)
     results = tuple(
         CaseComparison(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dotresize_fx.errors import DotresizeError, OnnxRuntimeError
+from dotresize_fx.export.format_runtimes import RUNTIMES, Model
 from dotresize_fx.export.graph_inputs import InputPlan, make_inputs
 from dotresize_fx.export.node_profile import profile_nodes
 from dotresize_fx.export.onnx_session import CUDA, OnnxModel
@@ -66,14 +67,17 @@ def _real(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any] | None) -> np.
 
 
 def _compare(request: dict[str, Any]) -> dict[str, Any]:
-    model = OnnxModel(request["model"], threads=request["threads"], provider=request["provider"])
+    if request["runtime"] in RUNTIMES:
+        model: Model = RUNTIMES[request["runtime"]](Path(request["model"]), request["threads"])
+    else:
+        model = OnnxModel(request["model"], threads=request["threads"], provider=request["provider"])
     cases = []
     for case in request["cases"]:
         path = Path(case["file"])
         inputs = _load(path, case["inputs"])
         actual = model(inputs)
         if len(actual) != case["outputs"]:
-            raise OnnxRuntimeError(f"{model.path} has {len(actual)} outputs, {case['outputs']} were expected")
+            raise OnnxRuntimeError(f"{request['model']} has {len(actual)} outputs, {case['outputs']} were expected")
         with np.load(path, allow_pickle=False) as archive:
             expected = [archive[f"expected_{index}"] for index in range(case["outputs"])]
         mask = None if request["mask"] is None else inputs[request["mask"]].astype(bool)

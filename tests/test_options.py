@@ -209,3 +209,9 @@ def test_a_seed_that_torch_does_not_take() -> None:
 def test_a_target_that_is_not_known() -> None:
     with pytest.raises(UsageError, match="--target gpu: choose one of any, cpu, cuda"):
         Options(target="gpu")
+
+
+def test_formats_are_known_and_genai_has_what_it_is_built_from() -> None:
+    assert refusal(formats=("pt2", "tflite")) == "--format tflite: choose from onnx, pt2, openvino, executorch, genai"
+    assert "--checkpoint" in refusal(formats=("genai",))
+    assert Options(formats=("onnx", "pt2", "openvino", "executorch")).formats[1] == "pt2"

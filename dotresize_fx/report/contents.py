@@ -233,6 +233,17 @@ class CheckpointFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FormatFigures:
+    """What was written in ``format`` into ``folder`` of OUT, run in ``runtime``."""
+
+    format: str
+    folder: str
+    runtime: str
+    file_bytes: int
+    verification: Verification
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """Everything measured. ``macs_length`` is the length in tokens at which attention's MACs are counted.
 
@@ -247,6 +258,7 @@ class Figures:
     verification: Verification | None = None
     checkpoint: CheckpointFigures | None = None
     precisions: tuple[PrecisionFigures, ...] = ()
+    formats: tuple[FormatFigures, ...] = ()
     peak_export_bytes: int | None = None
     peak_runtime_bytes: int | None = None
 

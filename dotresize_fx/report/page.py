@@ -18,6 +18,7 @@ from dotresize_fx.report.contents import (
     RegionRow,
     Report,
 )
+from dotresize_fx.report.format_rows import format_rows
 from dotresize_fx.report.given_options import typed_options
 from dotresize_fx.report.latency_plot import latency_plot
 from dotresize_fx.report.precision_rows import precision_rows
@@ -78,7 +79,7 @@ def render_page(report: Report) -> str:
         "verdict": words.verdict_parts(report),
         "failed": report.figures.verification is not None and not report.figures.verification.passed,
         "tiles": _tiles(report),
-        "rows": [*words.figure_rows(report), *precision_rows(report)],
+        "rows": [*words.figure_rows(report), *precision_rows(report), *format_rows(report)],
         "plots": [_region_plot(kind, rows) for kind, rows in _by_kind(report.regions).items()],
         "marks": marks,
         "ticks": ticks,

@@ -7,6 +7,7 @@ import textwrap
 
 from dotresize_fx.report.contents import Report
 from dotresize_fx.report.figure_rows import NOT_MEASURED, duration, figure_rows, size, verdict
+from dotresize_fx.report.format_rows import format_rows
 from dotresize_fx.report.precision_rows import precision_rows
 
 WIDTH = 100
@@ -25,7 +26,7 @@ def terminal_table(report: Report, *, ascii_only: bool | None = None) -> str:
     rule = plain_text("─", ascii_only) * WIDTH
     lines = wrapped(f"{report.model.name} ({report.model.task}): {verdict(report)}", 0, ascii_only)
     lines += [rule, _line(("", "dense", "slim", "change"), ascii_only), rule]
-    for row in (*figure_rows(report), *precision_rows(report)):
+    for row in (*figure_rows(report), *precision_rows(report), *format_rows(report)):
         lines.append(_line((row.label, row.dense, row.slim, row.change), ascii_only))
         lines += wrapped(row.detail, 2, ascii_only)
     changed = sum(region.width_before != region.width_after for region in report.regions)

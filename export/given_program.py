@@ -1,0 +1,54 @@
+"""transformers' exporters, given a program where they would trace the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers.exporters.exporter_dynamo import DynamoExporter
+
+from dotresize_fx.export.capture import Captured, no_fast_path
+from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.fx_form.simplify import simplify
+
+
+def ready_to_emit(graph: FxGraph) -> FxGraph:
+    """A copy with the ops that runtimes know, shapes up to date, and nothing computed twice."""
+    graph = graph.restore_pointwise()
+    graph.refresh_shapes()
+    simplify(graph)
+    return graph
+
+
+def export_given(
+    exporter: type[DynamoExporter],
+    config: Any,
+    model: torch.nn.Module,
+    captured: Captured,
+    program: torch.export.ExportedProgram,
+) -> Any:
+    """What ``exporter`` makes of ``program``, a rewriting of the captured one; it may change it.
+
+    ``model`` only tells the names of inputs and outputs: it is run once on the tiny sample.
+    """
+    cached = captured.cache
+    sample = dict(captured.sample if cached is None else cached.sample)
+    given = type(f"Given{exporter.__name__}", (exporter, _GivenProgram), {})
+    with quiet_libraries(), no_fast_path(), torch.no_grad(), cached.on(model) if cached else nullcontext():
+        made = given()  # inside: it warns of versions when it is made
+        made.program, made.metadata = program, captured.metadata
+        return made.export(model, sample, config).program
+
+
+class _GivenProgram(DynamoExporter):  # type: ignore[misc]
+    """Hands a program over in place of tracing one."""
+
+    program: torch.export.ExportedProgram
+    metadata: Any
+
+    def export_program(self, model: torch.nn.Module, sample_inputs: Mapping[str, Any], config: Any) -> Any:
+        model(**sample_inputs)  # the exporter records the names of inputs and outputs while this runs
+        return self.program, self.metadata
