@@ -42,17 +42,24 @@ class PhaseProfile:
         return cache_bytes(model.plans, self.batch, self.length, self.past) if model.cached else None
 
     def business(self, model: GivenModel, median: float) -> tuple[float | None, float | None]:
-        """The share that kernels run on the GPU of a run that takes ``median`` seconds unprofiled, and the share that
-        nodes are launched of a profiled one; None where that is not known, or there is no GPU.
+        """The share that kernels run on the GPU of a run that takes ``median`` seconds unprofiled, by the profiler or
+        else the driver, and the share that nodes are launched of a profiled one; None where that is not known.
         """
         if self.provider != CUDA:
             return None, None
         try:
             found = self.profiled(model)
+            busy = self._busy(model) if found.kernels is None else min(1.0, found.kernels / median)
         except (OnnxRuntimeError, OutOfMemoryError):  # it was timed; without a profile that is all there is
             return None, None
-        busy = None if found.kernels is None else min(1.0, found.kernels / median)
         return busy, None if found.launching is None else min(1.0, found.launching)
+
+    def _busy(self, model: GivenModel) -> float | None:
+        """By the driver, which sees kernels where ONNX Runtime's profiler was built without eyes for them."""
+        with RuntimeChild() as child:
+            request = request_for(model, self.threads, self.provider, self.batch, self.length)
+            found: float | None = child.ask("busy", **request, past=self.past)["busy"]
+            return found
 
     def cut_in_vain(self, first: GivenModel, model: GivenModel, run: RunFigures) -> Finding:
         """Why ``model``, with fewer MACs than the first, is not faster."""
@@ -113,7 +120,7 @@ def unknown_business(runs: Iterable[RunFigures]) -> list[str]:
     unknown = [run for run in runs if run.gpu_busy is None]
     shares = ", ".join(f"{run.launching:.0%} of a run of {run.model}" for run in unknown if run.launching is not None)
     said = f"; launching nodes, and waiting for room to, took {shares}" if shares else ""
-    return [f"GPU busy: unknown, this ONNX Runtime's profiler sees no kernels{said}"] if unknown else []
+    return [f"GPU busy: unknown, neither ONNX Runtime's profiler nor the driver tells{said}"] if unknown else []
 
 
 def _in_vain(run: RunFigures) -> str:

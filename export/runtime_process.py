@@ -20,6 +20,7 @@ import numpy as np
 
 from dotresize_fx.errors import DotresizeError, OnnxRuntimeError
 from dotresize_fx.export.format_runtimes import RUNTIMES, Model
+from dotresize_fx.export.gpu_busy import gpu_busy
 from dotresize_fx.export.graph_inputs import InputPlan, make_inputs
 from dotresize_fx.export.node_profile import profile_nodes
 from dotresize_fx.export.onnx_session import CUDA, OnnxModel
@@ -157,6 +158,13 @@ def _profile(request: dict[str, Any]) -> dict[str, Any]:
     return asdict(profile)
 
 
+def _busy(request: dict[str, Any]) -> dict[str, Any]:
+    model = TimedModel(request["model"], threads=request["threads"], provider=request["provider"])
+    plans = [InputPlan.from_json(entry) for entry in request["plans"]]
+    model.start_with(make_inputs(plans, request["batch"], request["length"], request["past"]))
+    return {"busy": gpu_busy(model.run)}
+
+
 def _requests() -> queue.SimpleQueue[str]:
     """The lines of standard input. When it closes this process ends: the parent holds it open until it ends itself."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -188,7 +196,7 @@ def main() -> None:
                 assert timed is not None
                 answer = timed.run(request["tokens"])
             else:
-                answer = {"compare": _compare, "profile": _profile}[request["task"]](request)
+                answer = {"compare": _compare, "profile": _profile, "busy": _busy}[request["task"]](request)
         except DotresizeError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
         answers.write(json.dumps({**answer, "peak_rss_bytes": peak_rss_bytes()}) + "\n")
