@@ -110,3 +110,9 @@ class OutOfMemoryError(DotresizeError):
     """The device has no room for a model, or for one run of it at the smallest batch."""
 
     exit_code = 18
+
+
+class TargetLatencyError(DotresizeError):
+    """No plan of widths reaches the latency that was asked for; the message says the best found."""
+
+    exit_code = 19

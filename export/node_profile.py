@@ -38,8 +38,9 @@ def profile_nodes(
     optimised: bool,
     equations: Mapping[str, str],
     work: Path,
+    fastest: bool = False,
 ) -> list[ProfiledNode]:
-    """The nodes that ran, by the medians of ``runs`` runs, in the order of the first.
+    """The nodes that ran, by the medians of ``runs`` runs (or the ``fastest``), in the order of the first.
 
     With ``optimised`` as the session runs them, fused, behind a run that does not count; without it as the file has
     them, every node under its own name. ``equations`` are those of the file's Einsum nodes. Raises what
@@ -70,7 +71,8 @@ def profile_nodes(
             before = found[name].macs if name in found else 0  # a loop's node runs more than once
             found[name] = ProfiledNode(name, op, 0.0, None if macs is None or before is None else before + macs)
     # A run of a node that the system put aside for a while would weigh more than all its others.
-    return [replace(node, seconds=median(seconds[name])) for name, node in found.items()]
+    typical = min if fastest else median
+    return [replace(node, seconds=typical(seconds[name])) for name, node in found.items()]
 
 
 def _shapes(types: list[dict[str, list[int]]]) -> list[list[int]]:

@@ -149,6 +149,7 @@ def _profile(request: dict[str, Any]) -> dict[str, Any]:
         optimised=request["optimised"],
         equations=request["equations"],
         work=Path.cwd(),
+        fastest=request.get("fastest", False),
     )
     return {"nodes": [asdict(node) for node in nodes]}
 
