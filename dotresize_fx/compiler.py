@@ -188,7 +188,7 @@ def slim_with(
         own = _own_text(loaded, data, chosen, device, progress)
     with _work_folder(work) as folder:
         clock = None
-        if chosen.by_the_clock:
+        if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock
 
             clock = start_clock(loaded.model, captured, dense, matches, chosen, progress, folder)

@@ -115,7 +115,7 @@ def plan_by_curves(
     regions: Sequence[Region],
     curves: Mapping[str, torch.Tensor],
     cost_per_unit: Mapping[str, int],
-    total: int,
+    total: float,
     ratio: float,
     *,
     steps: Mapping[str, int] | None = None,

@@ -123,7 +123,7 @@ def _parts(kernels: Sequence[Kernel]) -> Iterator[list[Kernel]]:
 def _timed(kernels: Sequence[Kernel], threads: int, seconds: float, work: Path | None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=work, prefix="kernels-") as folder:
         path, plans = write_kernels(kernels, Path(folder))
-        request = {
+        request: dict[str, Any] = {
             "model": str(path.resolve()),
             "threads": threads,
             "provider": CPU,

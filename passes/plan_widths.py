@@ -67,10 +67,10 @@ def plan_widths(
         leads = [replace(lead, attention="all" if lead.attention else "") for lead in leads]
     units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
     steps = {group[-1].name: _step(group, options, factors or {}) for group in groups}
-    seconds = {
-        group[-1].name: torch.stack([clock.seconds[region.name] for region in group]).sum(0)
-        for group in (groups if clock else ())
-    } or None
+    seconds: Mapping[str, torch.Tensor] | None = None
+    if clock is not None and groups:
+        each = clock.seconds
+        seconds = {group[-1].name: torch.stack([each[region.name] for region in group]).sum(0) for group in groups}
     if clock and clock.target is not None and seconds:
         clock.check_reach(leads, seconds, steps)
     curves: Mapping[str, torch.Tensor] = {}

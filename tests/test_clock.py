@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -40,9 +40,9 @@ def clock_of(seconds: Curves, target: float, kept: float = 1.0, fixed: float = 1
     return clock
 
 
-def planner(clock: Clock, regions: list[Region], losses: Curves) -> object:
+def planner(clock: Clock, regions: list[Region], losses: Curves) -> Callable[[float], WidthPlan]:
     def plan(aim: float) -> WidthPlan:
-        return plan_by_curves(regions, losses, {}, clock.dense, 1 - aim, costs=clock.seconds, refuse=clock.refused)  # type: ignore[arg-type]
+        return plan_by_curves(regions, losses, {}, clock.dense, 1 - aim, costs=clock.seconds, refuse=clock.refused)
 
     return plan
 
@@ -94,7 +94,7 @@ def test_a_larger_target_never_gives_narrower_widths(
     low, high = sorted((low, high))
     clock = clock_of(seconds, low)
     try:
-        faster, slower = (planner(clock, regions, losses)(aim) for aim in (low, high))  # type: ignore[operator]
+        faster, slower = (planner(clock, regions, losses)(aim) for aim in (low, high))
     except TargetLatencyError:
         reject()
     assert all(faster.widths[name] <= slower.widths[name] for name in faster.widths)
@@ -131,7 +131,7 @@ def test_plans_are_corrected_by_what_is_measured(kept: float) -> None:
     seconds = {region.name: torch.arange(513).double() / 512 for region in regions}
     losses = {region.name: torch.arange(512, -1, -1).double() ** 2 for region in regions}
     clock = clock_of(seconds, 0.8, kept)
-    plan = clock.settle(planner(clock, regions, losses))  # type: ignore[arg-type]
+    plan = clock.settle(planner(clock, regions, losses))
     value, _, high = next(trial.measured for trial in clock.trials if trial.plan == plan)
     assert value <= 0.8 + 1e-9 or kept == 1.0
     assert value >= 0.8 - 0.02  # it lost no more than it had to: a step of one region is 0.01 of the dense latency
@@ -147,7 +147,7 @@ def test_what_no_plan_reaches_is_said_with_the_best() -> None:
         clock.check_reach(regions, seconds, {regions[0].name: 8})
     assert refused.value.exit_code == 19
     with pytest.raises(TargetLatencyError, match=r"predicted at 0\.5"):
-        clock.settle(planner(clock, regions, {regions[0].name: torch.arange(64, -1, -1).double()}))  # type: ignore[arg-type]
+        clock.settle(planner(clock, regions, {regions[0].name: torch.arange(64, -1, -1).double()}))
 
 
 def test_what_is_only_predicted_is_not_enough() -> None:
@@ -155,7 +155,7 @@ def test_what_is_only_predicted_is_not_enough() -> None:
     seconds = {regions[0].name: torch.arange(65).double() / 64}
     clock = clock_of(seconds, 0.7, kept=0.2)
     with pytest.raises(TargetLatencyError, match=r"the best of \d found takes 0\.9\d\d of the dense latency"):
-        clock.settle(planner(clock, regions, {regions[0].name: torch.arange(64, -1, -1).double()}))  # type: ignore[arg-type]
+        clock.settle(planner(clock, regions, {regions[0].name: torch.arange(64, -1, -1).double()}))
 
 
 def test_whole_heads_and_their_widths_are_not_both_counted_on() -> None:
