@@ -46,8 +46,8 @@ def test_what_is_left_out_is_what_would_be_zero(
     slim = truncate_regions(dense, [region], {region.name: narrow})
     batch = tiny_batch(2, 12)
     zeroed = without_last(dense, region, narrow)
-    assert difference(run(slim, batch), run(zeroed, batch)) <= ROUNDING
-    assert difference(run(slim, batch), run(dense, batch)) > 100 * ROUNDING
+    assert difference(run(slim, **batch), run(zeroed, **batch)) <= ROUNDING
+    assert difference(run(slim, **batch), run(dense, **batch)) > 100 * ROUNDING
     found = {other.name: other.width for other in find_regions(slim).regions}
     assert found[region.name] == narrow
 
@@ -62,6 +62,6 @@ def test_all_widths_of_a_plan_at_once(
     widths = {region.name: region.width // 2 for region in regions}
     slim = truncate_regions(dense, regions, widths)
     assert {r.name: r.width for r in find_regions(slim).of_kind("ffn", "value", "query_key")} == widths
-    assert run(slim, tiny_batch(2, 12))[0].isfinite().all()
+    assert run(slim, **tiny_batch(2, 12))[0].isfinite().all()
     whole = truncate_regions(dense, regions, {})
-    assert torch.equal(run(whole, tiny_batch(2, 12))[0], run(dense, tiny_batch(2, 12))[0])
+    assert torch.equal(run(whole, **tiny_batch(2, 12))[0], run(dense, **tiny_batch(2, 12))[0])
