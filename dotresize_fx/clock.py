@@ -117,8 +117,11 @@ class Clock:
                 f"--target-latency {self.target}: no plan reaches it: the best of {len(self.trials)} found takes "
                 f"{value:.3f} of the dense latency ({low:.3f} to {high:.3f}, {self.workload}); choose a higher one"
             )
+        under = [trial for trial in met if trial.measured[0] <= self.target]
+        if not under:
+            return min(met, key=lambda trial: trial.measured[0]).plan
         # The slowest of them lost least.
-        return max(met, key=lambda trial: trial.measured[0]).plan
+        return max(under, key=lambda trial: trial.measured[0]).plan
 
 
 def rising(values: Sequence[float]) -> list[float]:

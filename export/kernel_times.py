@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -81,12 +82,19 @@ def write_times(file: Path | None, where: Mapping[str, Any], times: Mapping[str,
 
 
 def kernel_times(
-    kernels: Iterable[Kernel], threads: int, progress: Progress, work: Path | None = None
+    kernels: Iterable[Kernel],
+    threads: int,
+    progress: Progress,
+    work: Path | None = None,
+    *,
+    anchors: Iterable[Kernel] = (),
 ) -> dict[Kernel, float]:
     """Seconds of each, on so many threads; those that no earlier run has timed are timed now, in ``work``.
 
     All kernels of a file run one after the other in every run: so each finds the caches as the others left them, as in
-    a model, and what else the machine does meets all alike. A kernel's time is that of its fastest run.
+    a model, and what else the machine does meets all alike. A kernel's time is that of its fastest run. ``anchors``,
+    some of the kernels, are timed each time: a machine that others use too is not always as fast, and what is known of
+    the other kernels is taken to have changed as these have.
 
     Raises:
         OnnxRuntimeError: ONNX Runtime failed.
@@ -95,16 +103,21 @@ def kernel_times(
     where = conditions(threads)
     file = cache_file(where)
     known = read_times(file, where)
-    missing = [kernel for kernel in wanted if str(kernel) not in known]
-    if missing:
-        parts = list(_parts(missing))
-        with progress.stage(f"time {len(missing)} kernels", len(parts)) as step:
+    missing = {kernel for kernel in wanted if str(kernel) not in known}
+    now: dict[str, float] = {}
+    if timed := sorted(missing.union(anchors)):
+        parts = list(_parts(timed))
+        with progress.stage(f"time {len(timed)} kernels", len(parts)) as step:
             for part in parts:
-                known |= _timed(part, threads, SECONDS / len(parts), work)
+                now |= _timed(part, threads, SECONDS / len(parts), work)
                 step()
-        # Another process may have written meanwhile.
-        write_times(file, where, read_times(file, where) | known)
-    return {kernel: known[str(kernel)] for kernel in wanted}
+    changes = [now[name] / known[name] for name in map(str, anchors) if name in known]
+    slower = median(changes) if changes else 1.0
+    if missing:
+        # As they were when the others were timed. Another process may have written meanwhile.
+        added = {str(kernel): now[str(kernel)] / slower for kernel in missing}
+        write_times(file, where, read_times(file, where) | added)
+    return {kernel: now[str(kernel)] if kernel in missing else known[str(kernel)] * slower for kernel in wanted}
 
 
 def _parts(kernels: Sequence[Kernel]) -> Iterator[list[Kernel]]:

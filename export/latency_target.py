@@ -69,7 +69,9 @@ def start_clock(
     with progress.stage("convert dense to ONNX"):
         path = emit_onnx(model, captured, dense, work, options.target)
     (turns,) = measure_workload([path], workload, threads, DENSE_RUNS, progress)
-    times = kernel_times({kernel for found in needed.values() for kernel in found}, threads, progress, work)
+    whole_kernels = sorted({kernel for region in regions for kernel in needed[region.name, region.width]})
+    kernels = {kernel for found in needed.values() for kernel in found}
+    times = kernel_times(kernels, threads, progress, work, anchors=whole_kernels)
     seconds = {
         region.name: between(
             {

@@ -102,6 +102,24 @@ def test_only_what_is_not_known_is_timed(cache: Path, monkeypatch: pytest.Monkey
     assert [file.suffix for file in cache.iterdir()] == [".json"]
 
 
+def test_what_is_known_follows_a_machine_that_has_become_slower(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, _ = KERNELS
+    speed = 1.0
+
+    def made_up(kernels: Any, *_: Any) -> dict[str, float]:
+        return {str(kernel): speed * macs(kernel) * 1e-9 for kernel in kernels}
+
+    monkeypatch.setattr(module, "_timed", made_up)
+    before = kernel_times([first, second], 1, Progress(quiet=True), anchors=[first])
+    speed = 2.0
+    after = kernel_times(KERNELS, 1, Progress(quiet=True), anchors=[first])
+    assert after == pytest.approx({kernel: 2e-9 * macs(kernel) for kernel in KERNELS})
+    assert before == pytest.approx({kernel: 1e-9 * macs(kernel) for kernel in (first, second)})
+    # All that is kept is of the speed of the first time.
+    kept = read_times(cache_file(conditions(1)), conditions(1))
+    assert kept == pytest.approx({str(kernel): 1e-9 * macs(kernel) for kernel in KERNELS})
+
+
 def test_times_are_of_the_same_conditions_alone(cache: Path) -> None:
     one, two = conditions(1), conditions(2)
     assert cache_file(one) != cache_file(two)
