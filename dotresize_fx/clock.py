@@ -32,7 +32,7 @@ class Trial:
 class Clock:
     """``seconds`` by region name: (n + 1,) what the region's kernels take in one run of the workload at each width.
 
-    ``dense`` are the seconds of the whole dense model, end to end; what is in no region is taken to stay as it is.
+    ``dense`` are those of all of the dense model's ops; what is in no region is taken to stay as it is.
     ``target`` is the share of them to reach, None where a ratio says how much goes. ``rehearse`` measures a model of
     given widths end to end.
     """
