@@ -22,6 +22,7 @@ from typing import NoReturn, TextIO
 
 from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import DotresizeError, OutOfMemoryError, OutputError, RanksError, UsageError
+from dotresize_fx.export_arguments import latency_options
 from dotresize_fx.launched import one_is_enough, rank_and_count
 
 INTERRUPTED = 130
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
     # What a plan settles has no default here: beside --plan it must not be given.
     export.add_argument("--ratio", type=float, help="share of the blocks' cost to remove (0.2)")
+    latency_options(export)
     export.add_argument("--cost", help="what the ratio is a share of: weights, or macs per token (weights)")
     export.add_argument("--effort", default="fast", help="fast, best (+ local repair) or heal (+ distillation) (fast)")
     export.add_argument(

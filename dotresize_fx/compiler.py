@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
+from dotresize_fx.clock import Clock
 from dotresize_fx.device import compute_device
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
@@ -20,6 +22,7 @@ from dotresize_fx.export.check_text import check_length, check_tokenizer, longes
 from dotresize_fx.export.formats import require_formats
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.module_source import Examples
+from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.input_batches import Given, prepare_given
@@ -43,7 +46,11 @@ __all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim
 
 @dataclass
 class SlimResult:
-    """A slim program beside the dense one it came from. ``save`` emits, proves and measures it."""
+    """A slim program beside the dense one it came from. ``save`` emits, proves and measures it.
+
+    ``clock`` has what widths take, where they were planned by that, and ``dense_onnx`` is the dense model's file, if
+    there is one that lasts.
+    """
 
     loaded: LoadedModel
     captured: Captured = field(repr=False)
@@ -54,6 +61,8 @@ class SlimResult:
     options: Options
     progress: Progress
     notes: tuple[str, ...] = ()
+    clock: Clock | None = field(default=None, repr=False)
+    dense_onnx: Path | None = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -186,9 +195,36 @@ def slim_with(
         chosen = replace(chosen, calibration_tokens=chosen.tokens_that_calibrate(task))
         data = prepare_data(text, chosen, loaded.tokenizer, task, captured.longest, device)
         own = _own_text(loaded, data, chosen, device, progress)
-    slimmed = _slim_on_device(dense, matches, data, own, plan, chosen, progress, work, task, launched, factors)
-    notes = (*captured.notes, *slimmed.notes)
-    return SlimResult(loaded, captured, dense, slimmed, matches, data, chosen, progress, notes=notes, started=started)
+    with _work_folder(work) as folder:
+        clock = None
+        if chosen.by_the_clock and chosen.ratio != 0:
+            from dotresize_fx.export.latency_target import start_clock
+
+            clock = start_clock(loaded.model, captured, dense, matches, chosen, progress, folder)
+        slimmed = _slim_on_device(
+            dense, matches, data, own, plan, chosen, progress, work, task, launched, factors, clock
+        )
+    return SlimResult(
+        loaded,
+        captured,
+        dense,
+        slimmed,
+        matches,
+        data,
+        chosen,
+        progress,
+        notes=(*captured.notes, *slimmed.notes),
+        clock=clock,
+        dense_onnx=None if clock is None or work is None else work / ONNX_FILE,
+        started=started,
+    )
+
+
+@contextmanager
+def _work_folder(work: Path | None) -> Iterator[Path]:
+    """The given one, or one that goes at the end."""
+    with nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _task(loaded: LoadedModel, captured: Captured) -> Task:
@@ -239,6 +275,7 @@ def _slim_on_device(
     task: str,
     launched: Launched,
     factors: Mapping[str, int],
+    clock: Clock | None,
 ) -> Slimmed:
     """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
     device = compute_device(options)
@@ -247,7 +284,9 @@ def _slim_on_device(
         moved = dense.copy()
         moved.to(device)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
-    slimmed = slim_graph(moved, matches, batches, options, progress, work, task=task, plan=plan, factors=factors)
+    slimmed = slim_graph(
+        moved, matches, batches, options, progress, work, task=task, plan=plan, factors=factors, clock=clock
+    )
     if options.effort == "heal" and slimmed.swept:
         from dotresize_fx.healing.hand_out import Handed, give
         from dotresize_fx.healing.together import heal_handed

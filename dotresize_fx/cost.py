@@ -58,12 +58,13 @@ def _linear_macs(graph: Graph, op: Op) -> int:
 def _attention_macs(op: Op, length: int) -> int:
     """Scores and mixing of one query position against ``length`` keys, all heads; no causal half is saved."""
     if op.attributes.get("mixes"):  # of its scores nothing is known here; they are taken to cost what mixing does
-        return 2 * _query_heads(op) * length * (op.inputs[1].width or 0)
+        return 2 * query_heads(op) * length * (op.inputs[1].width or 0)
     query, _, value = op.inputs[:3]
-    return _query_heads(op) * length * ((query.width or 0) + (value.width or 0))
+    return query_heads(op) * length * ((query.width or 0) + (value.width or 0))
 
 
-def _query_heads(op: Op) -> int:
+def query_heads(op: Op) -> int:
+    """Of an attention op; 0 where its query's shape does not tell."""
     heads = op.inputs[0].shape[-3]
     return heads if isinstance(heads, int) else 0  # not told: its products are not counted
 
@@ -110,7 +111,7 @@ def macs_per_unit(graph: Graph, region: Region, length: int) -> int:
         return linears
     if region.kind is RegionKind.HEADS:
         return linears + _attention_macs(op, length) // region.width
-    return linears + _query_heads(op) * length
+    return linears + query_heads(op) * length
 
 
 @dataclass(frozen=True)

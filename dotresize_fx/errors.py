@@ -116,3 +116,9 @@ class FormatError(DotresizeError):
     """The library behind a ``--format`` does not convert the slim program, or cannot run what it made."""
 
     exit_code = 20
+
+
+class TargetLatencyError(DotresizeError):
+    """No plan of widths reaches the latency that was asked for; the message says the best found."""
+
+    exit_code = 19

@@ -11,6 +11,7 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
 from dotresize_fx.width_plan import check_ratio
+from dotresize_fx.workload import Workload, read_workload
 
 REGION_NAMES = {
     "ffn": (RegionKind.FFN, RegionKind.EXPERTS),
@@ -83,6 +84,10 @@ class Options:
     ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where
     calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
+    ``target_latency`` stands for the ratio, which is None then: the share of the dense model's time that ``workload``
+    ("prompt=128,decode=64,batch=1"; None is that) is to take on this machine. ``profile``: the ratio is split by what
+    the kernels of each width take in it.
+
     Raises:
         UsageError: an option has a value that cannot be used.
     """
@@ -96,6 +101,9 @@ class Options:
     cost: str | None = None
     head_sizes: str | None = None
     uniform: bool | None = None
+    target_latency: float | None = None
+    profile: bool = False
+    workload: str | None = None
     plan: Path | None = None
     checkpoint: bool = False
     formats: tuple[str, ...] = ()
@@ -147,6 +155,7 @@ class Options:
                 f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
                 f"choose --regions from {', '.join(takes)}"
             )
+        self._check_clock()
         if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
             raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
         if self.quantize is not None and self.dtype != "float32":
@@ -181,10 +190,59 @@ class Options:
                     f"--plan says all widths, so {said} cannot be given beside it: leave out one of the two"
                 )
             return
+        if self.target_latency is not None:
+            for name in ("ratio", "cost"):
+                if name in given and getattr(self, name) != "weights":  # that is what is settled below
+                    raise UsageError(f"--target-latency says how much goes, so --{name} cannot be given beside it")
         for name in PLANNED.keys() - given:
             object.__setattr__(self, name, PLANNED[name])
+        if self.target_latency is not None:
+            object.__setattr__(self, "ratio", None)
+            return
         assert self.ratio is not None
         check_ratio(self.ratio)
+
+    def _check_clock(self) -> None:
+        """What does not go with widths that are planned by the clock."""
+        said = "--profile" if self.target_latency is None else "--target-latency"
+        if self.target_latency is not None and not 0 < self.target_latency < 1:
+            raise UsageError(
+                f"{said} is {self.target_latency}: it is a share of the dense latency, above 0 and below 1"
+            )
+        if self.workload is not None:
+            read_workload(self.workload)
+            if not self.by_the_clock:
+                raise UsageError(f"--workload {self.workload}: only --target-latency and --profile run one")
+        if not self.by_the_clock:
+            return
+        against = {
+            "--plan": self.plan is not None and "it says all widths",
+            "--allocation uniform": self.allocation == "uniform" and "it cuts all alike, whatever they take",
+            f"--dtype {self.dtype}": self.dtype != "float32" and "kernels are timed in float32",
+            f"--quantize {self.quantize}": self.quantize is not None and "kernels are timed in float32",
+            "--target cuda": self.target == "cuda" and "kernels are timed on the CPU",
+            "--regions residual": RegionKind.RESIDUAL in self.kinds and "the stream's one width is not timed",
+        }
+        for option, why in against.items():
+            if why:
+                raise UsageError(f"{said} and {option} do not go together: {why}")
+
+    @property
+    def by_the_clock(self) -> bool:
+        """Whether the widths depend on what kernels take."""
+        return self.profile or self.target_latency is not None
+
+    @property
+    def finest_step(self) -> int:
+        """What planned widths are multiples of at the least: a GPU's kernels want rows of 16 bytes."""
+        if self.dtype in ("float16", "bfloat16"):
+            return 8
+        return 4 if self.target == "cuda" else 1
+
+    @property
+    def timed_workload(self) -> Workload:
+        """What is run where widths are planned by the clock."""
+        return Workload() if self.workload is None else read_workload(self.workload)
 
     @property
     def kinds(self) -> tuple[RegionKind, ...]:

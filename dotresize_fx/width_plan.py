@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, lcm
 
 import torch
 
-from dotresize_fx.errors import NothingToSlimError, UsageError
+from dotresize_fx.errors import DotresizeError, NothingToSlimError, UsageError
 from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry
 
 # Kernels like widths on a grid (a width off it ran 3.8 times slower than the dense one on a GPU). Where no multiple is
@@ -35,24 +35,25 @@ def check_ratio(ratio: float) -> None:
         raise UsageError(f"--ratio is {ratio}: it is a share, at least 0 and below 1")
 
 
-def grid(width: int, multiple: int = MULTIPLE, factor: int = 1) -> int:
+def grid(width: int, multiple: int = MULTIPLE, factor: int = 1, finest: int = 1) -> int:
     """The largest power-of-two divisor of ``multiple``, made a multiple of ``factor``, that leaves a region of this
-    width enough steps.
+    width enough steps; but no divisor below ``finest``.
     """
-    while multiple > 1 and width < lcm(multiple, factor) * STEPS_AT_LEAST:
+    while multiple > finest and width < lcm(multiple, factor) * STEPS_AT_LEAST:
         multiple //= 2
     return lcm(multiple, factor)
 
 
-def step_of(region: Region, multiple: int | None = None, factor: int = 1) -> int:
-    """The region's grid: the multiple that was asked for, or MULTIPLE and a finer one for small widths.
+def step_of(region: Region, multiple: int | None = None, factor: int = 1, finest: int = 1) -> int:
+    """The region's grid: the multiple that was asked for, or MULTIPLE and a finer one for small widths, down to
+    ``finest``, a power of two.
 
     Whole rotary pairs go where they go in pairs; KV heads are counted, and go one by one. Every step is a multiple of
     ``factor``.
     """
     if region.kind is RegionKind.HEADS:
         return factor
-    step = grid(region.width, factor=factor) if multiple is None else lcm(multiple, factor)
+    step = grid(region.width, factor=factor, finest=finest) if multiple is None else lcm(multiple, factor)
     return lcm(step, 2) if region.symmetry is Symmetry.ROTARY_PAIRS else step
 
 
@@ -114,15 +115,21 @@ def plan_by_curves(
     regions: Sequence[Region],
     curves: Mapping[str, torch.Tensor],
     cost_per_unit: Mapping[str, int],
-    total: int,
+    total: float,
     ratio: float,
     *,
     steps: Mapping[str, int] | None = None,
     cost: str = "block weights",
+    costs: Mapping[str, torch.Tensor] | None = None,
+    prices: Mapping[str, torch.Tensor] | None = None,
+    refuse: Callable[[float], DotresizeError] | None = None,
 ) -> WidthPlan:
     """The widths that remove ``ratio`` of ``total`` at the least sum of losses.
 
-    curves: (n + 1,) by region name, the loss at each width; the rest is as for :func:`plan_uniformly`. Every curve is
+    curves: (n + 1,) by region name, the loss at each width; the rest is as for :func:`plan_uniformly`. costs: (n + 1,)
+    by region name, what each width costs where that is no multiple of it; they stand for ``cost_per_unit``. prices:
+    likewise, what a loss is weighed against where that is something else than what is counted. refuse: what to raise,
+    by the share that can be removed, where it is too little. Every curve is
     replaced by its lower convex hull over the grid; taking its segments in the order of loss per cost is then the
     exact optimum of the separable problem (Fox 1966, "Discrete optimization via marginal analysis"), up to the step
     that meets the ratio. Whole KV heads and the widths of the same attention's heads share weights: whichever comes
@@ -136,11 +143,13 @@ def plan_by_curves(
     steps = steps or {region.name: step_of(region) for region in regions}
     widths = {region.name: region.width for region in regions}
     wanted, removed = ratio * total, 0.0
+    counted = costs or {r.name: torch.arange(r.width + 1).double() * cost_per_unit[r.name] for r in regions}
+    weighed = prices or counted
     segments = sorted(
         (
             segment
             for region in regions
-            for segment in _hull(region, curves[region.name], cost_per_unit[region.name], steps[region.name])
+            for segment in _hull(region, curves[region.name], weighed[region.name], steps[region.name])
         ),
         key=lambda segment: (segment.price, segment.region.name, -segment.below),
     )
@@ -153,10 +162,12 @@ def plan_by_curves(
         while removed < wanted and widths[region.name] > segment.below:
             taken[region.attention] = region.kind
             width = max(segment.below, (-(-widths[region.name] // step) - 1) * step)
-            removed += (widths[region.name] - width) * cost_per_unit[region.name]
+            removed += float(counted[region.name][widths[region.name]] - counted[region.name][width])
             widths[region.name] = width
     if removed < wanted - 1e-9 * total:
-        held = sum(region.width * cost_per_unit[region.name] for region in regions if not _whole(region))
+        if refuse is not None:
+            raise refuse(removed / total)
+        held = sum(float(counted[region.name][-1]) for region in regions if not _whole(region))
         raise NothingToSlimError(_too_much(ratio, held / total, removed / total, cost))
     return WidthPlan(widths, {r.name: float(curves[r.name][widths[r.name]]) for r in regions})
 
@@ -172,16 +183,21 @@ class _Segment:
     price: float  # loss per cost removed on the way
 
 
-def _hull(region: Region, curve: torch.Tensor, cost_per_unit: int, step: int) -> Sequence[_Segment]:
-    """The lower convex hull of a region's losses over the widths on its grid, from the whole width down."""
+def _hull(region: Region, curve: torch.Tensor, cost: torch.Tensor, step: int) -> Sequence[_Segment]:
+    """The lower convex hull of a region's losses over what its widths on the grid save, from the whole width down.
+
+    A width that saves nothing over a larger one is none of its corners.
+    """
     below = [width for width in range(step, region.width, step) if curve[width].isfinite()]
     widths = [region.width, *reversed(below)]
-    losses = curve[widths].cummax(0).values.tolist()
+    losses, costs = curve[widths].cummax(0).values.tolist(), cost[widths].tolist()
     segments, at = [], 0
     while at < len(widths) - 1:
-        slopes = [(losses[i] - losses[at]) / (widths[at] - widths[i]) for i in range(at + 1, len(widths))]
-        best = min(range(len(slopes)), key=lambda i: (slopes[i], -i))
-        price = slopes[best] / cost_per_unit
-        at += 1 + best
+        saved = [(i, costs[at] - costs[i]) for i in range(at + 1, len(widths))]
+        prices = [((losses[i] - losses[at]) / saving, -i) for i, saving in saved if saving > 0]
+        if not prices:
+            break
+        price, best = min(prices)
+        at = -best
         segments.append(_Segment(region, widths[at], price))
     return segments

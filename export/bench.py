@@ -50,7 +50,7 @@ class Bench:
             notes.append(f"time per output token is not measured: {why}")
         while True:
             try:
-                turns = self._turns(workload)
+                turns = self.turns(workload)
                 break
             except OutOfMemoryError as error:
                 if workload.batch == 1 or not self.models[0].batch_is_free:
@@ -72,7 +72,8 @@ class Bench:
             notes=tuple(dict.fromkeys(notes)),
         )
 
-    def _turns(self, workload: Workload) -> dict[str, Turns]:
+    def turns(self, workload: Workload) -> dict[str, Turns]:
+        """All models' rounds of a workload that they can run, warmed up."""
         with ExitStack() as stack:
             children = {}
             for model in self.models:

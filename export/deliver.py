@@ -19,6 +19,7 @@ from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.formats import write_formats
 from dotresize_fx.export.fused_ops import count_fused_ops
 from dotresize_fx.export.genai_config import write_genai_config
+from dotresize_fx.export.latency_target import prove_target
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.export.onnx_session import require_onnx_runtime
@@ -74,6 +75,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         CheckpointError: a ``checkpoint`` is wanted and no stock model computes what the slim program does.
         MissingExtraError: ONNX Runtime is not installed.
         FormatError: one of the formats cannot be made or run.
+        TargetLatencyError: the slim model is slower than it was to be.
         VerificationError: slim ONNX, or another format, and slim program differ by more than the tolerance.
     """
     require_onnx_runtime()
@@ -132,7 +134,9 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         fidelity = measure_fidelity(result, step)
     with progress.stage("convert dense to ONNX"):
         gc.collect()
-        dense_path = emit_onnx(result.loaded.model, result.captured, result.dense, work, options.target)
+        dense_path = result.dense_onnx or emit_onnx(
+            result.loaded.model, result.captured, result.dense, work, options.target
+        )
         if other is not None:
             other.write("dense", dense_path)
     with progress.stage("measure latency"):
@@ -141,6 +145,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         latency = measure_latency(timed, inputs, runs=LATENCY_RUNS, work=work, provider=provider_of(options))
         if not reads_text(result.task):  # only of a text the second axis is sure to be its length
             latency = {side: replace(found, length=None) for side, found in latency.items()}
+    target = None if result.clock is None else prove_target(result, dense_path, path)
     peak_export = peak_rss_bytes()  # without the sessions of what follows
     precisions: tuple[PrecisionFigures, ...] = ()
     if other is not None:
@@ -158,6 +163,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         checkpoint=written,
         precisions=precisions,
         formats=formats,
+        latency_target=target,
         peak_export_bytes=peak_export,
         peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )

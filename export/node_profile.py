@@ -60,8 +60,9 @@ def profile_nodes(
     optimised: bool,
     equations: Mapping[str, str],
     work: Path,
+    fastest: bool = False,
 ) -> Profile:
-    """What the profiler says of ``runs`` runs.
+    """What the profiler says of ``runs`` runs; nodes by their medians, or the ``fastest``.
 
     With ``optimised`` as the session runs them, fused, behind a run that does not count; without it as the file has
     them, every node under its own name. ``equations`` are those of the file's Einsum nodes. Raises what
@@ -74,11 +75,16 @@ def profile_nodes(
     file = Path(model.session.end_profiling())
     events = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()
-    return read_profile(events, runs=runs, warmup=warmup, equations=equations)
+    return read_profile(events, runs=runs, warmup=warmup, equations=equations, fastest=fastest)
 
 
 def read_profile(
-    events: Sequence[Mapping[str, Any]], *, runs: int, warmup: int = 0, equations: Mapping[str, str]
+    events: Sequence[Mapping[str, Any]],
+    *,
+    runs: int,
+    warmup: int = 0,
+    equations: Mapping[str, str],
+    fastest: bool = False,
 ) -> Profile:
     """What the events tell of ``runs`` runs behind ``warmup`` others."""
     whole = sorted((event for event in events if event.get("name") == "model_run"), key=lambda event: event["ts"])
@@ -105,8 +111,9 @@ def read_profile(
         taken / (event["dur"] / 1e6) for taken, event in zip(launched, whole[warmup:], strict=False) if event["dur"]
     ]
     # A run of a node that the system put aside for a while would weigh more than all its others.
+    typical = min if fastest else median
     return Profile(
-        nodes=[replace(node, seconds=median(seconds[name])) for name, node in found.items()],
+        nodes=[replace(node, seconds=typical(seconds[name])) for name, node in found.items()],
         kernels=median(kernels) or None,
         launching=median(shares) if shares else None,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 
 from dotresize_fx.errors import CheckpointError, NothingToSlimError
@@ -18,10 +16,9 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import choose_regions
-from dotresize_fx.passes.cut_stream import apply_map, widest_stream
+from dotresize_fx.passes.cut_stream import widest_stream
 from dotresize_fx.passes.follow_plan import check_plan
-from dotresize_fx.passes.open_stream import open_stream
-from dotresize_fx.region_map import RegionMap, selection
+from dotresize_fx.passes.truncate_regions import truncate_regions
 from dotresize_fx.regions import MatchReport, Region, RegionKind, Symmetry
 from dotresize_fx.width_plan import WidthPlan, step_of
 
@@ -51,14 +48,14 @@ def rehearse_checkpoint(
     widths: dict[str, int] = {} if plan is None else dict(plan.widths)
     for region in regions if plan is None else ():
         _why_never(dense, region)
-        step = step_of(region, options.multiple, factors[region.kind])
+        step = step_of(region, options.multiple, factors[region.kind], options.finest_step)
         if step < region.width:
             widths[region.name] = (region.width - 1) // step * step
     for kind in dict.fromkeys(region.kind for region in regions):  # one at a time: whole heads and their sizes exclude
         chosen = [region for region in regions if region.kind is kind]
         if not any(widths.get(region.name, region.width) < region.width for region in chosen):
             continue
-        slim = _truncated(dense, chosen, widths)
+        slim = truncate_regions(dense, chosen, widths)
         model = stock_model(loaded, dense, slim, chosen, widths).model
         _compare(model, slim, captured, kind)
     cuts = cuts_of(regions, widths, StockWeights(loaded.model, dense))
@@ -90,37 +87,6 @@ def _why_never(dense: FxGraph, region: Region) -> None:
             "by other angles than those of the rotary pairs that are kept; leave the sizes of heads alone: "
             "--regions ffn or ffn,kv_heads"
         )
-
-
-def _truncated(dense: FxGraph, regions: Sequence[Region], widths: Mapping[str, int]) -> FxGraph:
-    """A copy without the last rows of these regions, which are of one kind."""
-    graph = dense.copy()
-    for region in regions:
-        narrow = widths.get(region.name, region.width)
-        if narrow == region.width:
-            continue
-        if region.kind is RegionKind.RESIDUAL:
-            region, _ = open_stream(graph, region)
-        if region.kind in (RegionKind.FFN, RegionKind.EXPERTS):
-            _truncate(graph, region, narrow)
-            continue
-        down = selection(torch.arange(narrow), region.width)
-        apply_map(graph, region, RegionMap(down, down.mT.contiguous()), check=False)
-    graph.refresh_shapes()
-    return graph
-
-
-def _truncate(graph: FxGraph, region: Region, narrow: int) -> None:
-    """What a map would do to an FFN, without multiplying: nothing between its linears states the width."""
-    for name in region.writers:
-        op = graph.op(name)
-        bias = graph.bias(op) if op.is_linear else None
-        weight = graph.weight(op)
-        graph.set_weight(op, (weight[..., :narrow, :] if op.is_linear else weight[:, :narrow]).clone())
-        if bias is not None:
-            graph.set_bias(graph.op(name), bias[:narrow].clone())
-    for name in region.readers:
-        graph.set_weight(graph.op(name), graph.weight(graph.op(name))[..., :narrow].clone())
 
 
 @torch.no_grad()

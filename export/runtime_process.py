@@ -154,6 +154,7 @@ def _profile(request: dict[str, Any]) -> dict[str, Any]:
         optimised=request["optimised"],
         equations=request["equations"],
         work=Path.cwd(),
+        fastest=request.get("fastest", False),
     )
     return asdict(profile)
 

@@ -151,7 +151,7 @@ def _width(
     factor: int,
 ) -> int:
     """The width that leaves ``1 - ratio`` of ``total``, adapters counted."""
-    step = step_of(first, options.multiple, factor)
+    step = step_of(first, options.multiple, factor, options.finest_step)
     if len(streams) == 1:
         units = {streams[0].name: cost.per_unit(graph, streams[0])}
         return plan_uniformly(streams, units, total, ratio, steps={streams[0].name: step}, cost=cost.name).widths[

@@ -8,6 +8,7 @@ from math import lcm
 
 import torch
 
+from dotresize_fx.clock import Clock
 from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.fx_form.graph import FxGraph
@@ -34,21 +35,23 @@ def plan_widths(
     task: str,
     measured: Mapping[str, torch.Tensor] | None = None,
     factors: Mapping[str, int] | None = None,
+    clock: Clock | None = None,
 ) -> tuple[WidthPlan, tuple[str, ...]]:
     """A width for each of the regions, and why some of them keep theirs.
 
     ``total`` is the cost of the dense model, of which the options' ratio is a share; where the graph's is less by now,
     that much less is left to remove. ``measured`` are curves of the same graph and text, if there are any yet.
-    ``factors`` are, by kind, what widths must be multiples of.
+    ``factors`` are, by kind, what widths must be multiples of. A ``clock`` says what widths take; where it has a target
+    this is met instead of the ratio.
 
     Raises:
         NothingToSlimError: there is no region, or they hold too little for the ratio.
+        TargetLatencyError: no widths meet the clock's target.
         UsageError: whole KV heads alone are to be cut uniformly.
     """
-    assert options.ratio is not None
-    left = cost.total(graph)
+    left, asked = cost.total(graph), options.ratio or 0.0
     # As it was asked for where nothing went: it is named in what a refusal says.
-    ratio = options.ratio if left == total else max(0.0, 1 - (1 - options.ratio) * total / left)
+    ratio = asked if left == total else max(0.0, 1 - (1 - asked) * total / left)
     groups, notes = pair_heads(regions) if options.head_sizes == "equal" else ([(region,) for region in regions], ())
     if options.uniform:
         groups = join_layers(groups)
@@ -63,10 +66,23 @@ def plan_widths(
     if options.uniform:  # where whole heads go in all layers no head gets narrower, and the other way round
         leads = [replace(lead, attention="all" if lead.attention else "") for lead in leads]
     units = {group[-1].name: sum(cost.per_unit(graph, region) for region in group) for group in groups}
-    steps = {group[-1].name: _step(group, options.multiple, factors or {}) for group in groups}
+    steps = {group[-1].name: _step(group, options, factors or {}) for group in groups}
+    seconds: Mapping[str, torch.Tensor] | None = None
+    if clock is not None and groups:
+        each = clock.seconds
+        seconds = {group[-1].name: torch.stack([each[region.name] for region in group]).sum(0) for group in groups}
+    if clock and clock.target is not None and seconds:
+        clock.check_reach(leads, seconds, steps)
     curves: Mapping[str, torch.Tensor] = {}
+
+    def spread(plan: WidthPlan) -> WidthPlan:
+        """The plan of the leads as one of all regions."""
+        widths = {region.name: region.width for region in regions}
+        widths |= {region.name: plan.widths[group[-1].name] for group in groups for region in group}
+        return WidthPlan(widths, {name: float(curve[widths[name]]) for name, curve in curves.items()})
+
     settled = options.uniform and len(groups) == 1  # one width for all is what the ratio says: nothing to measure
-    if options.allocation == "uniform" or settled:
+    if not (clock and clock.target is not None) and (options.allocation == "uniform" or settled):
         plan = plan_uniformly(leads, units, left, ratio, steps=steps, cost=cost.name)
     else:
         grouped = {region.name for group in groups for region in group}
@@ -77,10 +93,19 @@ def plan_widths(
                 chosen = [region for region in regions if region.name in grouped]
                 curves = measure_curves(graph, chosen, batches, task=task, advanced=step)
         summed = {group[-1].name: torch.stack([curves[region.name] for region in group]).sum(0) for group in groups}
-        plan = plan_by_curves(leads, summed, units, left, ratio, steps=steps, cost=cost.name)
-    widths = {region.name: region.width for region in regions}
-    widths |= {region.name: plan.widths[group[-1].name] for group in groups for region in group}
-    return WidthPlan(widths, {name: float(curve[widths[name]]) for name, curve in curves.items()}), notes
+
+        def timed(aim: float) -> WidthPlan:
+            assert clock is not None
+            return spread(
+                plan_by_curves(
+                    leads, summed, units, clock.dense, 1 - aim, steps=steps, costs=seconds, refuse=clock.refused
+                )
+            )
+
+        if clock and clock.target is not None:
+            return clock.settle(timed), notes
+        plan = plan_by_curves(leads, summed, units, left, ratio, steps=steps, cost=cost.name, prices=seconds)
+    return spread(plan), notes
 
 
 def pair_heads(regions: Sequence[Region]) -> tuple[list[Group], tuple[str, ...]]:
@@ -120,8 +145,8 @@ def _why_not_paired(heads: Sequence[Region]) -> str:
     return ""
 
 
-def _step(group: Group, multiple: int | None, factors: Mapping[str, int]) -> int:
+def _step(group: Group, options: Options, factors: Mapping[str, int]) -> int:
     factor = lcm(*(factors.get(region.kind, 1) for region in group))
     if len({region.kind for region in group}) == 1:
-        return step_of(group[0], multiple, factor)
-    return lcm(HEAD_MULTIPLE, multiple or 1, factor)
+        return step_of(group[0], options.multiple, factor, options.finest_step)
+    return lcm(HEAD_MULTIPLE, options.multiple or 1, factor)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dotresize_fx.clock import Clock
 from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
@@ -56,11 +57,13 @@ def slim_graph(
     curves: Mapping[str, torch.Tensor] | None = None,
     refit: bool | None = None,
     factors: Mapping[str, int] | None = None,
+    clock: Clock | None = None,
 ) -> Slimmed:
     """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
 
     ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
     several ratios. ``factors`` are, by kind, what planned widths must be multiples of.
+    ``clock`` is what widths take, where they are planned by that.
 
     ``refit``: whether readers are refitted; None says so of every method but the baseline ``magnitude``.
 
@@ -69,6 +72,7 @@ def slim_graph(
     Raises:
         NothingToSlimError: no region of the chosen kinds can be cut, or not by that much.
         UsageError: the plan is for another model.
+        TargetLatencyError: no plan meets the clock's target.
     """
     slimmed = dense.copy()
     if options.ratio == 0 and plan is None:
@@ -110,7 +114,9 @@ def slim_graph(
         regions = [region for region in regions if region.name in plan.widths]
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
-        chosen, kept = plan_widths(slimmed, regions, batches, total, cost, options, progress, task, curves, factors)
+        chosen, kept = plan_widths(
+            slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock
+        )
         notes += _what_was_refused(matches, kinds) + kept
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})
@@ -119,7 +125,7 @@ def slim_graph(
     if regions:
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task, refit)
     slimmed.refresh_shapes()
-    if plan is None:
+    if plan is None and options.ratio is not None:
         notes += _what_went(cost, options, 1 - cost.total(slimmed) / total)
     return Slimmed(slimmed, tuple(swept), WidthPlan(widths, chosen.losses), notes)
 

@@ -215,3 +215,52 @@ def test_formats_are_known_and_genai_has_what_it_is_built_from() -> None:
     assert refusal(formats=("pt2", "tflite")) == "--format tflite: choose from onnx, pt2, openvino, executorch, genai"
     assert "--checkpoint" in refusal(formats=("genai",))
     assert Options(formats=("onnx", "pt2", "openvino", "executorch")).formats[1] == "pt2"
+
+
+@pytest.mark.parametrize("target", [0.0, 1.0, -0.5, 1.2, float("nan")])
+def test_a_target_latency_is_a_share(target: float) -> None:
+    said = refusal(target_latency=target)
+    assert said == f"--target-latency is {target}: it is a share of the dense latency, above 0 and below 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ({"ratio": 0.2}, "--ratio"),
+        ({"cost": "macs"}, "--cost"),
+        ({"allocation": "uniform"}, "--allocation uniform"),
+        ({"dtype": "float16"}, "--dtype float16"),
+        ({"quantize": "int8"}, "--quantize int8"),
+        ({"target": "cuda"}, "--target cuda"),
+        ({"regions": ("ffn", "residual")}, "--regions residual"),
+        ({"plan": Path("plan.json")}, "--plan"),
+    ],
+)
+def test_what_does_not_go_with_a_target_latency(given: dict[str, Any], other: str) -> None:
+    said = refusal(target_latency=0.8, **given)
+    assert said.startswith("--target-latency")
+    assert other in said
+
+
+def test_a_target_latency_stands_for_the_ratio() -> None:
+    options = Options(target_latency=0.8, workload="prompt=512")
+    assert options.ratio is None
+    assert options.by_the_clock
+    assert str(options.timed_workload) == "prompt=512,decode=64,batch=1"
+    again = dataclasses.replace(options, repair_steps=3)
+    assert (again.ratio, again.target_latency) == (None, 0.8)
+
+
+def test_a_workload_is_of_the_clock_alone() -> None:
+    assert "only --target-latency and --profile run one" in refusal(workload="prompt=128")
+    assert "must be at least 1" in refusal(profile=True, workload="prompt=0")
+    options = Options(profile=True)
+    assert (options.ratio, options.by_the_clock) == (0.2, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "step"),
+    [({}, 1), ({"target": "cpu"}, 1), ({"target": "cuda"}, 4), ({"dtype": "float16"}, 8), ({"dtype": "bfloat16"}, 8)],
+)
+def test_the_grid_of_a_gpu_is_rows_of_16_bytes(given: dict[str, Any], step: int) -> None:
+    assert Options(**given).finest_step == step

@@ -95,6 +95,11 @@ def test_small_regions_take_a_finer_grid(width: int, step: int) -> None:
     assert grid(width) == step
 
 
+@pytest.mark.parametrize(("width", "step"), [(8, 8), (16, 8), (32, 8), (64, 8), (128, 16), (4096, 16)])
+def test_no_grid_is_finer_than_what_kernels_want(width: int, step: int) -> None:
+    assert grid(width, finest=8) == step
+
+
 def test_a_region_without_a_smaller_width_on_its_grid_stays_whole() -> None:
     chosen = regions([16, 64])
     units, steps = {"ffn 0": 1, "ffn 1": 1}, {"ffn 0": 16, "ffn 1": 16}

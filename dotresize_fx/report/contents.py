@@ -244,6 +244,24 @@ class FormatFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyTarget:
+    """A workload's time, slim over dense, where widths were planned by the clock; ``target`` None: a ratio was asked.
+
+    ``predicted`` is what the regions' kernels said, ``measured`` both models in turns, end to end, ``low`` to ``high``
+    its 95 % interval. ``rehearsals`` are what models of planned widths took before anything was solved.
+    """
+
+    workload: str
+    target: float | None
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    rehearsals: tuple[float, ...] = ()
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Figures:
     """Everything measured. ``macs_length`` is the length in tokens at which attention's MACs are counted.
 
@@ -259,6 +277,7 @@ class Figures:
     checkpoint: CheckpointFigures | None = None
     precisions: tuple[PrecisionFigures, ...] = ()
     formats: tuple[FormatFigures, ...] = ()
+    latency_target: LatencyTarget | None = None
     peak_export_bytes: int | None = None
     peak_runtime_bytes: int | None = None
 

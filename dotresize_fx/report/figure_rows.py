@@ -147,6 +147,7 @@ def figure_rows(report: Report) -> list[FigureRow]:
     measured = slim.latency or dense.latency
     detail = "" if measured is None else f"{conditions(measured)}; median ± half the interquartile range"
     rows.append(FigureRow("latency", spread(dense.latency), spread(slim.latency), words, better, detail))
+    rows += _target_rows(figures)
     verification = figures.verification
     label = "largest difference to slim program"
     if verification is None:
@@ -158,6 +159,20 @@ def figure_rows(report: Report) -> list[FigureRow]:
     difference = number(verification.max_abs_difference)
     rows.append(FigureRow(label, DASH, difference, limit, verification.passed, scale))
     return rows + _checkpoint_rows(figures)
+
+
+def _target_rows(figures: Figures) -> list[FigureRow]:
+    found = figures.latency_target
+    if found is None:
+        return []
+    asked = DASH if found.target is None else f"asked for {found.target:.3f}"
+    better = None if found.target is None else found.measured <= found.target
+    tried = ", ".join(f"{share:.3f}" for share in found.rehearsals)
+    detail = (
+        f"{found.workload}: 95 % interval {found.low:.3f} to {found.high:.3f}, kernels predicted {found.predicted:.3f}"
+        + (f", rehearsed {tried}" if tried else "")
+    )
+    return [FigureRow("share of the dense latency", DASH, f"{found.measured:.3f}", asked, better, detail)]
 
 
 def _checkpoint_rows(figures: Figures) -> list[FigureRow]:

@@ -39,6 +39,9 @@ def _make(kind: str) -> Any:
         sizes = SIZES | {"num_hidden_layers": 2 if kind == "deep llama" else 1}
         config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True)
         return transformers.LlamaForCausalLM(config)
+    if kind == "wide llama":  # whose FFN takes most of its time
+        sizes = SIZES | {"hidden_size": 64, "intermediate_size": 2048}
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
     if kind == "gpt2":
         ids = {"bos_token_id": 1, "eos_token_id": 2}
         return transformers.GPT2LMHeadModel(

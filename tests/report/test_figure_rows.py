@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dotresize_fx.report import figure_rows as words
-from dotresize_fx.report.contents import CheckpointFigures, Figures, Latency, SideFigures
+from dotresize_fx.report.contents import CheckpointFigures, Figures, Latency, LatencyTarget, SideFigures
 
 
 @pytest.mark.parametrize(
@@ -120,3 +121,23 @@ def test_a_checkpoint_is_shown_with_what_its_configuration_says() -> None:
     assert (files.slim, files.detail) == ("4.8 MB", "checkpoint/, safetensors")
     assert (difference.slim, difference.change) == ("3e-5", "within 1e-3")
     assert difference.detail == "largest output 12.00, loaded with from_pretrained; 31 of 32 greedy tokens equal"
+
+
+def test_a_target_latency_is_shown_with_what_was_asked_predicted_and_measured() -> None:
+    found = LatencyTarget(
+        workload="prompt=8,decode=2,batch=1",
+        target=0.8,
+        predicted=0.77,
+        measured=0.79,
+        low=0.78,
+        high=0.81,
+        rehearsals=(0.85, 0.795),
+    )
+    assert words._target_rows(Figures()) == []
+    (row,) = words._target_rows(Figures(latency_target=found))
+    assert (row.slim, row.change, row.better) == ("0.790", "asked for 0.800", True)
+    said = "prompt=8,decode=2,batch=1: 95 % interval 0.780 to 0.810, kernels predicted 0.770, rehearsed 0.850, 0.795"
+    assert row.detail == said
+    (row,) = words._target_rows(Figures(latency_target=replace(found, target=None, rehearsals=())))
+    assert (row.change, row.better) == ("–", None)
+    assert "rehearsed" not in row.detail
