@@ -22,7 +22,7 @@ from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.latency_target import prove_target
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs
-from dotresize_fx.export.onnx_session import require_onnx_runtime
+from dotresize_fx.export.onnx_session import CUDA, require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.precision import Precision, provider_of, require_runtime
@@ -93,6 +93,8 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
             notes += (why,) if why else ()
         if options.target != "any":
             notes += (count_fused_ops(path, options.target),)
+        if options.target == "cuda" and provider_of(options) != CUDA:
+            notes += ("this ONNX Runtime has no CUDA: latencies are those of the CPU",)
     with progress.stage("verify in ONNX Runtime"):
         comparison = compare_outputs(path, verification_cases(result), work, mask=mask_name(result))
         allowed = options.tolerance
@@ -145,7 +147,10 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         latency = measure_latency(timed, inputs, runs=LATENCY_RUNS, work=work, provider=provider_of(options))
         if not reads_text(result.task):  # only of a text the second axis is sure to be its length
             latency = {side: replace(found, length=None) for side, found in latency.items()}
-    target = None if result.clock is None else prove_target(result, dense_path, path)
+    target = None
+    if result.clock is not None:
+        pair = [other.paths[f"{side} {other.name}"] for side in ("dense", "slim")] if other else [dense_path, path]
+        target = prove_target(result, *pair)
     peak_export = peak_rss_bytes()  # without the sessions of what follows
     precisions: tuple[PrecisionFigures, ...] = ()
     if other is not None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dotresize_fx.errors import OutputError
 from dotresize_fx.export.builtin_models import cache_folder
+from dotresize_fx.export.cuda_kernels import cuda_device, timed_on_cuda
 from dotresize_fx.export.graph_inputs import InputPlan
 from dotresize_fx.export.onnx_session import CPU
 from dotresize_fx.export.region_kernels import Kernel
@@ -31,12 +32,12 @@ FEWEST_RUNS, MOST_RUNS, SECONDS = 5, 30, 20.0
 _WEIGHTS = "kernels.bin"
 
 
-def conditions(threads: int) -> dict[str, Any]:
+def conditions(threads: int, provider: str = CPU, dtype: str = "float32") -> dict[str, Any]:
     """What a time depends on beside the sizes."""
     return {
-        "device": this_machine(threads).cpu,
-        "provider": CPU,
-        "dtype": "float32",
+        "device": this_machine(threads).cpu if provider == CPU else cuda_device(),
+        "provider": provider,
+        "dtype": dtype,
         "onnxruntime": package_versions()["onnxruntime"],
         "threads": threads,
     }
@@ -88,8 +89,11 @@ def kernel_times(
     work: Path | None = None,
     *,
     anchors: Iterable[Kernel] = (),
+    provider: str = CPU,
+    dtype: str = "float32",
 ) -> dict[Kernel, float]:
-    """Seconds of each, on so many threads; those that no earlier run has timed are timed now, in ``work``.
+    """Seconds of each, on so many threads; those that no earlier run has timed are timed now, in ``work``. On CUDA they
+    are those of ``dtype``, where bfloat16 is taken to be as fast as float16.
 
     All kernels of a file run one after the other in every run: so each finds the caches as the others left them, as in
     a model, and what else the machine does meets all alike. A kernel's time is that of its fastest run. ``anchors``,
@@ -100,16 +104,19 @@ def kernel_times(
         OnnxRuntimeError: ONNX Runtime failed.
     """
     wanted = sorted(set(kernels))
-    where = conditions(threads)
+    where = conditions(threads, provider, dtype)
     file = cache_file(where)
     known = read_times(file, where)
     missing = {kernel for kernel in wanted if str(kernel) not in known}
     now: dict[str, float] = {}
     if timed := sorted(missing.union(anchors)):
-        parts = list(_parts(timed))
+        parts = list(_parts(timed)) if provider == CPU else [[kernel] for kernel in timed]
         with progress.stage(f"time {len(timed)} kernels", len(parts)) as step:
             for part in parts:
-                now |= _timed(part, threads, SECONDS / len(parts), work)
+                if provider == CPU:
+                    now |= _timed(part, threads, SECONDS / len(parts), work)
+                else:
+                    now |= timed_on_cuda(part[0], threads, dtype, work)
                 step()
     changes = [now[name] / known[name] for name in map(str, anchors) if name in known]
     slower = median(changes) if changes else 1.0

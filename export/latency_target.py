@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from dotresize_fx.export.bench import SEED, Bench
 from dotresize_fx.export.bench_model import open_models
 from dotresize_fx.export.bench_phase import PhaseProfile
 from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.convert_dtype import HALF, convert_dtype
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.kernel_times import kernel_times
-from dotresize_fx.export.onnx_session import CPU, physical_cores, require_onnx_runtime
+from dotresize_fx.export.onnx_session import CPU, CUDA, physical_cores, require_onnx_runtime, require_provider
 from dotresize_fx.export.region_kernels import Kernel, kernels_of, steps_of
 from dotresize_fx.export.timing import Turns, ratio_interval
 from dotresize_fx.fx_form.graph import FxGraph
@@ -54,9 +55,11 @@ def start_clock(
 
     Raises:
         UsageError: the model reads no text or no sequence that long, or has experts that were to be cut.
-        MissingExtraError: ONNX Runtime is not installed.
+        MissingExtraError: ONNX Runtime is not installed, or cannot run on the target.
     """
     require_onnx_runtime()
+    if options.target == "cuda":
+        require_provider(CUDA, "--target-latency and --profile time --target cuda on a GPU: ")
     workload = _that_it_runs(options.timed_workload, captured)
     regions = [r for r in matches.of_kind(*options.kinds) if not why_not_cut(dense, r)]
     steps = {r.name: step_of(r, options.multiple, finest=options.finest_step) for r in regions}
@@ -66,14 +69,16 @@ def start_clock(
         for region in regions
         for width in samples[region.name]
     }
-    threads = physical_cores()
+    where = Where.of(options)
     with progress.stage("convert dense to ONNX"):
-        path = emit_onnx(model, captured, dense, work, options.target)
+        path = _written(model, captured, dense, work, options)
     with progress.stage(f"profile {workload}"):
-        whole_model = model_seconds(path, workload, threads)
+        whole_model = model_seconds(path, workload, where)
     whole_kernels = sorted({kernel for region in regions for kernel in needed[region.name, region.width]})
     kernels = {kernel for found in needed.values() for kernel in found}
-    times = kernel_times(kernels, threads, progress, work, anchors=whole_kernels)
+    times = kernel_times(
+        kernels, where.threads, progress, work, anchors=whole_kernels, provider=where.provider, dtype=options.dtype
+    )
     seconds = {
         region.name: between(
             {
@@ -89,10 +94,32 @@ def start_clock(
         with tempfile.TemporaryDirectory(dir=work, prefix="rehearsal-") as folder:
             with progress.stage("convert a model of planned widths"):
                 slim = truncate_regions(dense, regions, widths)
-                other = emit_onnx(model, captured, slim, Path(folder), options.target)
-            return compare([path, other], workload, threads, progress)
+                other = _written(model, captured, slim, Path(folder), options)
+            return compare([path, other], workload, where, progress)
 
     return Clock(workload, seconds, whole_model, rehearse, options.target_latency)
+
+
+@dataclass(frozen=True)
+class Where:
+    """What runs the models."""
+
+    threads: int
+    provider: str
+
+    @classmethod
+    def of(cls, options: Options) -> Where:
+        """A thread a physical core, on the options' target."""
+        return cls(physical_cores(), CUDA if options.target == "cuda" else CPU)
+
+
+def _written(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder: Path, options: Options) -> Path:
+    """model.onnx in the options' dtype."""
+    path = emit_onnx(model, captured, graph, folder, options.target)
+    if options.dtype not in HALF:
+        return path
+    (half := folder / options.dtype).mkdir(exist_ok=True)
+    return convert_dtype(path, half, options.dtype)
 
 
 def _that_it_runs(asked: Workload, captured: Captured) -> Workload:
@@ -121,16 +148,17 @@ def run_kernels(graph: FxGraph, region: Region, width: int, workload: Workload) 
 
 
 def measure_workload(
-    paths: Sequence[Path], workload: Workload, threads: int, runs: int, progress: Progress
+    paths: Sequence[Path], workload: Workload, where: Where, runs: int, progress: Progress
 ) -> list[Turns]:
     """Each model's rounds, in turns."""
     models = open_models(paths)
-    turns = Bench(models, runs, threads, "cpu", progress).turns(workload)
+    device = "cuda" if where.provider == CUDA else "cpu"
+    turns = Bench(models, runs, where.threads, device, progress).turns(workload)
     return [turns[model.name] for model in models]
 
 
 def compare(
-    paths: Sequence[Path], workload: Workload, threads: int, progress: Progress, target: float | None = None
+    paths: Sequence[Path], workload: Workload, where: Where, progress: Progress, target: float | None = None
 ) -> Measured:
     """The second model's seconds of a workload over the first one's, with the ends of the 95 % interval.
 
@@ -138,7 +166,7 @@ def compare(
     """
     rounds: tuple[list[float], list[float]] = ([], [])
     for _ in range(2):
-        for side, turns in zip(rounds, measure_workload(paths, workload, threads, RUNS, progress), strict=True):
+        for side, turns in zip(rounds, measure_workload(paths, workload, where, RUNS, progress), strict=True):
             side.extend(whole(prompt, tokens) for prompt, tokens in zip(turns.prompt, turns.tokens, strict=True))
         measured = ratio_interval(*rounds, seed=SEED)
         if target is None or measured[1] <= target:
@@ -151,14 +179,20 @@ def whole(prompt: float, tokens: Sequence[float]) -> float:
     return prompt + sum(tokens)
 
 
-def model_seconds(path: Path, workload: Workload, threads: int) -> float:
+def model_seconds(path: Path, workload: Workload, where: Where) -> float:
     """What a model's nodes take in a workload, counted as the kernels are: where others use the machine no whole run is
-    left alone as a single kernel is, and the two could not be compared.
+    left alone as a single kernel is, and the two could not be compared. A GPU is left alone, and its nodes cannot be
+    told apart: there it is whole runs.
     """
+    if where.provider == CUDA:
+        (turns,) = measure_workload([path], workload, where, DENSE_RUNS, Progress(quiet=True))
+        return min(turns.prompt) + sum(min(taken) for taken in zip(*turns.tokens, strict=True))
     (model,) = open_models([path])
 
     def fastest(tokens: int, past: int) -> float:
-        phase = PhaseProfile(threads=threads, provider=CPU, batch=workload.batch, length=tokens, past=past)
+        phase = PhaseProfile(
+            threads=where.threads, provider=where.provider, batch=workload.batch, length=tokens, past=past
+        )
         return phase.fastest(model, DENSE_RUNS)
 
     return sum(times * fastest(step.tokens, step.keys - step.tokens) for step, times in steps_of(workload))
@@ -172,7 +206,8 @@ def prove_target(result: SlimResult, dense: Path, slim: Path) -> LatencyTarget:
     """
     clock = result.clock
     assert clock is not None
-    value, low, high = compare([dense, slim], clock.workload, physical_cores(), result.progress, clock.target)
+    where = Where.of(result.options)
+    value, low, high = compare([dense, slim], clock.workload, where, result.progress, clock.target)
     if clock.target is not None and low > clock.target:
         raise TargetLatencyError(
             f"--target-latency {clock.target}: the slim model takes {value:.3f} of the dense latency ({low:.3f} to "
@@ -188,5 +223,5 @@ def prove_target(result: SlimResult, dense: Path, slim: Path) -> LatencyTarget:
         low=low,
         high=high,
         rehearsals=rehearsals,
-        threads=physical_cores(),
+        threads=where.threads,
     )

@@ -45,12 +45,17 @@ def require_onnx_runtime() -> None:
         raise MissingExtraError("ONNX Runtime is not installed; run: pip install 'dotresize-fx[cpu]'")
 
 
+def has_provider(provider: str) -> bool:
+    """Whether ONNX Runtime, which must be installed, has it."""
+    import onnxruntime
+
+    return provider in onnxruntime.get_available_providers()
+
+
 def require_provider(provider: str, why: str = "") -> None:
     """Raise MissingExtraError, which begins with ``why``, unless ONNX Runtime is installed and has it."""
     require_onnx_runtime()
-    import onnxruntime
-
-    if provider not in onnxruntime.get_available_providers():
+    if not has_provider(provider):
         extra = "cpu" if provider == CPU else "gpu"
         raise MissingExtraError(f"{why}this ONNX Runtime has no {provider}; run: pip install 'dotresize-fx[{extra}]'")
 

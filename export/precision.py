@@ -13,7 +13,7 @@ from dotresize_fx.export.cached_runs import onnx_inputs
 from dotresize_fx.export.convert_dtype import HALF, convert_dtype
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_runtime import compare_outputs
-from dotresize_fx.export.onnx_session import CPU, CUDA, OnnxModel, require_provider
+from dotresize_fx.export.onnx_session import CPU, CUDA, OnnxModel, has_provider, require_provider
 from dotresize_fx.export.quantize import Quantised, quantize
 from dotresize_fx.export.trials import ids_name, mask_name, measure_fidelity
 from dotresize_fx.fidelity import Inputs, compare_decoders
@@ -33,8 +33,9 @@ TOLERANCES = {"float16": 5e-3, "bfloat16": 2e-2}
 
 
 def provider_of(options: Options) -> str:
-    """Where files are run: ONNX Runtime has hardly any op for bfloat16 on a CPU."""
-    return CUDA if options.dtype == "bfloat16" else CPU
+    """Where files are timed, and those of half precision run: ONNX Runtime has hardly any op for bfloat16 on a CPU."""
+    cuda = options.dtype == "bfloat16" or (options.target == "cuda" and has_provider(CUDA))
+    return CUDA if cuda else CPU
 
 
 def require_runtime(options: Options) -> None:
@@ -64,7 +65,7 @@ class Precision:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of it."""
         said = [f"model.onnx is {self.name}; the figures called dense and slim are those of float32"]
-        if self.name == "float16":
+        if self.name == "float16" and self.provider == CPU:
             said.append("ONNX Runtime computes float16 on a CPU through casts, slower than float32: it is for GPUs")
         if self.result.options.checkpoint:
             said.append("the checkpoint is float32")

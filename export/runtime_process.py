@@ -166,6 +166,13 @@ def _busy(request: dict[str, Any]) -> dict[str, Any]:
     return {"busy": gpu_busy(model.run)}
 
 
+def _device(_: dict[str, Any]) -> dict[str, Any]:
+    return {"device": CudaMemory().name}
+
+
+TASKS = {"compare": _compare, "profile": _profile, "busy": _busy, "device": _device}
+
+
 def _requests() -> queue.SimpleQueue[str]:
     """The lines of standard input. When it closes this process ends: the parent holds it open until it ends itself."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -197,7 +204,9 @@ def main() -> None:
                 assert timed is not None
                 answer = timed.run(request["tokens"])
             else:
-                answer = {"compare": _compare, "profile": _profile, "busy": _busy}[request["task"]](request)
+                answer = {"compare": _compare, "profile": _profile, "busy": _busy, "device": _device}[request["task"]](
+                    request
+                )
         except DotresizeError as error:
             answer = {"error": type(error).__name__, "message": str(error)}
         answers.write(json.dumps({**answer, "peak_rss_bytes": peak_rss_bytes()}) + "\n")

@@ -231,7 +231,6 @@ def test_a_target_latency_is_a_share(target: float) -> None:
         ({"allocation": "uniform"}, "--allocation uniform"),
         ({"dtype": "float16"}, "--dtype float16"),
         ({"quantize": "int8"}, "--quantize int8"),
-        ({"target": "cuda"}, "--target cuda"),
         ({"regions": ("ffn", "residual")}, "--regions residual"),
         ({"plan": Path("plan.json")}, "--plan"),
     ],
@@ -240,6 +239,10 @@ def test_what_does_not_go_with_a_target_latency(given: dict[str, Any], other: st
     said = refusal(target_latency=0.8, **given)
     assert said.startswith("--target-latency")
     assert other in said
+
+
+def test_half_precision_is_timed_on_a_gpu() -> None:
+    assert Options(target_latency=0.8, dtype="float16", target="cuda").by_the_clock
 
 
 def test_a_target_latency_stands_for_the_ratio() -> None:
