@@ -143,10 +143,13 @@ class Examination:
         if self.cache and self.architecture.task == "causal":
             try:
                 captured = capture_with_cache(self.model)
-                self.batch = prompt_inputs(captured.cache, self.batch["input_ids"], self.batch["attention_mask"])
-                return captured
             except CaptureError as error:
                 self.row["no_cache"] = str(error)
+            else:
+                self.batch = prompt_inputs(captured.cache, self.batch["input_ids"], self.batch["attention_mask"])
+                with torch.no_grad():  # some count positions without their padding only where they are given
+                    self.expected = first(self.model(**self.batch))
+                return captured
         return capture(self.model, images if self.architecture.task == "image" else None)
 
     def _examine_at_one_shape(self) -> None:

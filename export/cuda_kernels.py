@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from dotresize_fx.export.runtime_child import RuntimeChild
 
 # Copies of a product in one run, each with factors of its own, which no cache holds: so that what a run costs beside is
 # shared. As many as fit.
-FEWEST, MOST, BYTES = 2, 16, 1 << 30
+FEWEST, MOST, BYTES = 2, 8, 1 << 28
 WARM_UP, RUNS = 3, 10
 _TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.float16}
 _WEIGHTS = "kernel.bin"
@@ -31,19 +31,25 @@ def cuda_device() -> str:
     return str(name)
 
 
-def timed_on_cuda(kernel: Kernel, threads: int, dtype: str, work: Path | None) -> dict[str, float]:
-    """Seconds of a product by its name: of the fastest run."""
-    with tempfile.TemporaryDirectory(dir=work, prefix="kernel-") as folder:
-        path, plans, copies = write_copies(kernel, dtype, Path(folder))
-        request: dict[str, Any] = {"plans": [plan.as_json() for plan in plans], "batch": 1, "length": 1}
-        with RuntimeChild(work) as child:
-            child.ask("open", model=str(path.resolve()), threads=threads, provider=CUDA, **request)
+def timed_on_cuda(
+    kernels: Iterable[Kernel], threads: int, dtype: str, work: Path | None, step: Callable[[], None]
+) -> dict[str, float]:
+    """Seconds of each product by its name, of the fastest run; ``step`` is called once a product."""
+    found = {}
+    with tempfile.TemporaryDirectory(dir=work, prefix="kernels-") as name, RuntimeChild(work) as child:
+        folder = Path(name)
+        for kernel in kernels:
+            path, plans, copies = write_copies(kernel, dtype, folder)
+            inputs = [plan.as_json() for plan in plans]
+            child.ask("open", model=str(path), threads=threads, provider=CUDA, plans=inputs, batch=1, length=1)
             taken = [child.ask("run", tokens=0)["prompt"] for _ in range(WARM_UP + RUNS)]
-    return {str(kernel): min(taken[WARM_UP:]) / copies}
+            found[str(kernel)] = min(taken[WARM_UP:]) / copies
+            step()
+    return found
 
 
 def write_copies(kernel: Kernel, dtype: str, folder: Path) -> tuple[Path, list[InputPlan], int]:
-    """A model that multiplies so many times, and what it is fed."""
+    """A model that multiplies so many times, and what it is fed. The file of weights grows with what is asked."""
     import onnx
     from onnx import helper
 
@@ -70,8 +76,10 @@ def write_copies(kernel: Kernel, dtype: str, folder: Path) -> tuple[Path, list[I
             weight.external_data.add(key=key, value=str(value))
         weights.append(weight)
     if weights:
-        numbers = np.random.default_rng(0).standard_normal(kernel.inner * kernel.columns, np.float32)
-        (folder / _WEIGHTS).write_bytes(numbers.astype(number).tobytes())
+        file, length = folder / _WEIGHTS, number.itemsize * kernel.inner * kernel.columns
+        if not file.exists() or file.stat().st_size < length:
+            numbers = np.random.default_rng(0).standard_normal(kernel.inner * kernel.columns, np.float32)
+            file.write_bytes(numbers.astype(number).tobytes())
     given = [helper.make_tensor_value_info(name, element, dims) for name, dims in fed]
     graph = helper.make_graph(nodes, "kernel", given, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -17,16 +17,15 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.fit_rotary_tables import fit_rotary_tables
 from dotresize_fx.export.flatten_heads import flatten_heads
-from dotresize_fx.export.fuse_attention import OPSET, fuse_attention
+from dotresize_fx.export.fuse_attention import OPSET, fuse_attention, mark_grouped_queries
 from dotresize_fx.export.fuse_skip_norms import fuse_skip_norms
 from dotresize_fx.export.given_program import export_given, ready_to_emit
 from dotresize_fx.export.nodewise_program import NodewiseProgram
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.fx_form.graph import FxGraph
 
-# By the target, whose ops of ONNX Runtime transformers' exporter fuses into.
-FUSIONS = {"any": None, "cpu": "cpu", "cuda": "cuda"}
 # Of a graph with a cache, by the input.
 FREE_SIZES = {
     "input_ids": {0: "batch_size", 1: "sequence_length"},
@@ -39,16 +38,18 @@ FREE_SIZES = {
 def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder: Path, target: str = "any") -> Path:
     """Convert ``graph``, a rewriting of ``captured.graph``, and write it into ``folder``; returns model.onnx's path.
 
-    ``model`` only tells the exporter the names of inputs and outputs (it is run once on the tiny sample).
+    A graph that cannot be fused for the ``target`` holds standard ops, as for "any". ``model`` only tells the exporter
+    the names of inputs and outputs (it is run once on the tiny sample).
     """
-    fused = target != "any"
-    config = OnnxConfig(dynamic=True, ort_fusions=FUSIONS[target], opset_version=OPSET if fused else None)
-    exported = export_given(OnnxExporter, config, model, captured, NodewiseProgram.of(ready_to_emit(graph).program))
-    if fused:
-        fuse_attention(exported)
-        flatten_heads(exported)
-        fuse_skip_norms(exported)
-        RemoveUnusedNodesPass()(exported)
+    exported = None
+    if target != "any":
+        try:
+            exported = _fused(model, captured, graph, target)
+        except Exception:  # the converter knows fewer ops by their newer names, and torch raises what it likes
+            exported = None
+    if exported is None:
+        program = NodewiseProgram.of(ready_to_emit(graph).program)
+        exported = export_given(OnnxExporter, OnnxConfig(dynamic=True), model, captured, program)
     if captured.cache is not None:
         _name_sizes(exported.graph)
     path = folder / ONNX_FILE
@@ -60,6 +61,17 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
         # numpy writes the arrays, and says of a full disk no more than that some elements did not go.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     return path
+
+
+def _fused(model: torch.nn.Module, captured: Captured, graph: FxGraph, target: str) -> onnx_ir.Model:
+    ready = ready_to_emit(graph)
+    mark_grouped_queries(ready)
+    config = OnnxConfig(dynamic=True, ort_fusions=target, opset_version=OPSET)
+    exported: onnx_ir.Model = export_given(OnnxExporter, config, model, captured, NodewiseProgram.of(ready.program))
+    for rewrite in (fuse_attention, fit_rotary_tables, flatten_heads, fuse_skip_norms):
+        rewrite(exported)
+    RemoveUnusedNodesPass()(exported)
+    return exported
 
 
 def _name_sizes(graph: onnx_ir.Graph) -> None:

@@ -7,11 +7,21 @@ it was slower wherever both were timed (``benchmarks/attention_ops.py``).
 from __future__ import annotations
 
 import onnx_ir
+import torch
 
 from dotresize_fx.cache_names import PAST
+from dotresize_fx.fx_form.graph import FxGraph
 
 OPSET = 23
 _REPEAT = ("Reshape", "Expand", "Unsqueeze")
+
+
+def mark_grouped_queries(graph: FxGraph) -> None:
+    """Say of one key and value that are broadcast over all queries that they are a group's, as the converter asks."""
+    for node in graph.nodes.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        query, key, value = (each.meta["val"].shape for each in node.args[:3])
+        if len(query) == len(key) == len(value) == 4 and key[1] == value[1] == 1 != query[1]:
+            node.kwargs = node.kwargs | {"enable_gqa": True}
 
 
 def fuse_attention(model: onnx_ir.Model) -> int:

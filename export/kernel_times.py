@@ -110,13 +110,12 @@ def kernel_times(
     missing = {kernel for kernel in wanted if str(kernel) not in known}
     now: dict[str, float] = {}
     if timed := sorted(missing.union(anchors)):
-        parts = list(_parts(timed)) if provider == CPU else [[kernel] for kernel in timed]
-        with progress.stage(f"time {len(timed)} kernels", len(parts)) as step:
+        parts = list(_parts(timed)) if provider == CPU else []
+        with progress.stage(f"time {len(timed)} kernels", len(parts or timed)) as step:
+            if provider != CPU:
+                now = timed_on_cuda(timed, threads, dtype, work, step)
             for part in parts:
-                if provider == CPU:
-                    now |= _timed(part, threads, SECONDS / len(parts), work)
-                else:
-                    now |= timed_on_cuda(part[0], threads, dtype, work)
+                now |= _timed(part, threads, SECONDS / len(parts), work)
                 step()
     changes = [now[name] / known[name] for name in map(str, anchors) if name in known]
     slower = median(changes) if changes else 1.0

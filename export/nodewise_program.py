@@ -56,6 +56,9 @@ class NodewiseProgram(ExportedProgram):
                 continue
             if not isinstance(node.target, torch._ops.OpOverload) or has_effects(node.target):
                 return False
+            if "val" not in node.meta:  # an exporter put it there, and trusts that all is traced again
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+                node.meta["val"] = node.target(*args, **kwargs)
             composite = node.target.has_kernel_for_dispatch_key(COMPOSITE)
             kept = not composite or node.target in whole or node.target in _KNOWN
             if node.target not in table and kept and node.target != aten.rms_norm.default:

@@ -11,12 +11,14 @@ from dotresize_fx.fx_form.edits import FxEdits, has_effects
 
 aten = torch.ops.aten
 _COPIES = (aten.clone.default, aten.contiguous.default)
+_BOTH = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
+_ONES = (aten.new_ones.default, aten.ones.default)
 _OPEN = 2**63 - 1  # how torch spells a slice's open end
 
 
 def simplify(graph: FxEdits) -> int:
-    """Drop copies, slices of everything, reshapes to the same shape and picks of all rows and columns in their order,
-    and compute once what is computed twice.
+    """Drop copies, slices of everything, reshapes and expansions to the same shape, picks of all rows and columns in
+    their order and conjunctions with all that is true, and compute once what is computed twice.
 
     Returns how many ops are gone. Shapes must be up to date. A program that writes to a tensor in place is left as it
     is. Views become reshapes, since what was a view of a copy may be none of the original.
@@ -32,7 +34,7 @@ def simplify(graph: FxEdits) -> int:
     for node in list(nodes.nodes):
         if node.op != "call_function" or node in ends:
             continue
-        same = node.args[0] if _hands_on(node) else None
+        same = node.args[0] if _hands_on(node) else _other_than_true(node)
         if same is None and _is_pure(node.target):
             same = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if isinstance(same, torch.fx.Node) and same is not node:
@@ -49,7 +51,7 @@ def _hands_on(node: torch.fx.Node) -> bool:
     """Whether an op puts out the very numbers it reads."""
     if node.target in _COPIES:
         return True
-    if node.target == aten.reshape.default:
+    if node.target in (aten.reshape.default, aten.expand.default):
         source: Any = node.args[0]
         before, after = source.meta["val"].shape, node.meta["val"].shape
         return [str(size) for size in before] == [str(size) for size in after]
@@ -58,6 +60,19 @@ def _hands_on(node: torch.fx.Node) -> bool:
     given: tuple[Any, ...] = (*node.args[2:], None, None, None)
     start, stop, step = given[:3]
     return start in (None, 0) and stop in (None, _OPEN) and step in (None, 1)
+
+
+def _other_than_true(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The side of a conjunction that decides it: the other is one ``True``."""
+    if node.target not in _BOTH:
+        return None
+    one, other = node.args[:2]
+    for ones, side in ((one, other), (other, one)):
+        if isinstance(ones, torch.fx.Node) and isinstance(side, torch.fx.Node) and ones.target in _ONES:
+            values = ones.meta["val"], side.meta["val"]
+            if values[0].ndim == 0 and values[0].dtype == values[1].dtype == torch.bool:
+                return side
+    return None
 
 
 def _picks_all(node: torch.fx.Node) -> bool:

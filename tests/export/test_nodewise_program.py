@@ -86,3 +86,14 @@ def test_what_cannot_be_taken_alone_torch_decomposes(monkeypatch: pytest.MonkeyP
     assert retraced
     x = torch.randn(4, 5, 8)
     torch.testing.assert_close(done.module()(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+def test_what_an_exporter_put_in_without_its_value_is_given_one() -> None:
+    program = NodewiseProgram.of(exported(Norms()))
+    norm = next(node for node in program.graph.nodes if node.target == aten.rms_norm.default)
+    with program.graph.inserting_before(norm):
+        copy = program.graph.call_function(aten.clone.default, (norm.args[0],))
+    norm.replace_input_with(norm.args[0], copy)
+    decomposed = program.run_decompositions(table())
+    assert aten.rms_norm.default not in kinds(decomposed)
+    assert all("val" in node.meta for node in decomposed.graph.nodes if node.op == "call_function")

@@ -81,3 +81,22 @@ def test_an_index_that_picks_all_in_order_is_none() -> None:
     mask = torch.randn(5, 7)
     for one, other in zip(Execution(graph).outputs({"mask": mask}), Picks()(mask), strict=True):
         assert torch.equal(one, other)
+
+
+def test_all_that_is_true_and_an_expansion_to_the_same_shape_are_none() -> None:
+    class Masks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            positive = x > 0
+            kept = torch.ones((), dtype=torch.bool) & positive.expand(x.shape)
+            wider = torch.ones(1, x.shape[0], 1, dtype=torch.bool) & positive
+            return kept * 2, wider * 2
+
+    graph = captured(Masks())
+    simplify(graph)
+    found = targets(graph)
+    assert found.count(aten.__and__.Tensor) + found.count(aten.bitwise_and.Tensor) == 1  # the wider changes the shape
+    assert aten.expand.default not in found
+    graph.program.validate()
+    x = torch.randn(5, 4)
+    for one, other in zip(Execution(graph).outputs({"x": x}), Masks()(x), strict=True):
+        assert torch.equal(one, other)
