@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dotresize_fx.cost import count_cost
-from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.checkpoint import write_checkpoint
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.formats import write_formats
-from dotresize_fx.export.fused_ops import count_fused_ops
 from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.latency_target import prove_target
 from dotresize_fx.export.onnx_file import onnx_size
-from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.export.onnx_session import CUDA, require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.peak_memory import peak_rss_bytes
@@ -29,13 +26,12 @@ from dotresize_fx.export.precision import Precision, provider_of, require_runtim
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.trials import (
     latency_inputs,
-    mask_name,
     measure_fidelity,
-    rounding_noise,
     text_inputs,
     verification_cases,
     verification_inputs,
 )
+from dotresize_fx.export.verified_onnx import write_verified
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.plan_file import write_plan
 from dotresize_fx.regions import SEPARATOR
@@ -49,7 +45,6 @@ from dotresize_fx.report.contents import (
     RegionRow,
     Report,
     SideFigures,
-    Verification,
 )
 from dotresize_fx.report.given_options import given_options
 from dotresize_fx.report.provenance import package_versions, this_machine
@@ -64,8 +59,6 @@ PLAN_FILE = "plan.json"
 # What a model that reads no text was not asked.
 TEXT_OPTIONS = ("calibration", "calibration_tokens", "sequence_length", "evaluation_tokens", "latency_length")
 LATENCY_RUNS = 20
-# Two runtimes sum in other orders in every op, which is some roundings more than one in every weight.
-ROUNDINGS = 4
 
 
 def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = False) -> Report:
@@ -83,54 +76,28 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     require_runtime(options)
     other = Precision(result, options.precision, folder, work) if options.precision else None
     (plain := folder if other is None else work / "slim").mkdir(exist_ok=True)
-    with progress.stage("convert slim to ONNX"):
-        path = emit_onnx(result.loaded.model, result.captured, result.slim, plain, options.target)
-        result.loaded.write_auxiliary_files(folder)
-        write_plan(result.slimmed.plan, folder / PLAN_FILE)
-        notes = result.notes
-        if result.captured.cache is not None:
-            why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)
-            notes += (why,) if why else ()
-        if options.target != "any":
-            notes += (count_fused_ops(path, options.target),)
-        if options.target == "cuda" and provider_of(options) != CUDA:
-            notes += ("this ONNX Runtime has no CUDA: latencies are those of the CPU",)
-    with progress.stage("verify in ONNX Runtime"):
-        comparison = compare_outputs(path, verification_cases(result), work, mask=mask_name(result))
-        allowed = options.tolerance
-        if comparison.max_abs_difference > allowed:
-            noise = rounding_noise(result)
-            allowed = max(allowed, ROUNDINGS * noise)
-            notes += (
-                f"the slim model amplifies rounding: weights moved by their last bit move its outputs by {noise:.1e}, "
-                f"so {ROUNDINGS} times that is allowed between program and ONNX",
-            )
-        verification = Verification(
-            max_abs_difference=comparison.max_abs_difference,
-            tolerance=allowed,
-            max_abs_output=comparison.max_abs_expected,
-            cases=len(comparison.cases),
-        )
-    if not verification.passed:
-        raise VerificationError(
-            f"the slim ONNX differs from the slim program by {comparison.max_abs_difference:.2e} "
-            f"(tolerance {allowed:.0e}): nothing was written; please report this model"
-        )
+    slim = write_verified(result, plain, work)
+    notes = result.notes + slim.notes
+    result.loaded.write_auxiliary_files(folder)
+    write_plan(result.slimmed.plan, folder / PLAN_FILE)
+    if result.captured.cache is not None:
+        why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)
+        notes += (why,) if why else ()
+    if options.target == "cuda" and provider_of(options) != CUDA:
+        notes += ("this ONNX Runtime has no CUDA: latencies are those of the CPU",)
     if other is not None:
         with progress.stage(f"write {other.name}"):
-            other.write("slim", path)
+            other.write("slim", slim.path)
             other.verify(verification_cases(result))
             notes += other.notes
     written = None
     if checkpoint:
         with progress.stage("write checkpoint"):
-            noise = 0.0 if comparison.max_abs_difference <= options.tolerance else allowed
-            written, said = write_checkpoint(
-                result, folder, chain(text_inputs(result), verification_inputs(result)), noise
-            )
+            inputs = chain(text_inputs(result), verification_inputs(result))
+            written, said = write_checkpoint(result, folder, inputs, slim.noise)
             notes += said
             gc.collect()
-    formats, said = write_formats(result, folder, work, allowed)
+    formats, said = write_formats(result, folder, work, slim.verification.tolerance)
     notes += said
     with progress.stage("measure fidelity", len(result.data.evaluation)) as step:
         fidelity = measure_fidelity(result, step)
@@ -143,28 +110,28 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
             other.write("dense", dense_path)
     with progress.stage("measure latency"):
         inputs = {name: value.numpy() for name, value in latency_inputs(result).items()}
-        timed = {"dense": dense_path, "slim": path} | (other.paths if other else {})
+        timed = {"dense": dense_path, "slim": slim.path} | (other.paths if other else {})
         latency = measure_latency(timed, inputs, runs=LATENCY_RUNS, work=work, provider=provider_of(options))
         if not reads_text(result.task):  # only of a text the second axis is sure to be its length
             latency = {side: replace(found, length=None) for side, found in latency.items()}
     target = None
     if result.clock is not None:
-        pair = [other.paths[f"{side} {other.name}"] for side in ("dense", "slim")] if other else [dense_path, path]
+        pair = [other.paths[f"{side} {other.name}"] for side in ("dense", "slim")] if other else [dense_path, slim.path]
         target = prove_target(result, *pair)
     peak_export = peak_rss_bytes()  # without the sessions of what follows
     precisions: tuple[PrecisionFigures, ...] = ()
     if other is not None:
         with progress.stage(f"measure fidelity of {other.name}", 2 * len(result.data.evaluation)) as step:
             precisions = other.figures(latency, step)
-    sizes = {"dense": onnx_size(dense_path), "slim": onnx_size(path)}
+    sizes = {"dense": onnx_size(dense_path), "slim": onnx_size(slim.path)}
     length = MACS_LENGTH if reads_text(result.task) else result.dense.attended_length
-    peaks = [comparison.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
+    peaks = [slim.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
     figures = Figures(
         dense=_side(result.dense, latency["dense"], sizes["dense"], length),
         slim=_side(result.slim, latency["slim"], sizes["slim"], length),
         macs_length=length,
         fidelity=(fidelity,),
-        verification=verification,
+        verification=slim.verification,
         checkpoint=written,
         precisions=precisions,
         formats=formats,
