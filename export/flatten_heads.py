@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import onnx_ir
 from onnx_ir import tape
 
+from dotresize_fx.export.replace_value import replace_value
+
 HEADS_FIRST = [0, 2, 1, 3]
 
 
@@ -68,8 +70,7 @@ def _flatten(graph: onnx_ir.Graph, node: onnx_ir.Node, squeezed: dict[onnx_ir.Va
         out.shape, out.dtype = result.shape, result.dtype
         out = written.op("Where", [squeezed[condition], zero, out])
     for old, new in zip((result, *node.outputs[1:]), (out, *outputs[1:]), strict=True):
-        new.shape, new.dtype = old.shape, old.dtype
-        _replace(old, new)
+        replace_value(old, new)
     for each in written.nodes:  # to which part of the model a node belongs
         like = where if each.op_type == "Where" else node
         each.metadata_props.update(like.metadata_props if like is not None else {})
@@ -130,12 +131,3 @@ def _numbers(written: tape.Tape, numbers: list[int]) -> onnx_ir.Value:
     name = "numbers_" + "_".join(map(str, numbers))
     known = written.graph_like.initializers if written.graph_like is not None else {}
     return known[name] if name in known else written.initializer(onnx_ir.tensor(numbers, name=name), name=name)
-
-
-def _replace(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
-    """A graph's output keeps its name."""
-    name = old.name
-    is_output = old.is_graph_output()
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    if is_output:
-        old.name, new.name = f"{name}_replaced", name

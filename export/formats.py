@@ -121,12 +121,7 @@ def _verified(result: SlimResult, name: str, path: Path, work: Path, tolerance: 
         found = compare_outputs(path, cases, work, mask=mask_name(result), runtime=name)
     except OnnxRuntimeError as error:  # what a child says that has ended
         raise FormatError(f"--format {name}: what was written does not run: {error}; leave it out") from error
-    verification = Verification(
-        max_abs_difference=found.max_abs_difference,
-        tolerance=tolerance,
-        max_abs_output=found.max_abs_expected,
-        cases=len(found.cases),
-    )
+    verification = found.within(tolerance)
     if not verification.passed:
         raise VerificationError(
             f"--format {name}: it differs from the slim program by {found.max_abs_difference:.2e} (tolerance "

@@ -10,6 +10,7 @@ import onnx_ir
 import torch
 
 from dotresize_fx.cache_names import PAST
+from dotresize_fx.export.replace_value import replace_value
 from dotresize_fx.fx_form.graph import FxGraph
 
 OPSET = 23
@@ -66,9 +67,7 @@ def _fuse(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     )
     graph.insert_before(node, fused)
     for old, new in zip((node.outputs[0], key, value), fused.outputs, strict=False):
-        new.shape, new.dtype, name = old.shape, old.dtype, old.name
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name, new.name = f"{name}_unfused", name
+        replace_value(old, new)
     return True
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir
 
+from dotresize_fx.export.replace_value import replace_value
+
 SKIP_NORM = "SkipSimplifiedLayerNormalization"
 MICROSOFT = "com.microsoft"
 
@@ -41,8 +43,7 @@ def fuse_skip_norms(model: onnx_ir.Model) -> int:
         )
         graph.insert_after(added, node)
         for old, new in ((norm.outputs[0], node.outputs[0]), (stream, node.outputs[3])):
-            new.shape, new.dtype, new.name = old.shape, old.dtype, f"{old.name}_fused"
-            old.replace_all_uses_with(new)
+            replace_value(old, new)
         for unused in node.outputs[1:3]:
             unused.name = ""
         graph.remove([norm, added], safe=True)

@@ -12,6 +12,7 @@ import numpy as np
 from dotresize_fx.errors import OutputError
 from dotresize_fx.export.onnx_session import CPU, physical_cores, require_onnx_runtime
 from dotresize_fx.export.runtime_child import RuntimeChild
+from dotresize_fx.report.contents import Verification
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +52,15 @@ class Comparison:
     @property
     def max_abs_expected(self) -> float:
         return max(case.max_abs_expected for case in self.cases)
+
+    def within(self, tolerance: float) -> Verification:
+        """What is reported of it where outputs may differ by so much."""
+        return Verification(
+            max_abs_difference=self.max_abs_difference,
+            tolerance=tolerance,
+            max_abs_output=self.max_abs_expected,
+            cases=len(self.cases),
+        )
 
 
 def compare_outputs(

@@ -72,12 +72,7 @@ def _verified(
             f"the slim model amplifies rounding: weights moved by their last bit move its outputs by {noise:.1e}, "
             f"so {ROUNDINGS} times that is allowed between program and ONNX",
         )
-    verification = Verification(
-        max_abs_difference=found.max_abs_difference,
-        tolerance=allowed,
-        max_abs_output=found.max_abs_expected,
-        cases=len(found.cases),
-    )
+    verification = found.within(allowed)
     if not verification.passed:
         raise VerificationError(
             f"the slim ONNX differs from the slim program by {found.max_abs_difference:.2e} "
