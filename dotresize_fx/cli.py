@@ -229,7 +229,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what would be matched, and why the rest would not")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("model", metavar="MODEL", help=model)
+    inspect.add_argument(
+        "model", metavar="MODEL", help=f"{model}; or an ONNX file, or a folder of a model.onnx without config.json"
+    )
     _common(inspect)
 
     evaluate = commands.add_parser("eval", help="perplexity of a model or of an exported OUT on a text")

@@ -23,8 +23,10 @@ from dotresize_fx.export.formats import require_formats
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.module_source import Examples
 from dotresize_fx.export.onnx_file import ONNX_FILE
+from dotresize_fx.export.onnx_source import analyse_onnx, is_onnx_source
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.launched import Launched
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
@@ -323,8 +325,12 @@ def export(
 
 def inspect(name: str, *, trust_remote_code: bool, progress: Progress) -> tuple[MatchReport, dict[str, str]]:
     """The match report, and for regions that are matched and still not cut the reason."""
-    with progress.stage("load"):
-        loaded = open_model(name, trust_remote_code=trust_remote_code)
-    _, graph, matches = analyse(loaded, progress)
+    graph: Graph
+    if is_onnx_source(name):
+        graph, matches = analyse_onnx(name, progress)
+    else:
+        with progress.stage("load"):
+            loaded = open_model(name, trust_remote_code=trust_remote_code)
+        _, graph, matches = analyse(loaded, progress)
     reasons = {region.name: why_not_cut(graph, region) for region in matches.regions}
     return matches, {region: why for region, why in reasons.items() if why}

@@ -17,6 +17,7 @@ from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.onnx_form.axes import declared_width
 from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
 from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
+from dotresize_fx.onnx_form.fused_ops import RMS_NORM_OPSET, put_together, take_apart
 from dotresize_fx.onnx_form.heads import NoHeadEdits
 from dotresize_fx.onnx_form.kinds import Form, bodies, read_form
 from dotresize_fx.onnx_form.linears import (
@@ -30,19 +31,16 @@ from dotresize_fx.onnx_form.linears import (
 )
 from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_width
 
-# The first opset that has RMSNormalization. Before it, ONNX Runtime's own SimplifiedLayerNormalization, which it
-# registers under ONNX's domain, says the same (onnx.checker does not know that op).
-RMS_NORM_OPSET = 23
-
 
 class OnnxGraph(NoHeadEdits, Graph):
     """The main graph of a model, topologically sorted as ONNX demands; calls of functions are ops not understood.
 
-    Edits write to the model in place. Parameters are initializers that are not graph inputs, and Constant nodes.
+    Edits write to the model in place; fused ops that stand for several are taken apart. Parameters are initializers that are not graph inputs, and Constant nodes.
     A norm whose gain is all ones has none in the view, as ONNX's norms cannot leave it out.
     """
 
     def __init__(self, model: ir.Model) -> None:
+        take_apart(model)
         complete_shapes(model)
         self._model = model
         self._touched: set[ir.Value] = set()  # values whose width changed, and whose users' shapes are stale
@@ -53,6 +51,13 @@ class OnnxGraph(NoHeadEdits, Graph):
         """The model itself, its shapes up to date."""
         self.refresh_shapes()
         return self._model
+
+    def fused_model(self) -> ir.Model:
+        """The model to be written: fused ops that were taken apart are put together again, where they still can be."""
+        model = self.model
+        put_together(model)
+        self.changed()
+        return model
 
     @property
     def _graph(self) -> ir.Graph:
@@ -131,6 +136,10 @@ class OnnxGraph(NoHeadEdits, Graph):
         tensor = constant(self._values[value.name])
         assert tensor is not None
         return to_torch(tensor)
+
+    def is_buffer(self, value: Value) -> bool:
+        tensor = constant(self._values[value.name])
+        return tensor is not None and not tensor.dtype.is_floating_point()
 
     def parameter_name(self, value: Value) -> str:
         return value.name
@@ -284,10 +293,13 @@ class OnnxGraph(NoHeadEdits, Graph):
         self._replace_with_rms_norm(node, source, scale, op.attributes["epsilon"])
 
     def _replace_with_rms_norm(self, node: ir.Node, source: ir.Value, scale: ir.Value, epsilon: float) -> None:
+        # Before it, ONNX Runtime's own SimplifiedLayerNormalization, which it registers under ONNX's domain, says the
+        # same (onnx.checker does not know that op).
         modern = self._graph.opset_imports.get("", 1) >= RMS_NORM_OPSET
         name = "RMSNormalization" if modern else "SimplifiedLayerNormalization"
         output = self._editor.stand_in_for(node.outputs[0])
-        self._editor.insert(name, [source, scale], output, {"axis": -1, "epsilon": epsilon}, before=node)
+        new = self._editor.insert(name, [source, scale], output, {"axis": -1, "epsilon": epsilon}, before=node)
+        new.meta.update(node.meta)  # what it was fused with
         self._graph.remove(node, safe=True)
         self.changed()
 
