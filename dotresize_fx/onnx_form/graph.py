@@ -151,6 +151,16 @@ class OnnxGraph(NoHeadEdits, Graph):
         stored = self.parameter(op.weight)
         return stored.T if stored_transposed(slot) else stored
 
+    def shape_of(self, name: str) -> tuple[int | str, ...]:
+        """Of a value of this name; empty where it is not known."""
+        return self._value(self._values[name]).shape
+
+    def as_stored(self, op: Op, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of the view's orientation as the op's constant has it."""
+        slot = self._form(op).weight
+        assert slot is not None
+        return weight.T if stored_transposed(slot) else weight
+
     def _node(self, name: str) -> ir.Node:
         node = self._values[name].producer()
         if node is None:
