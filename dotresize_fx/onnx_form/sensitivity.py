@@ -15,10 +15,11 @@ import torch
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
 from dotresize_fx.head_maps import at_dense_width, over_heads
-from dotresize_fx.onnx_form.execution import OnnxExecution, OnnxStream
+from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.region_sums import ENTERED, READ, OnnxRegion, Overrides, add_to
+from dotresize_fx.onnx_form.stream import OnnxStream
 from dotresize_fx.probe import probed_width, reader_change
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import disjoint, priced

@@ -12,9 +12,11 @@ from typing import Any
 
 from dotresize_fx.gram import GramAccumulator, padding_mask
 from dotresize_fx.least_squares import PULL
-from dotresize_fx.onnx_form.execution import Environment, OnnxExecution, OnnxStream
+from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.piece import Environment
 from dotresize_fx.onnx_form.region_sums import ENTERED, OWN, READ, WANTED, OnnxRegion, add_to
+from dotresize_fx.onnx_form.stream import OnnxStream
 from dotresize_fx.reader_refit import Sums, best_map, fit_reader
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region
