@@ -312,6 +312,11 @@ def export(
     from dotresize_fx.export.output_folder import OutputFolder
     from dotresize_fx.export.precision import require_runtime
 
+    if is_onnx_source(name):
+        from dotresize_fx.export.slim_onnx import slim_onnx_file
+
+        with OutputFolder(out, force) as folder:
+            return slim_onnx_file(name, folder.partial, folder.work, options, progress)
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()

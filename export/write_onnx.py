@@ -1,0 +1,113 @@
+"""An ONNX graph written back: what was not cut stays as the file had it, and the shapes it stated are right again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from dotresize_fx.errors import VerificationError
+from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
+from dotresize_fx.export.weight_files import first_line
+from dotresize_fx.onnx_form.graph import OnnxGraph
+
+# A protobuf message ends at 2 GiB; the graph itself needs some of it.
+INLINE_AT_MOST = 2**31 - 2**27
+# Constants that shape inference looks into are smaller.
+LOOKED_INTO = 2048
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a file said of its values before shapes were inferred: whose types and whose shapes it has, by name."""
+
+    types: frozenset[str]
+    shapes: frozenset[str]
+    external: bool
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Stated:
+        values = [value for node in model.graph for value in node.outputs if value.name]
+        tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+        return cls(
+            frozenset(str(value.name) for value in values if value.type is not None),
+            frozenset(str(value.name) for value in values if value.shape is not None),
+            any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors),
+        )
+
+
+def write_onnx(graph: OnnxGraph, stated: Stated, folder: Path) -> Path:
+    """``model.onnx``, with its weights beside it where the file had that or where they are too large for one file."""
+    model = graph.fused_model()
+    tensors = [value.const_value for g in model.graphs() for value in g.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    path = folder / ONNX_FILE
+    with _as_stated(model, stated):
+        ir.save(model, path, external_data=WEIGHTS_FILE if stated.external or size > INLINE_AT_MOST else None)
+    return path
+
+
+@contextmanager
+def _as_stated(model: ir.Model, stated: Stated) -> Iterator[None]:
+    """Inside, values of the file's have no shapes or types but those that it states."""
+    outputs = set(model.graph.outputs)
+    taken = []
+    for node in model.graph:
+        for value in node.outputs:
+            if value in outputs:
+                continue
+            taken.append((value, value.shape, value.type))
+            if value.name not in stated.shapes:
+                value.shape = None
+            if value.name not in stated.types:
+                value.type = None
+    try:
+        yield
+    finally:
+        for value, shape, kind in taken:
+            value.shape, value.type = shape, kind
+
+
+def check_written(dense: Path, slim: Path) -> tuple[str, ...]:
+    """onnx.checker, shapes included, on the slim file; a note where it already refused the dense one.
+
+    Raises:
+        VerificationError: it passes the dense file and not the slim one, or inputs or outputs are others than before.
+    """
+    said = _said_of(slim)
+    before = _said_of(dense) if said else ""
+    if said and not before:
+        raise VerificationError(
+            f"the slim ONNX does not pass onnx.checker: {said}: nothing was written; please report this model"
+        )
+    (first, second) = (onnx.load(path, load_external_data=False).graph for path in (dense, slim))
+    for kind in ("input", "output"):
+        old, new = ([v.SerializeToString() for v in getattr(g, kind)] for g in (first, second))
+        if old != new:
+            raise VerificationError(
+                f"the {kind}s of the slim ONNX are not the dense one's: nothing was written; please report this model"
+            )
+    return (f"onnx.checker refuses the file as it came ({before}), so only ONNX Runtime checked it",) if before else ()
+
+
+def _said_of(path: Path) -> str:
+    """What onnx.checker has against a file; empty where nothing. Large weights are declared as inputs to it."""
+    model = onnx.load(path, load_external_data=False)
+    kept = []
+    named = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= LOOKED_INTO:
+            kept.append(tensor)
+        elif tensor.name not in named:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # of the checker and of shape inference
+        return first_line(error)
+    return ""
