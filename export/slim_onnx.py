@@ -131,7 +131,7 @@ def _slimmed(name: str, options: Options, progress: Progress) -> _Run:
     path = Path(name) / ONNX_FILE if Path(name).is_dir() else Path(name)
     with progress.stage("load"):
         model = load_onnx(path)
-        stated = Stated.of(model)
+        stated = Stated.by(path)
         given = OnnxGraph(model)
     with progress.stage("find regions"):
         canonical = given.copy()

@@ -30,13 +30,14 @@ class Stated:
     external: bool
 
     @classmethod
-    def of(cls, model: ir.Model) -> Stated:
-        values = [value for node in model.graph for value in node.outputs if value.name]
-        tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    def by(cls, path: Path) -> Stated:
+        """What the file says."""
+        graph = onnx.load(path, load_external_data=False).graph
+        kinds = {info.name: info.type for info in graph.value_info}
         return cls(
-            frozenset(str(value.name) for value in values if value.type is not None),
-            frozenset(str(value.name) for value in values if value.shape is not None),
-            any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors),
+            frozenset(name for name, kind in kinds.items() if kind.WhichOneof("value")),
+            frozenset(name for name, kind in kinds.items() if kind.tensor_type.HasField("shape")),
+            any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer),
         )
 
 
@@ -53,18 +54,16 @@ def write_onnx(graph: OnnxGraph, stated: Stated, folder: Path) -> Path:
 
 @contextmanager
 def _as_stated(model: ir.Model, stated: Stated) -> Iterator[None]:
-    """Inside, values of the file's have no shapes or types but those that it states."""
-    outputs = set(model.graph.outputs)
-    taken = []
-    for node in model.graph:
-        for value in node.outputs:
-            if value in outputs:
-                continue
-            taken.append((value, value.shape, value.type))
-            if value.name not in stated.shapes:
-                value.shape = None
-            if value.name not in stated.types:
-                value.type = None
+    """Inside, values have no shapes or types where the file states none; constants have their own."""
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    computed = (value for node in model.graph for value in node.outputs)
+    values = [value for value in (*model.graph.initializers.values(), *computed) if value not in kept]
+    taken = [(value, value.shape, value.type) for value in values]
+    for value in values:
+        if value.name not in stated.shapes:
+            value.shape = None
+        if value.name not in stated.types:
+            value.type = None
     try:
         yield
     finally:
