@@ -338,6 +338,13 @@ class Graph(ABC):
         """
         return []
 
+    def join_permutations(self) -> list[str]:
+        """Let one permutation stand for a view, a permutation and a view that exchange the last two of four axes.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
     def distribute_slices(self) -> list[str]:
         """Where slices of the last axis, or a split, alone read a sum with a linear's result, sum slices instead.
 

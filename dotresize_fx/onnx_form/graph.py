@@ -29,8 +29,10 @@ from dotresize_fx.onnx_form.linears import (
     plugged,
     slots,
     stored_transposed,
+    wants_transposed,
     weight_readers,
 )
+from dotresize_fx.onnx_form.permutations import join_permutations
 from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_width
 from dotresize_fx.onnx_form.symbolic_shapes import SymbolicShapes
 
@@ -336,8 +338,26 @@ class OnnxGraph(HeadEdits, Graph):
         self.changed()
         return folded
 
+    def join_permutations(self) -> list[str]:
+        joined = join_permutations(self._graph, self._editor)
+        self.changed()
+        return joined
+
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
-        raise NotImplementedError("an ONNX graph has no ADDMM op: its Gemm and MatMul are read as linears")
+        """See :meth:`Graph.replace_with_linear`: a product of more than two axes with the weight of a Gemm."""
+        node, gemm, start = self._node(last.name), self._node(like.name), self._values[source.name]
+        weight, bias = gemm.inputs[1:3]
+        assert weight is not None
+        if not wants_transposed((gemm, 1)):
+            turned = ir.val(self._editor.fresh(f"{weight.name}_transposed"), weight.dtype, weight.shape)
+            weight = self._editor.insert("Transpose", [weight], turned, {"perm": [1, 0]}, before=gemm).outputs[0]
+            weight.shape = ir.Shape(list(gemm.inputs[1].shape)[::-1])  # type: ignore[union-attr, arg-type]
+        output = self._editor.stand_in_for(node.outputs[0])
+        product = ir.val(self._editor.fresh(f"{output.name}_product"), output.dtype, output.shape)
+        self._editor.insert("MatMul", [start, weight], product, before=node)
+        self._editor.insert("Add", [product, bias], output, before=node)
+        self._graph.remove(node, safe=True)
+        self.changed()
 
     def bypass(self, op: Op) -> None:
         """See :meth:`Graph.bypass`; an output of the graph keeps its name and is then an Identity."""

@@ -87,6 +87,8 @@ def read_form(node: ir.Node, index: int = 0) -> Form:
     if core is not None:
         source = core.inputs[0]
         assert source is not None
+        if _is_of_joined_rows(core):
+            return Form(Kind.ADDMM, core, node, tuple(value for value in (core.inputs[2], *core.inputs[:2]) if value))
         return Form(Kind.LINEAR, core, node, (source,), weight=(core, 1), bias=bias_slot(core))
     alone = node.op_type == "Split" or not has_second_output(node)
     form = _read_known(node) if node.domain in DOMAINS and alone else None
@@ -94,6 +96,24 @@ def read_form(node: ir.Node, index: int = 0) -> Form:
         form = _read_unknown(node)
     moved = axes_form(node, index)
     return replace(form, attributes={**form.attributes, **moved}, index=index) if moved or index else form
+
+
+def _is_of_joined_rows(node: ir.Node) -> bool:
+    """Whether a Gemm with a bias stands between a Reshape to a matrix and Reshapes back."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node.op_type != "Gemm" or len(node.inputs) < 3 or node.inputs[2] is None or source is None:
+        return False
+    back = [use.node for use in node.outputs[0].uses()]
+    around = all(other.op_type == "Reshape" and keeps_width(other) for other in (source, *back))
+    shape = source.inputs[0].shape if source.inputs and source.inputs[0] is not None else None
+    shapes = [other.outputs[0].shape for other in back]
+    return (
+        around
+        and shape is not None
+        and not node.outputs[0].is_graph_output()
+        and bool(back)
+        and all(other is not None and list(other)[:-1] == list(shape)[:-1] for other in shapes)
+    )
 
 
 def _read_unknown(node: ir.Node) -> Form:
