@@ -338,8 +338,9 @@ class Graph(ABC):
         """
         return []
 
-    def join_permutations(self) -> list[str]:
-        """Let one permutation stand for a view, a permutation and a view that exchange the last two of four axes.
+    def normalise_views(self) -> list[str]:
+        """Let one permutation stand for a view, a permutation and a view that exchange the last two of four axes, and
+        two views for one that joins the first two and the last two.
 
         Returns what was changed; a form that cannot do it returns none.
         """

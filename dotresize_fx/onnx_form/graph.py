@@ -16,6 +16,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.onnx_form.attention import SpelledAttention, spelled_attentions
 from dotresize_fx.onnx_form.axes import declared_width
+from dotresize_fx.onnx_form.caches import find_caches
 from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
 from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
 from dotresize_fx.onnx_form.folding import fold_constants
@@ -32,9 +33,9 @@ from dotresize_fx.onnx_form.linears import (
     wants_transposed,
     weight_readers,
 )
-from dotresize_fx.onnx_form.permutations import join_permutations
 from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_width
 from dotresize_fx.onnx_form.symbolic_shapes import SymbolicShapes
+from dotresize_fx.onnx_form.views import normalise_views
 
 
 class OnnxGraph(HeadEdits, Graph):
@@ -53,6 +54,7 @@ class OnnxGraph(HeadEdits, Graph):
         self._touched: set[ir.Value] = set()  # values whose width changed, and whose users' shapes are stale
         self._moved = False  # whether sizes of other axes changed too
         self._editor = OnnxEditor(model)
+        self.caches.update(find_caches(model.graph))
 
     @property
     def model(self) -> ir.Model:
@@ -338,8 +340,8 @@ class OnnxGraph(HeadEdits, Graph):
         self.changed()
         return folded
 
-    def join_permutations(self) -> list[str]:
-        joined = join_permutations(self._graph, self._editor)
+    def normalise_views(self) -> list[str]:
+        joined = normalise_views(self._graph, self._editor)
         self.changed()
         return joined
 

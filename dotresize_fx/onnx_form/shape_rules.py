@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -58,6 +58,14 @@ def quotient(source: Sequence[Size], others: Sequence[Size]) -> Size:
     if not left:
         return whole
     return "*".join(left if whole == 1 else [*left, str(whole)])
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    """Their sum."""
+    given = tuple(sizes)
+    names = sorted(name for size in given if isinstance(size, str) for name in size.split(" + "))
+    number = sum(size for size in given if isinstance(size, int))
+    return " + ".join([*names, *([str(number)] if number else [])]) if names else number
 
 
 def broadcast(*shapes: Sizes) -> Sizes:
@@ -131,10 +139,7 @@ def _concat(node: ir.Node, known: Known) -> Shapes:
         return []
     known = [shape for shape in shapes if shape is not None]
     axis = int(attribute(node, "axis", 0)) % len(known[0])
-    parts = [shape[axis] for shape in known]
-    names = [str(size) for size in parts if isinstance(size, str)]
-    number = sum(size for size in parts if isinstance(size, int))
-    whole: Size = " + ".join([*names, *([str(number)] if number else [])]) if names else number
+    whole = total(shape[axis] for shape in known)
     return [(*known[0][:axis], whole, *known[0][axis + 1 :])]
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from dotresize_fx.onnx_form.constants import integers
 from dotresize_fx.onnx_form.linears import attribute
-from dotresize_fx.onnx_form.shape_rules import OPEN, RULES, Size, Sizes, quotient, set_sizes, sizes_of
+from dotresize_fx.onnx_form.shape_rules import OPEN, RULES, Size, Sizes, quotient, set_sizes, sizes_of, total
 
 LONGEST = 16  # of the vectors that are followed: shapes
 HANDED_ON = ("Cast", "Identity", "Squeeze", "Unsqueeze")
@@ -24,6 +24,7 @@ class SymbolicShapes:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.numbers: dict[ir.Value, Sizes] = {}
+        self.names: dict[str, str] = {}  # of sizes that an output of the graph calls otherwise
 
     def run(self) -> None:
         for node in self.graph:
@@ -31,12 +32,25 @@ class SymbolicShapes:
                 continue
             found = self._numbers(node)
             if found is not None:
-                self.numbers[node.outputs[0]] = found
+                self.numbers[node.outputs[0]] = self._named(found)
             rule = RULES.get(node.op_type)
             shapes = rule(node, self.known) if rule is not None and node.inputs else None
             for output, shape in zip(node.outputs, shapes or (), strict=False):
-                if shape is not None and not output.is_graph_output():
+                if shape is None:
+                    continue
+                shape = self._named(shape)
+                if output.is_graph_output():
+                    self._learn(shape, sizes_of(output))
+                else:
                     set_sizes(output, shape)
+
+    def _named(self, sizes: Sizes) -> Sizes:
+        return tuple(self.names.get(size, size) if isinstance(size, str) else size for size in sizes)
+
+    def _learn(self, found: Sizes, stated: Sizes | None) -> None:
+        for size, name in zip(found, stated or (), strict=False):
+            if isinstance(size, str) and isinstance(name, str) and size != name:
+                self.names[size] = name
 
     # -- integers ------------------------------------------------------------------------------------
 
@@ -119,5 +133,7 @@ def _combine(op: str, one: Size, other: Size) -> Size:
         return quotient((one, other), ())
     if op == "Div" and other == 1:
         return one
-    signs = {"Add": "+", "Sub": "-", "Div": "/"}
+    if op == "Add":
+        return total((one, other))
+    signs = {"Sub": "-", "Div": "/"}
     return f"{one} {signs[op]} {other}"
