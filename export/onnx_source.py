@@ -41,7 +41,7 @@ def load_onnx(name: Path | str) -> onnx_ir.Model:
     """The model in a file or folder. External data is looked at, not read; none of it is looked for elsewhere.
 
     Raises:
-        ModelNotFoundError: there is no such file, it is no ONNX model or is cut off, or its data lies outside its folder.
+        ModelNotFoundError: there is no such file, it is no ONNX model or cut off, or its data lies outside its folder.
         BadWeightsError: external data is missing or cut off.
     """
     path = Path(name)

@@ -8,6 +8,7 @@ from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.fold_channel_scales import FoldChannelScales
 from dotresize_fx.passes.fold_constants import FoldConstants
 from dotresize_fx.passes.join_expert_lists import JoinExpertLists
+from dotresize_fx.passes.normalise_views import NormaliseViews
 from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
@@ -22,6 +23,7 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
     passes = (
         DropNoOps(),
         FoldConstants(),
+        NormaliseViews(),
         RecogniseLinears(),
         RecognisePatches(),
         RecognisePointwise(),

@@ -65,7 +65,12 @@ class _Attention:
 
     def _try(self, role: str, value: Value | None) -> None:
         try:
-            way = follow_on(self.graph, self.op) if value is None else follow_back(self.graph, self.op, value)
+            turned = role == "key" and bool(self.op.attributes.get("turned"))
+            way = (
+                follow_on(self.graph, self.op)
+                if value is None
+                else follow_back(self.graph, self.op, value, turned=turned)
+            )
             assert way.linear.weight is not None
             if len(self.graph.users(way.linear.weight)) > 1:
                 raise Escape("its weight is used elsewhere too")

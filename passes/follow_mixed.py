@@ -109,7 +109,11 @@ def _hides(graph: Graph, op: Op, value: Value) -> bool:
     if len(op.inputs) != 3 or value not in op.inputs[1:]:
         return False
     condition, first, second = op.inputs
-    other = graph.producer(second if first == value else first)
-    zero = other is not None and other.attributes.get("form") == "fill" and other.attributes["number"] == 0
+    filling = second if first == value else first
+    if filling.is_parameter:
+        zero = not bool(graph.parameter(filling).any())
+    else:
+        other = graph.producer(filling)
+        zero = other is not None and other.attributes.get("form") == "fill" and other.attributes["number"] == 0
     rank = len(value.shape)
     return zero and is_broadcast(condition.shape, rank, rank - 1)

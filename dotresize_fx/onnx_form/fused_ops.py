@@ -100,7 +100,7 @@ class _Apart:
         """A sum, in place of the fused op's output ``old`` where that is named."""
         assert one is not None
         assert other is not None
-        if old is not None and old.name:
+        if old is not None and (old.name or old.uses()):
             output = self.editor.stand_in_for(old)
         else:
             like = self.node.outputs[0]
@@ -158,7 +158,12 @@ def _join_skip_norm(norm: ir.Node, whole: ir.Node) -> bool:
     terms, parts, shift = list(total.inputs), [norm, total], None
     for index, term in enumerate(total.inputs):
         shifted = _part(norm, term)
-        if shift is None and shifted is not None and _is_private(shifted.outputs[0]) and is_weight(shifted.inputs[1], 1):
+        if (
+            shift is None
+            and shifted is not None
+            and _is_private(shifted.outputs[0])
+            and is_weight(shifted.inputs[1], 1)
+        ):
             terms[index], shift = shifted.inputs
             parts.append(shifted)
     gain, bias = norm.inputs[1], norm.inputs[2] if len(norm.inputs) > 2 else None
@@ -170,7 +175,7 @@ def _join_skip_norm(norm: ir.Node, whole: ir.Node) -> bool:
         inputs.pop()
     stream = total.outputs[0]
     kept = {0: norm.outputs[0]}
-    if not _is_private(stream):
+    if not _is_private(stream) or len(whole.outputs) > 3:
         kept[3] = stream
     _replace(whole, "SkipSimplifiedLayerNormalization" if simple else "SkipLayerNormalization", inputs, kept, parts)
     return True
@@ -195,9 +200,10 @@ def _replace(
     graph, epsilon = parts[0].graph, parts[0].attributes.get("epsilon")
     assert graph is not None
     outputs = []
-    for index in range(max(kept) + 1):
+    for index in range(max(len(whole.outputs), max(kept) + 1)):
         old = kept.get(index)
-        outputs.append(ir.val("") if old is None else ir.val(old.name, old.dtype, _shape(old)))
+        unread = whole.outputs[index].name if index < len(whole.outputs) else ""
+        outputs.append(ir.val(unread) if old is None else ir.val(old.name, old.dtype, _shape(old)))
         if old is not None:
             outputs[index].metadata_props.update(old.metadata_props)
     attributes = {name: given for name, given in whole.attributes.items() if epsilon is None or name != "epsilon"}
