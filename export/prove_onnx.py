@@ -23,6 +23,9 @@ from dotresize_fx.passes.region_ends import tables_of
 from dotresize_fx.passes.slim_onnx_graph import SlimmedOnnx
 from dotresize_fx.regions import Region, RegionKind
 
+TWIN = "the dense file with zeros in place of what was cut"
+WITHOUT_TWIN = "the graph that it was written from"
+Inputs = Mapping[str, torch.Tensor]
 # Of the largest output, by dtype of the weights: sums in another order.
 RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 RELATIVE_FLOAT32 = 1e-4
@@ -69,39 +72,57 @@ def _padded(tensor: torch.Tensor, axis: int, region: Region, width: int) -> torc
 
 
 def verify_onnx(
-    slimmed: SlimmedOnnx, path: Path, batches: Sequence[Mapping[str, torch.Tensor]], work: Path
+    given: OnnxGraph, slimmed: SlimmedOnnx, path: Path, batches: Sequence[Inputs], work: Path
 ) -> tuple[Comparison, float, tuple[str, ...]]:
     """The slim file in ONNX Runtime on these inputs: (comparison, what is allowed, notes).
 
+    Where the file's graph, ``given``, was rewritten to be cut, the rewritten one is held against it first.
+
     Raises:
-        VerificationError: it differs by more, or puts out NaN where the dense graph does not.
+        VerificationError: something differs by more, or is NaN on one side alone.
     """
     overrides = padded_weights(slimmed)
-    against: OnnxGraph = slimmed.graph if overrides is None else slimmed.dense
-    run = OnnxExecution(against).whole(overrides)
-    feeds = OnnxExecution(slimmed.graph)
-    masked = all(padding_input(batch) is not None for batch in batches)
+    slim = slimmed.graph
+    run = OnnxExecution(slim if overrides is None else slimmed.dense).whole(overrides)
+    feeds = OnnxExecution(slim)
+    relative = max((RELATIVE.get(dtype, RELATIVE_FLOAT32) for dtype in _dtypes(slim)), default=RELATIVE_FLOAT32)
+    if not slimmed.untouched:
+        _compare_rewritten(given, slimmed.dense, batches[0], relative)
 
     def cases() -> Iterator[tuple[dict[str, Any], list[Any]]]:
         for batch in batches:
-            expected = run(batch)
-            given = {name: value.numpy() for name, value in feeds.completed(batch).items()}
-            yield given, [output.numpy() for output in expected]
+            found = zip(feeds.results, run(batch), strict=True)
+            expected = [_at_width(output, slim.shape_of(name)).numpy() for name, output in found]
+            yield {name: value.numpy() for name, value in feeds.completed(batch).items()}, expected
 
+    masked = all(padding_input(batch) is not None for batch in batches)
     comparison = compare_outputs(path, cases(), work, mask=MASK if masked else None)
-    notes: tuple[str, ...] = ()
-    if overrides is None:
-        notes = ("the slim file was compared with the graph it was written from: its cuts have no dense twin",)
-    relative = max(
-        (RELATIVE.get(dtype, RELATIVE_FLOAT32) for dtype in _dtypes(slimmed.graph)), default=RELATIVE_FLOAT32
-    )
     allowed = relative * max(comparison.max_abs_expected, 1e-6)
     if not comparison.max_abs_difference <= allowed:
         raise VerificationError(
-            f"the slim ONNX differs from the dense one with zeros in its place by {comparison.max_abs_difference:.2e} "
-            f"(tolerance {allowed:.0e}): nothing was written; please report this model"
+            f"the slim ONNX differs from {WITHOUT_TWIN if overrides is None else TWIN} by "
+            f"{comparison.max_abs_difference:.2e} (tolerance {allowed:.0e}): nothing was written; please report this "
+            "model"
         )
-    return comparison, allowed, notes
+    return comparison, allowed, (f"verified against {WITHOUT_TWIN if overrides is None else TWIN}",)
+
+
+def _at_width(output: torch.Tensor, shape: Sequence[int | str]) -> torch.Tensor:
+    """Of a cache whose heads were cut, without the zeros."""
+    size = shape[-1] if len(shape) == output.ndim and output.ndim else None
+    return output[..., :size] if isinstance(size, int) else output
+
+
+@torch.no_grad()
+def _compare_rewritten(given: OnnxGraph, rewritten: OnnxGraph, batch: Inputs, relative: float) -> None:
+    pairs = zip(OnnxExecution(given).outputs(batch), OnnxExecution(rewritten).outputs(batch), strict=True)
+    for one, other in pairs:
+        away, size = (one.float() - other.float()).abs(), one.float().abs().max() if one.numel() else torch.zeros(())
+        if away.numel() and not away.nan_to_num().max() <= relative * size.clamp_min(1e-6):
+            raise VerificationError(
+                f"the graph rewritten to be cut differs from the file's by {float(away.max()):.2e}: nothing was "
+                "written; please report this model"
+            )
 
 
 def _dtypes(graph: OnnxGraph) -> set[torch.dtype]:

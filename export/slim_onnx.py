@@ -93,7 +93,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path)
-        comparison, allowed, said = verify_onnx(run.slimmed, path, _verified(run), work)
+        comparison, allowed, said = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
         verification = Verification(
             max_abs_difference=comparison.max_abs_difference,
             tolerance=allowed,

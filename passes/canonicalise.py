@@ -18,8 +18,11 @@ from dotresize_fx.passes.split_packed_heads import SplitPackedHeads
 from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
 
-def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
-    """No-ops gone, what parameters alone decide computed, linears and norms each one op, packed linears one a part."""
+def canonicalise(graph: Graph, *, check: bool = True, norms: bool = True) -> PassResult:
+    """No-ops gone, what parameters alone decide computed, linears and norms each one op, packed linears one a part.
+
+    Without ``norms`` these stay spelled as they are.
+    """
     passes = (
         DropNoOps(),
         FoldConstants(),
@@ -34,4 +37,5 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
         SplitPackedHeads(),
         RecogniseNorms(),
     )
-    return PassResult(tuple(record for step in passes for record in step(graph, check=check).records))
+    steps = passes if norms else passes[:-1]
+    return PassResult(tuple(record for step in steps for record in step(graph, check=check).records))

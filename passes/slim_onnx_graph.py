@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
 from dotresize_fx.onnx_form.sweep import OnnxSweep
 from dotresize_fx.options import Options
+from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
@@ -83,10 +84,6 @@ def slim_onnx_graph(
     cost = CostModel(options.cost or "weights", options.sequence_length if task == "encoder" else length)
     total = cost.total(canonical)
     regions, notes = choose_regions(canonical, matches.regions, SWEPT if plan else options.kinds)
-    dense, regions = _editable(graphs, regions)
-    untouched = dense is graphs.given
-    if not untouched:
-        notes += ("a width that is cut is packed with others: nodes of the graph were rewritten to part them",)
     notes += too_few_tokens(rows, regions, batches, task)
     if plan is not None:
         regions = [region for region in regions if region.name in plan.widths]
@@ -96,11 +93,16 @@ def slim_onnx_graph(
         if options.allocation != "uniform" and regions:
             with progress.stage("measure sensitivity", len(regions)) as step:
                 curves = measure_onnx_curves(
-                    dense, regions, batches, task=task, rows=rows, device=device, advanced=step
+                    canonical, regions, batches, task=task, rows=rows, device=device, advanced=step
                 )
-        chosen, kept = plan_widths(dense, regions, batches, total, cost, options, progress, task, curves)
+        chosen, kept = plan_widths(canonical, regions, batches, total, cost, options, progress, task, curves)
         notes += what_was_refused(matches, options.kinds) + kept
     progress.show(plan_table(regions, chosen.widths))
+    dense, found = _editable(graphs, _swept(regions, chosen))
+    regions = [found.get(region.name, region) for region in regions]
+    untouched = dense is graphs.given
+    if not untouched:
+        notes += ("what is cut is spelled in parts of other ops: these were rewritten, exactly, to be cut",)
     slimmed = dense.copy()
     swept = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
     slimmed.refresh_shapes()
@@ -117,15 +119,30 @@ def _refuse_stream(options: Options, plan: WidthPlan | None, matches: MatchRepor
         raise UsageError("--plan cuts the residual stream, which is not cut yet in an ONNX file: leave it out")
 
 
-def _editable(graphs: OnnxGraphs, regions: Sequence[Region]) -> tuple[OnnxGraph, list[Region]]:
-    """The graph to cut them in, and the regions as it has them: the file's own where all of them are found there too.
+def _swept(regions: Sequence[Region], plan: WidthPlan) -> list[Region]:
+    """Those that the sweep changes."""
+    groups = sublayers(regions)
+    cuts = [[(region, plan.widths[region.name]) for region in together] for together in groups]
+    return [region for together in cuts for region, _ in cut_or_refitted(together, stream_cut=False)]
 
-    Elsewhere, where linears are packed, the canonical one.
+
+def _editable(graphs: OnnxGraphs, regions: Sequence[Region]) -> tuple[OnnxGraph, dict[str, Region]]:
+    """The graph to cut them in, and by name as it has them: the least rewritten one in which all of them are found.
+
+    That is the file's own where neither linears are packed nor heads spelled in other ways.
     """
-    found = {_ends(region): region for region in find_regions(graphs.given).regions}
-    if all(_ends(region) in found for region in regions):
-        return graphs.given, [found[_ends(region)] for region in regions]
-    return graphs.canonical, list(regions)
+    for attempt in _attempts(graphs):
+        found = {_ends(region): region for region in find_regions(attempt).regions}
+        if all(_ends(region) in found for region in regions):
+            return attempt, {region.name: found[_ends(region)] for region in regions}
+    return graphs.canonical, {region.name: region for region in regions}
+
+
+def _attempts(graphs: OnnxGraphs) -> Iterator[OnnxGraph]:
+    yield graphs.given
+    parted = graphs.given.copy()
+    canonicalise(parted, check=False, norms=False)
+    yield parted
 
 
 def _ends(region: Region) -> tuple[object, ...]:

@@ -77,12 +77,15 @@ class OnnxExecution:
         outputs: Iterable[str],
         sums: GramNodes | None = None,
         overrides: Mapping[str, torch.Tensor] | None = None,
+        available: Iterable[str] | None = None,
     ) -> Piece:
         """What gives these values, and these sums, of nodes ``start`` to ``stop`` (exclusive).
 
-        ``overrides`` stand in for constants, by name and as they are stored.
+        ``overrides`` stand in for constants, by name and as they are stored. Of what earlier nodes gave all is there,
+        or what is ``available``: the rest is computed anew.
         """
-        return Piece(self, start, stop, list(dict.fromkeys(outputs)), sums, dict(overrides or {}))
+        there = None if available is None else frozenset(available)
+        return Piece(self, start, stop, list(dict.fromkeys(outputs)), sums, dict(overrides or {}), there)
 
     def outputs(
         self, inputs: Mapping[str, torch.Tensor], overrides: Mapping[str, torch.Tensor] | None = None
@@ -104,9 +107,9 @@ class OnnxExecution:
         """Whether a value follows from constants."""
         return name in self._static
 
-    def static(self, name: str) -> ir.Node:
-        """The node behind a value that follows from constants."""
-        return self._static[name]
+    def producer(self, name: str) -> ir.Node:
+        """The node that puts out a value."""
+        return self._static[name] if name in self._static else self.nodes[self._position[name]]
 
 
 FEEDABLE = {

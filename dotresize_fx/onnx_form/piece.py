@@ -34,6 +34,7 @@ class Piece:
         outputs: list[str],
         sums: GramNodes | None,
         overrides: dict[str, torch.Tensor],
+        available: frozenset[str] | None = None,
     ) -> None:
         self._execution, self._sums, self._outputs = execution, sums, outputs
         needed = {*outputs, *(sums.reads if sums else ())}
@@ -59,8 +60,8 @@ class Piece:
                 self._weights[name] = to_runtime(overrides[name], execution.device)
             elif name in execution.constants:
                 self._add_constant(name)
-            elif execution.is_static(name):
-                first.append(execution.static(name))
+            elif execution.is_static(name) or self._is_gone(name, available):
+                first.append(execution.producer(name))
                 waiting += sorted(reads_of(first[-1]))
             else:
                 self._read.append(name)
@@ -68,6 +69,10 @@ class Piece:
         self._nodes = sorted({*first, *chosen}, key=order.__getitem__)
         self._made = {str(output.name) for node in self._nodes for output in node.outputs if output.name}
         self._session: Any = None
+
+    def _is_gone(self, name: str, available: frozenset[str] | None) -> bool:
+        """Whether an earlier node gave it, and nothing kept it: an edit let later nodes read it."""
+        return available is not None and name not in available and self._execution.position(name) >= 0
 
     def _add_constant(self, name: str) -> None:
         tensor = self._execution.constants[name].const_value

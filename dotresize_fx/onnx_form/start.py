@@ -12,12 +12,18 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from dotresize_fx.cache_names import POSITIONS
 
 _PAST = re.compile(r"^past(_key_values)?[._]")
+_PRESENT = re.compile(r"^present(_key_values)?[._]")
 MASK, TYPES = "attention_mask", "token_type_ids"
 
 
 def is_past(name: str) -> bool:
     """Whether an input of this name holds keys or values of earlier tokens."""
     return bool(_PAST.match(name))
+
+
+def is_cache(name: str) -> bool:
+    """Whether an input or output of this name holds keys or values."""
+    return is_past(name) or bool(_PRESENT.match(name))
 
 
 def follows(name: str) -> bool:

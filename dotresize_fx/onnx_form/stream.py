@@ -8,7 +8,7 @@ import torch
 
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.gram_nodes import GramNodes, Sums
-from dotresize_fx.onnx_form.piece import Environment
+from dotresize_fx.onnx_form.piece import Environment, Piece
 from dotresize_fx.onnx_form.runtime_values import RuntimeValue
 
 
@@ -26,7 +26,8 @@ class OnnxStream:
         held: Iterable[str] = (),
     ) -> None:
         self.execution, self.environments, self.masks = execution, list(environments), masks
-        self.held = frozenset(held)
+        # The inputs too: what an edit lets later nodes read of earlier ones can then be computed anew.
+        self.held = tuple(dict.fromkeys((*execution.inputs, *held)))
         self.position = 0
 
     def advance(self, stop: int, keep: Sequence[str] = ()) -> list[Environment]:
@@ -34,7 +35,7 @@ class OnnxStream:
         execution = self.execution
         held = [name for name in self.held if execution.position(name) < stop]
         live = dict.fromkeys([*execution.needed_behind(stop), *held])
-        piece = execution.piece(self.position, stop, [*live, *keep])
+        piece = self.piece(stop, [*live, *keep])
         kept: list[Environment] = []
         for i, environment in enumerate(self.environments):
             values, _ = piece.run(environment)
@@ -42,6 +43,17 @@ class OnnxStream:
             kept.append({name: values[name] for name in keep})
         self.position = stop
         return kept
+
+    def piece(
+        self,
+        stop: int,
+        outputs: Iterable[str],
+        nodes: GramNodes | None = None,
+        overrides: Mapping[str, torch.Tensor] | None = None,
+    ) -> Piece:
+        """From here to ``stop``, see :meth:`OnnxExecution.piece`."""
+        available = self.environments[0] if self.environments else ()
+        return self.execution.piece(self.position, stop, outputs, nodes, overrides, available)
 
     def sums(
         self,
@@ -52,6 +64,6 @@ class OnnxStream:
         extra: Sequence[Mapping[str, RuntimeValue]] | None = None,
     ) -> Iterable[tuple[Environment, Sums]]:
         """Per batch what :meth:`Piece.run` gives of the nodes from here to ``stop``; the stream stays where it is."""
-        piece = self.execution.piece(self.position, stop, outputs, nodes, overrides)
+        piece = self.piece(stop, outputs, nodes, overrides)
         for i, environment in enumerate(self.environments):
             yield piece.run(environment, self.masks[i], None if extra is None else extra[i])

@@ -107,17 +107,13 @@ class OnnxSweep:
         execution, target = self.slim.execution, inputs.region.target
         fitting, held_out = GramAccumulator(), GramAccumulator()
         stop = max(inputs.end(execution), 1 + execution.position(target))
-        plain = execution.piece(self.slim.position, stop, [target, inputs.output])
+        plain = self.slim.piece(stop, [target, inputs.output])
         others: dict[str, Any] = {
             WANTED: ((_GOAL, 1.0), (_SEEN + target, -1.0), (_SEEN + inputs.output, 1.0)),
             OWN: ((_SEEN + inputs.output, 1.0),),
         }
-        mapped = execution.piece(
-            self.slim.position,
-            1 + execution.position(inputs.hidden),
-            [],
-            inputs.nodes(others),
-            inputs.mapped_writers(found),
+        mapped = self.slim.piece(
+            1 + execution.position(inputs.hidden), [], inputs.nodes(others), inputs.mapped_writers(found)
         )
         for i, environment in enumerate(self.slim.environments):
             values, _ = plain.run(environment)

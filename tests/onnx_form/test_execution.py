@@ -113,7 +113,7 @@ def test_bodies_read_the_graph_around_them() -> None:
     x = torch.randn(3, 2)
     walked = OnnxStream(execution, [execution.start({"x": x, "c": torch.tensor(False)})], [None], held=["y"])
     walked.advance(2)
-    assert set(walked.environments[0]) == {"a", "b", "c"}
+    assert set(walked.environments[0]) == {"a", "b", "c", "x"}
     walked.advance(3)
     assert torch.equal(from_runtime(walked.environments[0]["y"]), -x)
 
@@ -131,6 +131,18 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(from_runtime(values["y"]), x)
     assert sums["read/gram"].dtype == np.float32
     assert torch.allclose(torch.from_numpy(sums["read/gram"]), x.float().T @ x.float())
+
+
+def test_what_was_dropped_is_computed_anew(stream: Stream, difference: Any) -> None:
+    """An edit may let nodes behind a stream's position read what nothing there read before."""
+    module, graph = stream()
+    ids = draw(2, 5)
+    walked = OnnxStream(OnnxExecution(graph), [OnnxExecution(graph).start({"ids": ids})], [None])
+    walked.advance(walked.execution.position("h") + 1)
+    assert "z1" not in walked.environments[0]
+    found, _ = walked.piece(len(walked.execution.nodes), ["logits", "z1"]).run(walked.environments[0])
+    assert difference(from_runtime(found["z1"]), module.norm(module.embed(ids)).detach()) <= EXACT
+    assert difference(from_runtime(found["logits"]), module(ids).detach()) <= EXACT
 
 
 def test_a_run_that_fails_says_so_in_one_line(stream: Stream) -> None:
