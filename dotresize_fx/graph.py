@@ -76,7 +76,10 @@ class Op:
     ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale`` (None: one over the root
     of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
     and value, the key with its last two axes exchanged where it is ``turned``. One that ``mixes`` is spelled op by op:
-    the product of weights and values, its inputs. A CHANNELWISE op
+    the product of weights and values, its inputs. One that is ``merged`` takes and gives (batch, length, heads times
+    size), with the numbers of query and of KV heads in ``sizes``, one number where they are as many; ``cache`` has the
+    outputs by which it hands keys and values on itself, and ``one_size`` says that all its heads have to be of one
+    size. An op that is ``rotary`` rotates halves by cosines and sines of half the size. A CHANNELWISE op
     has ``channels``, their axis in its input and output; its other inputs are parameters (channels, ...). A RESHAPE
     that ``flattens`` joins or parts axes and states no size that stays. An OTHER op that is ``over_width`` takes a
     deviation over the last dimension, whose order it does not know.

@@ -47,14 +47,21 @@ class Way:
     gate: Way | None = None
 
 
-def follow_back(graph: Graph, attention: Op, value: Value, *, turned: bool = False) -> Way:
+def follow_back(graph: Graph, attention: Op, value: Value, *, turned: bool = False, heads: int = 0) -> Way:
     """From an input of the attention, (batch, heads, length, size), to the linear that writes it.
 
     Of products that are spelled op by op batch and heads may be one axis. ``turned``: the last two are exchanged.
+    With ``heads`` it is (batch, length, heads times size).
 
     Raises:
         Escape: with the reason in words.
     """
+    if heads:
+        if value.width is None or value.width % heads:
+            raise Escape(FORM)
+        back = _Back(graph, attention, value, 1, size=value.width // heads)
+        back.split, back.way.heads = True, heads
+        return back.run()
     joint = len(value.shape) == 3 and not isinstance(value.shape[0], int)
     if (len(value.shape) != 4 or not isinstance(value.shape[1], int)) and not joint:
         raise Escape(FORM)
@@ -107,6 +114,7 @@ class _Back:
             if self.turned and not (stays(op) or op.attributes.get("form") == "permute"):
                 raise Escape(FORM)
             plain = not (self.split or self.repeated or self.joint or self.is_gate or self.turned)
+            plain |= bool(op.attributes.get("rotary")) and not self.is_gate
             rotary = match_rotary(self.graph, self.value) if plain else None
             if rotary is not None:
                 self._rotate(rotary)
@@ -136,7 +144,11 @@ class _Back:
     def _rotate(self, rotary: Rotary) -> None:
         if self.way.rotary is not None:
             raise Escape("it is rotated twice")
-        self.way.by_head |= not all(is_broadcast(table.shape, 4, self.axis) for table, _ in rotary.tables)
+        if rotary.halves:
+            self.way.by_head |= not all(is_broadcast(table.shape, 4, self.axis) for table, _ in rotary.tables)
+        else:
+            sized = (name for name in rotary.ops if "sizes" in self.graph.op(name).attributes)
+            self.way.of_heads += [(name, 0) for name in sized]
         for name in rotary.ops:
             result = self.graph.op(name).output
             inside = {op.name for op in self.graph.users(result)} <= rotary.ops and result not in self.graph.outputs

@@ -23,6 +23,13 @@ class _On:
     def __init__(self, graph: Graph, attention: Op) -> None:
         self.graph, self.value = graph, attention.output
         shape = self.value.shape
+        if attention.attributes.get("merged"):
+            heads, width = attention.attributes["sizes"][0], self.value.width
+            if width is None or not heads or width % heads:
+                raise Escape(FORM)
+            self.joint, self.merged, self.axis = False, True, len(shape) - 1
+            self.way = Way(attention, heads=heads, size=width // heads)
+            return
         self.joint = len(shape) == 3 and not isinstance(shape[0], int)
         if self.value.width is None or not (self.joint or (len(shape) == 4 and isinstance(shape[1], int))):
             raise Escape(FORM)
@@ -72,7 +79,7 @@ class _On:
             order = op.attributes["order"]
             self.axis = order.index(self.axis)
             return bool(order[last] == last)
-        if form == "where" and not (self.merged or self.joint):
+        if form == "where" and not self.joint:
             self.way.by_head |= not is_broadcast(op.inputs[0].shape, last + 1, self.axis)
             return _hides(self.graph, op, self.value)
         return form == "view" and self._view(op.name, before, after)

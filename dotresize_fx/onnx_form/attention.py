@@ -67,7 +67,7 @@ def _read(mixing: ir.Node) -> SpelledAttention | None:
 
 
 def _behind_softmax(value: ir.Value | None) -> tuple[ir.Node, set[ir.Node]] | None:
-    """The softmax over the last axis whose result a value is, cast or with NaN put right at most, and the ops between."""
+    """The softmax over the last axis that a value comes from, by casts and a mending of NaN and what is between."""
     inside: set[ir.Node] = set()
     while value is not None and (node := value.producer()) is not None and node.domain == "":
         if node.op_type == "Softmax":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dotresize_fx.onnx_form.attention_ops import cache_of
 from dotresize_fx.onnx_form.linears import attribute
 
 
@@ -12,9 +13,10 @@ def find_caches(graph: ir.Graph) -> dict[str, str]:
     found = {}
     for output in graph.outputs:
         node = output.producer()
-        past = node.inputs[0] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
-        if node is None or past is None or not past.is_graph_input() or past.shape is None or len(past.shape) != 4:
+        if node is None:
             continue
-        if attribute(node, "axis", 0) in (-2, 2):
+        behind = node.op_type == "Concat" and len(node.inputs) == 2 and attribute(node, "axis", 0) in (-2, 2)
+        past = node.inputs[0] if behind else cache_of(node, output)
+        if past is not None and past.is_graph_input() and past.shape is not None and len(past.shape) == 4:
             found[str(output.name)] = str(past.name)
     return found

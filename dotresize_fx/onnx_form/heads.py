@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from dotresize_fx.graph import Op, Value
+from dotresize_fx.onnx_form.attention_ops import head_counts
 from dotresize_fx.onnx_form.constants import integers
 from dotresize_fx.onnx_form.edits import OnnxEditor
 from dotresize_fx.onnx_form.moves import stated_sizes
@@ -27,6 +28,12 @@ class HeadEdits:
     def resize_axes(self: OnnxGraph, op: Op, sizes: Mapping[int, int]) -> None:
         """See :meth:`Graph.resize_axes`. What a target states is replaced, and what it computes stays."""
         node = self._node(op.name)
+        if names := head_counts(node):
+            for place, size in sizes.items():
+                node.attributes.add(ir.AttrInt64(names[place], size))
+            self._moved = True
+            self.changed()
+            return
         stated = stated_sizes(node.inputs[1])
         assert stated is not None
         shift = len(op.output.shape) - len(stated)
@@ -113,8 +120,9 @@ class HeadEdits:
         return self._value(self._values[name]).shape
 
     def resize_input(self: OnnxGraph, name: str, sizes: Mapping[int, int]) -> None:
-        value = self._values[name]
-        assert value.shape is not None
-        value.shape = ir.Shape([sizes.get(axis, size) for axis, size in enumerate(value.shape)])
+        """See :meth:`Graph.resize_input`; the output that carries a cache on states the same sizes."""
+        for value in (self._values[n] for n in (name, *(out for out, past in self.caches.items() if past == name))):
+            assert value.shape is not None
+            value.shape = ir.Shape([sizes.get(axis, size) for axis, size in enumerate(value.shape)])
         self._moved = True
         self.changed()

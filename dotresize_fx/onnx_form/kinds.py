@@ -11,6 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.graph import Kind
+from dotresize_fx.onnx_form.attention_ops import read_attention_op, read_rotary_op
 from dotresize_fx.onnx_form.axes import axes, keeps_width, last, sees_width
 from dotresize_fx.onnx_form.constants import constant, is_ones, is_weight, number
 from dotresize_fx.onnx_form.linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
@@ -90,6 +91,9 @@ def read_form(node: ir.Node, index: int = 0) -> Form:
         if _is_of_joined_rows(core):
             return Form(Kind.ADDMM, core, node, tuple(value for value in (core.inputs[2], *core.inputs[:2]) if value))
         return Form(Kind.LINEAR, core, node, (source,), weight=(core, 1), bias=bias_slot(core))
+    for known, read in ((Kind.ATTENTION, read_attention_op(node)), (Kind.OTHER, read_rotary_op(node))):
+        if read is not None:
+            return Form(known, node, node, *read)
     alone = node.op_type == "Split" or not has_second_output(node)
     form = _read_known(node) if node.domain in DOMAINS and alone else None
     if form is None:

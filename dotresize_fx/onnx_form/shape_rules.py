@@ -196,6 +196,20 @@ def slices(node: ir.Node) -> dict[int, tuple[int, int | None, int]] | None:
     return found
 
 
+def _attention(node: ir.Node, known: Known) -> Shapes:
+    """(batch, length, heads times the values' size), or heads on an axis of their own."""
+    query, value = sizes_of(node.inputs[0]), sizes_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    if query is None or value is None or len(query) != len(value) or len(query) not in (3, 4):
+        return []
+    if len(query) == 4:
+        return [(*query[:3], value[3])]
+    heads = int(attribute(node, "q_num_heads", attribute(node, "num_heads", 0)))
+    shared = int(attribute(node, "kv_num_heads", heads))
+    if not heads or not shared or not isinstance(value[2], int):
+        return []
+    return [(*query[:2], value[2] // shared * heads)]
+
+
 def _gather(node: ir.Node, known: Known) -> Shapes:
     source, places = (sizes_of(value) for value in node.inputs[:2])
     if not source or places is None:
@@ -253,4 +267,5 @@ RULES: dict[str, Callable[[ir.Node, Known], Shapes]] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    **dict.fromkeys(("Attention", "MultiHeadAttention", "GroupQueryAttention"), _attention),
 }
