@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dotresize_fx.cache_names import PAST
 from dotresize_fx.device import compute_device
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
@@ -86,7 +87,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     """
     run = _slimmed(name, options, progress)
     with progress.stage("write ONNX"):
-        path = write_onnx(run.slimmed.graph, run.stated, folder)
+        path = write_onnx(run.slimmed, run.stated, _timed(run), folder)
         for companion in COMPANIONS:
             if (file := run.path.with_name(companion)).is_file():
                 shutil.copyfile(file, folder / companion)
@@ -105,7 +106,9 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     peak = peak_rss_bytes()
     with progress.stage("measure latency"):
         gc.collect()
-        inputs = {k: v.numpy() for k, v in OnnxExecution(run.graphs.given).completed(_timed(run)).items()}
+        fed = OnnxExecution(run.graphs.given).completed(_timed(run))
+        # An empty cache is each side's own: its heads may differ.
+        inputs = {name: value.numpy() for name, value in fed.items() if not name.startswith(PAST)}
         latency = measure_latency({"dense": run.path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
     length = MACS_LENGTH if reads_text(run.prepared.task) else next(iter(_timed(run).values())).shape[-1]
     figures = Figures(

@@ -13,8 +13,10 @@ import onnx_ir as ir
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.weight_files import first_line
+from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.start import is_cache
+from dotresize_fx.passes.slim_onnx_graph import Inputs, SlimmedOnnx
 
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 INLINE_AT_MOST = 2**31 - 2**27
@@ -44,15 +46,42 @@ class Stated:
         )
 
 
-def write_onnx(graph: OnnxGraph, stated: Stated, folder: Path) -> Path:
-    """``model.onnx``, with its weights beside it where the file had that or where they are too large for one file."""
-    model = graph.fused_model()
+def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Path) -> Path:
+    """``model.onnx``, with its weights beside it where the file had that or where they are too large for one file.
+
+    ``sample`` are small inputs, run to see which sizes are others now.
+    """
+    _correct_shapes(slimmed, sample)
+    model = slimmed.graph.copy().fused_model()  # of which what was fused is told no more
     tensors = [value.const_value for g in model.graphs() for value in g.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     path = folder / ONNX_FILE
     with _as_stated(model, stated):
         ir.save(model, path, external_data=WEIGHTS_FILE if stated.external or size > INLINE_AT_MOST else None)
     return path
+
+
+def _correct_shapes(slimmed: SlimmedOnnx, sample: Inputs) -> None:
+    """Sizes that a run of the slim graph has others of than one of the dense graph are stated as it has them."""
+    before, after = (_met_shapes(graph, sample) for graph in (slimmed.dense, slimmed.graph))
+    for node in slimmed.graph.model.graph:
+        for value in node.outputs:
+            old, new = before.get(str(value.name)), after.get(str(value.name))
+            if value.shape is None or old is None or new is None or len(new) != len(value.shape) or old == new:
+                continue
+            shape = value.shape.copy()
+            for axis, (was, size) in enumerate(zip(old, new, strict=True)):
+                if was != size and isinstance(shape[axis], int):
+                    shape[axis] = size
+            value.shape = shape
+
+
+def _met_shapes(graph: OnnxGraph, sample: Inputs) -> dict[str, tuple[int, ...]]:
+    """By name, of all that the graph computes."""
+    execution = OnnxExecution(graph)
+    names = [str(output.name) for node in execution.nodes for output in node.outputs if output.name]
+    values, _ = execution.piece(0, len(execution.nodes), names).run(execution.start(sample))
+    return {name: tuple(value.shape()) for name, value in values.items() if value.is_tensor()}
 
 
 @contextmanager

@@ -97,6 +97,11 @@ class OnnxExecution:
         """All of the graph as a function, or what its first output takes."""
         return Whole(self, self.results[:1] if first else self.results, overrides)
 
+    def width(self, name: str) -> int | None:
+        """The last size that the graph states of a value; None where it states none."""
+        sizes = self.graph.shape_of(name) if name in self._position or name in self.inputs else ()
+        return sizes[-1] if sizes and isinstance(sizes[-1], int) else None
+
     def feeds(self, name: str) -> bool:
         """Whether a constant is fed to a session that reads it."""
         tensor = self.constants[name].const_value

@@ -121,11 +121,20 @@ class Piece:
         self._session.run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs(), strict=True))
 
+    def _sizes(self, name: str, met: list[int]) -> list[int | None]:
+        """What is declared of an input: of a weight all, of a value its width, where that is stated. Some of ONNX
+        Runtime's own ops ask for these.
+        """
+        if name in self._weights or not met:
+            return list(met)
+        stated = self._execution.width(name)
+        return [*[None] * (len(met) - 1), None if stated is None else met[-1]]
+
     def _open(self, fed: Environment, names: Sequence[str]) -> Any:
         runtime = onnx_runtime()
         model = self._execution.model
         inputs = [
-            helper.make_tensor_value_info(name, value.element_type(), [None] * len(value.shape()))
+            helper.make_tensor_value_info(name, value.element_type(), self._sizes(name, list(value.shape())))
             for name, value in fed.items()
         ]
         nodes = [ir.serde.serialize_node(node) for node in self._nodes]
