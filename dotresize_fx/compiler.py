@@ -166,6 +166,8 @@ def slim_with(
     """:func:`slim` with its options checked and gathered, on rank 0; ``batches`` are a module's inputs in memory."""
     started = time.perf_counter()
     torch.manual_seed(chosen.seed)
+    if isinstance(model, (str, Path)) and is_onnx_source(model):
+        raise UsageError(f"{model}: an ONNX file is slimmed by the command line: dotresize-fx export")
     given = reads_given_inputs(model)
     _check_kind(chosen, given, batches)
     # What is wrong with these is said before the model is loaded.

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from dotresize_fx.cache_names import PAST
@@ -134,6 +135,8 @@ def _slimmed(name: str, options: Options, progress: Progress) -> _Run:
     path = Path(name) / ONNX_FILE if Path(name).is_dir() else Path(name)
     with progress.stage("load"):
         model = load_onnx(path)
+        if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
+            model.graph.sort()
         stated = Stated.by(path)
         given = OnnxGraph(model)
     with progress.stage("find regions"):
@@ -162,6 +165,17 @@ def _slimmed(name: str, options: Options, progress: Progress) -> _Run:
         device=device,
     )
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _is_sorted(model: ir.Model) -> bool:
+    """Whether every node comes behind those that it reads."""
+    seen: set[ir.Node] = set()
+    for node in model.graph:
+        before = (value.producer() for value in node.inputs if value is not None)
+        if any(other is not None and other.graph is model.graph and other not in seen for other in before):
+            return False
+        seen.add(node)
+    return True
 
 
 def _refuse(options: Options) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx.errors import VerificationError
+import dotresize_fx
+from dotresize_fx.errors import UsageError, VerificationError
 from dotresize_fx.export import prove_onnx
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.passes.prove_exactness import redraw_parameters
@@ -218,6 +219,23 @@ def test_files_that_are_no_such_model(here: Callable[..., Any], model: Path, tmp
     for path, code, said in ((cut, 3, "cut off"), (outside, 3, "outside its folder"), (tmp_path / "no.onnx", 3, "no")):
         ended = here("export", path, tmp_path / "out", *data)
         assert (ended.code, said in ended.stderr, ended.stderr.count("\n")) == (code, True, 1), ended.stderr
+
+
+def test_python_says_where_onnx_files_are_slimmed(model: Path) -> None:
+    with pytest.raises(UsageError, match="dotresize-fx export"):
+        dotresize_fx.slim(model, 0.2)
+
+
+def test_half_precision_stays_so(slim: Callable[..., Any], model: Path, tmp_path: Path) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    half = convert_float_to_float16(onnx.load(model), keep_io_types=True)
+    onnx.save(half, tmp_path / "half.onnx")
+    ended, out = slim(tmp_path / "half.onnx", "--ratio", "0.25", "--calibration-data", model.with_name("inputs.npz"))
+    assert ended.code == 0, ended.stderr
+    kinds = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert {t.name: t.data_type for t in onnx.load(out / "model.onnx").graph.initializer} == kinds
+    assert onnx.TensorProto.FLOAT16 in kinds.values()
 
 
 def test_a_network_without_a_region(here: Callable[..., Any], tmp_path: Path) -> None:
