@@ -18,7 +18,7 @@ from dotresize_fx.device import compute_device
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
 from dotresize_fx.export.match_rows import linear_rows, region_rows
-from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
+from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.onnx_source import load_onnx
@@ -58,6 +58,8 @@ COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
+# Files of so many bytes are not held in memory.
+SPOOLED = 2**26
 # Of held-out inputs so many batches are compared, beside one sample alone.
 VERIFIED_BATCHES = 2
 
@@ -86,7 +88,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         NothingToSlimError, SolverError: see :func:`slim_onnx_graph`.
         VerificationError: what was written is not what was solved for.
     """
-    run = _slimmed(name, options, progress)
+    run = _slimmed(name, work, options, progress)
     with progress.stage("write ONNX"):
         path = write_onnx(run.slimmed, run.stated, _timed(run), folder)
         for companion in COMPANIONS:
@@ -126,7 +128,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     return report
 
 
-def _slimmed(name: str, options: Options, progress: Progress) -> _Run:
+def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Run:
     started = time.perf_counter()
     require_onnx_runtime()
     _refuse(options)
@@ -134,7 +136,7 @@ def _slimmed(name: str, options: Options, progress: Progress) -> _Run:
     torch.manual_seed(options.seed)
     path = Path(name) / ONNX_FILE if Path(name).is_dir() else Path(name)
     with progress.stage("load"):
-        model = load_onnx(path)
+        model = _on_disk(load_onnx(path), path, work)
         if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
             model.graph.sort()
         stated = Stated.by(path)
@@ -165,6 +167,15 @@ def _slimmed(name: str, options: Options, progress: Progress) -> _Run:
         device=device,
     )
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _on_disk(model: ir.Model, path: Path, work: Path) -> ir.Model:
+    """Of a large file with its weights inside, a copy with them beside it: a parsed message is copied at every read."""
+    if path.stat().st_size < SPOOLED:
+        return model
+    (folder := work / "spooled").mkdir()
+    ir.save(model, folder / ONNX_FILE, external_data=WEIGHTS_FILE)
+    return load_onnx(folder / ONNX_FILE)
 
 
 def _is_sorted(model: ir.Model) -> bool:

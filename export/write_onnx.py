@@ -56,8 +56,11 @@ def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Pat
     tensors = [value.const_value for g in model.graphs() for value in g.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     path = folder / ONNX_FILE
+    beside = stated.external or size > INLINE_AT_MOST
+    if not beside:
+        ir.external_data.load_to_model(model)  # what was spooled
     with _as_stated(model, stated):
-        ir.save(model, path, external_data=WEIGHTS_FILE if stated.external or size > INLINE_AT_MOST else None)
+        ir.save(model, path, external_data=WEIGHTS_FILE if beside else None)
     return path
 
 
