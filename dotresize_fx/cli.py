@@ -212,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         default=[],
-        help="for a .pt2: an .npz of arrays named as the program's inputs, samples along the first axis, or a folder "
-        "of such files, repeatable; 80 %% of the samples calibrate, the last 20 %% measure",
+        help="for a .pt2 or .onnx: an .npz of arrays named as the model's inputs, samples along the first axis, or a "
+        "folder of such files, repeatable; 80 %% of the samples calibrate, the last 20 %% measure",
     )
     export.add_argument("--calibration-tokens", type=int, metavar="N", help="(24576; 98304 for an encoder)")
     export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
@@ -229,7 +229,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="show what would be matched, and why the rest would not")
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("model", metavar="MODEL", help=model)
+    inspect.add_argument(
+        "model", metavar="MODEL", help=f"{model}; or an ONNX file, or a folder of a model.onnx without config.json"
+    )
     _common(inspect)
 
     evaluate = commands.add_parser("eval", help="perplexity of a model or of an exported OUT on a text")

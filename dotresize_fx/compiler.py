@@ -23,8 +23,10 @@ from dotresize_fx.export.formats import require_formats
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.module_source import Examples
 from dotresize_fx.export.onnx_file import ONNX_FILE
+from dotresize_fx.export.onnx_source import analyse_onnx, is_onnx_source
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.launched import Launched
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
@@ -164,6 +166,8 @@ def slim_with(
     """:func:`slim` with its options checked and gathered, on rank 0; ``batches`` are a module's inputs in memory."""
     started = time.perf_counter()
     torch.manual_seed(chosen.seed)
+    if isinstance(model, (str, Path)) and is_onnx_source(model):
+        raise UsageError(f"{model}: an ONNX file is slimmed by the command line: dotresize-fx export")
     given = reads_given_inputs(model)
     _check_kind(chosen, given, batches)
     # What is wrong with these is said before the model is loaded.
@@ -310,6 +314,11 @@ def export(
     from dotresize_fx.export.output_folder import OutputFolder
     from dotresize_fx.export.precision import require_runtime
 
+    if is_onnx_source(name):
+        from dotresize_fx.export.slim_onnx import slim_onnx_file
+
+        with OutputFolder(out, force) as folder:
+            return slim_onnx_file(name, folder.partial, folder.work, options, progress)
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()
@@ -323,8 +332,12 @@ def export(
 
 def inspect(name: str, *, trust_remote_code: bool, progress: Progress) -> tuple[MatchReport, dict[str, str]]:
     """The match report, and for regions that are matched and still not cut the reason."""
-    with progress.stage("load"):
-        loaded = open_model(name, trust_remote_code=trust_remote_code)
-    _, graph, matches = analyse(loaded, progress)
+    graph: Graph
+    if is_onnx_source(name):
+        graph, matches = analyse_onnx(name, progress)
+    else:
+        with progress.stage("load"):
+            loaded = open_model(name, trust_remote_code=trust_remote_code)
+        _, graph, matches = analyse(loaded, progress)
     reasons = {region.name: why_not_cut(graph, region) for region in matches.regions}
     return matches, {region: why for region, why in reasons.items() if why}

@@ -59,13 +59,16 @@ def _attention_macs(op: Op, length: int) -> int:
     """Scores and mixing of one query position against ``length`` keys, all heads; no causal half is saved."""
     if op.attributes.get("mixes"):  # of its scores nothing is known here; they are taken to cost what mixing does
         return 2 * query_heads(op) * length * (op.inputs[1].width or 0)
+    if len(op.inputs) < 3:  # it has projections of its own, or all three in one
+        return 0
     query, _, value = op.inputs[:3]
     return query_heads(op) * length * ((query.width or 0) + (value.width or 0))
 
 
 def query_heads(op: Op) -> int:
     """Of an attention op; 0 where its query's shape does not tell."""
-    heads = op.inputs[0].shape[-3]
+    shape = op.inputs[0].shape
+    heads = shape[-3] if len(shape) > 2 else None
     return heads if isinstance(heads, int) else 0  # not told: its products are not counted
 
 

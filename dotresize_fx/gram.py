@@ -39,6 +39,21 @@ class GramAccumulator:
             self.cross[name] += x.T @ y
             self.energy[name] += y.double().square().sum()
 
+    def add_sums(
+        self, tokens: int, gram: torch.Tensor, cross: Mapping[str, torch.Tensor], energy: Mapping[str, torch.Tensor]
+    ) -> None:
+        """What was summed elsewhere over ``tokens`` rows: gram (n, n), and by name cross (n, m) and energy, scalars."""
+        if self.tokens == 0:
+            self.gram = torch.zeros_like(gram, dtype=torch.float64)
+        self.tokens += tokens
+        self.gram += gram
+        for name, product in cross.items():
+            if name not in self.cross:
+                self.cross[name] = torch.zeros_like(product, dtype=torch.float64)
+                self.energy[name] = torch.zeros((), dtype=torch.float64)
+            self.cross[name] += product
+            self.energy[name] += energy[name]
+
     def through(self, matrix: torch.Tensor) -> GramAccumulator:
         """What would have been summed over x @ matrix; matrix: (n, k) float64."""
         mapped = GramAccumulator()

@@ -75,7 +75,11 @@ class Op:
     token has. Where each expert sees all rows these alone are its input, (experts, rows, width). A KEEP op that
     ``joins`` passes on all of its inputs, any other the first. An ATTENTION op has ``scale`` (None: one over the root
     of the head size) and ``grouped`` (it shares KV heads among query heads by itself); its inputs begin with query, key
-    and value. One that ``mixes`` is spelled op by op: the product of weights and values, its inputs. A CHANNELWISE op
+    and value, the key with its last two axes exchanged where it is ``turned``. One that ``mixes`` is spelled op by op:
+    the product of weights and values, its inputs. One that is ``merged`` takes and gives (batch, length, heads times
+    size), with the numbers of query and of KV heads in ``sizes``, one number where they are as many; ``cache`` has the
+    outputs by which it hands keys and values on itself, and ``one_size`` says that all its heads have to be of one
+    size. An op that is ``rotary`` rotates halves by cosines and sines of half the size. A CHANNELWISE op
     has ``channels``, their axis in its input and output; its other inputs are parameters (channels, ...). A RESHAPE
     that ``flattens`` joins or parts axes and states no size that stays. An OTHER op that is ``over_width`` takes a
     deviation over the last dimension, whose order it does not know.
@@ -332,6 +336,14 @@ class Graph(ABC):
 
     def join_expert_lists(self) -> list[str]:
         """Let one EXPERTS op stand for linears of parts of the rows, each with its part of one weight, joined again.
+
+        Returns what was changed; a form that cannot do it returns none.
+        """
+        return []
+
+    def normalise_views(self) -> list[str]:
+        """Let one permutation stand for a view, a permutation and a view that exchange the last two of four axes, and
+        two views for one that joins the first two and the last two.
 
         Returns what was changed; a form that cannot do it returns none.
         """

@@ -14,6 +14,7 @@ from dotresize_fx.gram import RegionStatistics, padding_mask, token_rows
 from dotresize_fx.graph import Kind
 from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.region_inputs import RegionInputs
+from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.task import predicts_tokens
@@ -36,6 +37,16 @@ def probed_width(region: Region) -> int:
         return region.width - 1
     share = PROBED_PAIRS if region.symmetry is Symmetry.ROTARY_PAIRS else PROBED[region.kind]
     return max(2, int(region.width * share / 2) * 2)
+
+
+def reader_change(region: Region, statistics: RegionStatistics, found: RegionMap) -> torch.Tensor:
+    """(n, out): from what the reader reads to the error in what it puts out, fitted to what the map leaves."""
+    weight = statistics.reader_weight
+    assert weight is not None
+    down = over_heads(region, found.down, weight.shape[1])
+    kept = down.T @ statistics.gram @ down
+    ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
+    return down @ torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T) - weight.T
 
 
 class Probe:
@@ -70,10 +81,7 @@ class Probe:
             parameter, stored = graph.stored_expert_weight(inputs.reader, kept)
             self.weights, self.departs = {parameter: stored}, list(parameter.users)
             return
-        down = over_heads(region, found.down, weight.shape[1])
-        kept = down.T @ statistics.gram @ down
-        ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
-        self.change = down @ torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T) - weight.T
+        self.change = reader_change(region, statistics, found)
 
     def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
         """What ``wanted`` is with the region cut; ``environment`` was run up to ``start`` and is used up."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +14,24 @@ from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import refit_reader, relative_error
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
+from dotresize_fx.region_ops import RegionOps
 from dotresize_fx.regions import ATTENTION_KINDS, Region
+from dotresize_fx.solvers import Solver
 
 
 @dataclass
-class Gathered:
-    """A region's sums on the slim prefix: solved with, and held out; and per batch what its reader should put out
-    (``wanted``) and does (``own``), (batch, length, width) or joined.
-    """
+class Sums:
+    """A region's sums on the slim prefix: solved with, and held out."""
 
     statistics: RegionStatistics
     fitting: GramAccumulator
     held_out: GramAccumulator
+
+
+@dataclass
+class Gathered(Sums):
+    """And per batch what its reader should put out (``wanted``) and does (``own``), joined or not."""
+
     wanted: list[torch.Tensor]
     own: list[torch.Tensor]
 
@@ -74,32 +80,9 @@ class ReaderRefit:
 
     def refit(self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered) -> tuple[RegionMap, float | None]:
         """Replace the map's way up by a reader fitted to ``wanted`` from what the reader will see."""
-        region, reader = inputs.region, inputs.reader
-        assert reader is not None
-        if _passes_through(region, region_map):
-            weight = inputs.reader_weight()
-            width = weight.shape[1] - inputs.biased
-            mix = over_heads(region, region_map.down, width)
-            if inputs.biased:
-                mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
-            fitting, held_out = gathered.fitting.through(mix), gathered.held_out
-            held_out = held_out.through(mix) if held_out.tokens else held_out
-            own = mix.T @ gathered.fitting.gram @ weight.T
-        else:
-            fitting, held_out = self._gather_merged(inputs, region_map, gathered)
-            own = fitting.cross["own"]
-        refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased, pull=self.pull)
-        full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
-        error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
-        refitted = RegionMap(
-            region_map.down,
-            branch_down=region_map.branch_down,
-            key_down=region_map.key_down,
-            reader_weights={reader.name: refit.weight},
-            reader_biases={} if refit.bias is None else {reader.name: refit.bias},
-            notes=region_map.notes,
+        return fit_reader(
+            inputs, region_map, gathered, lambda: self._gather_merged(inputs, region_map, gathered), self.pull
         )
-        return refitted, error
 
     def _gather_merged(
         self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered
@@ -133,7 +116,82 @@ class ReaderRefit:
             yield values[inputs.hidden]
 
 
-def _passes_through(region: Region, region_map: RegionMap) -> bool:
+def fit_reader(
+    inputs: RegionOps,
+    region_map: RegionMap,
+    gathered: Sums,
+    merged: Callable[[], tuple[GramAccumulator, GramAccumulator]],
+    pull: float,
+) -> tuple[RegionMap, float | None]:
+    """The map with a reader fitted to what it should put out; and its relative error on held-out rows, if any.
+
+    ``merged`` gives the sums, ``wanted`` and ``own`` among them, over what the reader sees once the writers are mapped;
+    it is asked where that does not follow from ``gathered``.
+    """
+    region, reader = inputs.region, inputs.reader
+    assert reader is not None
+    if passes_through(region, region_map):
+        weight = inputs.reader_weight()
+        width = weight.shape[1] - inputs.biased
+        mix = over_heads(region, region_map.down, width)
+        if inputs.biased:
+            mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
+        fitting, held_out = gathered.fitting.through(mix), gathered.held_out
+        held_out = held_out.through(mix) if held_out.tokens else held_out
+        own = mix.T @ gathered.fitting.gram @ weight.T
+    else:
+        fitting, held_out = merged()
+        own = fitting.cross["own"]
+    refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased, pull=pull)
+    full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
+    error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
+    refitted = RegionMap(
+        region_map.down,
+        branch_down=region_map.branch_down,
+        key_down=region_map.key_down,
+        reader_weights={reader.name: refit.weight},
+        reader_biases={} if refit.bias is None else {reader.name: refit.bias},
+        notes=region_map.notes,
+    )
+    return refitted, error
+
+
+def best_map(
+    inputs: RegionOps,
+    width: int,
+    gathered: Sums,
+    solvers: Sequence[tuple[str, Solver]],
+    fit: Callable[[RegionMap], tuple[RegionMap, float | None]] | None,
+) -> tuple[str, RegionMap | None, float | None]:
+    """(solver, map, error) of the solver whose fitted reader does best on held-out rows, the first of equals.
+
+    ``fit`` None: readers are taken as the solver has them. At the full width the reader alone is fitted ("refit"); no
+    map, and "kept", where its own does better.
+    """
+    region, fits = inputs.region, fit is not None and inputs.reader is not None
+    if width == region.width and inputs.reader is not None:
+        solvers = [("refit", _keep_all)]
+    found: list[tuple[str, RegionMap, float | None]] = []
+    for name, solver in solvers:
+        region_map, error = solver(region, gathered.statistics, width), None
+        if fit is not None and fits:
+            region_map, error = fit(region_map)
+        found.append((name, region_map, error))
+    # Without held-out batches nothing tells them apart.
+    name, region_map, error = min(found, key=lambda one: 0.0 if one[2] is None else one[2])
+    if width == region.width and error is not None:
+        kept = relative_error(gathered.held_out, "wanted", inputs.reader_weight()) ** 0.5
+        if kept <= error:  # too few tokens for a fit that holds on others
+            return "kept", None, kept
+    return name, region_map, error
+
+
+def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
+    identity = torch.eye(width, dtype=torch.float64, device=statistics.gram.device)
+    return RegionMap(identity, identity)
+
+
+def passes_through(region: Region, region_map: RegionMap) -> bool:
     """Whether what the reader sees of the mapped writers is what it saw before, times ``down``.
 
     So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.

@@ -7,33 +7,33 @@ from typing import Any
 
 import torch
 
-from dotresize_fx.expert_statistics import ExpertGrams, expert_statistics
+from dotresize_fx.expert_statistics import ExpertGrams
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, check_finite, token_rows, with_ones
-from dotresize_fx.graph import Kind, Op
+from dotresize_fx.gram import GramAccumulator, token_rows, with_ones
+from dotresize_fx.graph import Op
+from dotresize_fx.region_ops import RegionOps
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.rotary_coherence import coherence
 
 Values = Mapping[torch.fx.Node, Any]
 
 
-class RegionInputs:
+class RegionInputs(RegionOps):
     """Watches one region of ``graph``: what its reader reads and puts out, and what its writers read.
 
-    ``reader`` is the region's only reader; queries and keys have none, since the attention reads them. There ``entry``,
-    the one value that all writers read, is watched instead. Node names stay valid while other regions' maps are folded.
+    Where there is no reader ``entry``, the one value that all writers read, is watched instead. Node names stay valid
+    while other regions' maps are folded.
     """
 
+    graph: FxGraph
+
     def __init__(self, graph: FxGraph, region: Region) -> None:
-        self.graph, self.region = graph, region
-        self.reader = graph.op(region.readers[0]) if region.readers else None
-        self.writers = [graph.op(name) for name in region.writers]
+        super().__init__(graph, region)
         self.entry = self.hidden = self.output = None
         if self.reader is None:
             self.entry = graph.node(self.writers[0].inputs[0].name)
         if self.reader is not None:
             self.hidden, self.output = graph.node(self.reader.inputs[0].name), graph.node(self.reader.name)
-        self.biased = self.reader is not None and graph.bias(self.reader) is not None
         self.ends: torch.fx.Node | None = None
         self.origin: torch.fx.Node | None = None
         if region.kind is RegionKind.EXPERTS:
@@ -53,11 +53,6 @@ class RegionInputs:
         return [node for node in watched if node is not None]
 
     @property
-    def products(self) -> list[Op]:
-        """The experts' products that write the region: its biases, which are looked up, are none."""
-        return [op for op in self.writers if op.kind is Kind.EXPERTS]
-
-    @property
     def routing(self) -> list[torch.fx.Node]:
         """What says which expert, and which token, each row is of."""
         return [node for node in (self.ends, self.origin) if node is not None]
@@ -74,10 +69,6 @@ class RegionInputs:
         index: Any = rows.args[1] if rows.target is torch.ops.aten.index.Tensor else ()
         origin = index[0] if len(index) == 1 and isinstance(index[0], torch.fx.Node) else None
         return self.graph.node(self.reader.inputs[1].name), origin
-
-    def new_sums(self) -> GramAccumulator:
-        """For :meth:`add_rows`."""
-        return ExpertGrams(self.region.heads) if self.region.kind is RegionKind.EXPERTS else GramAccumulator()
 
     def add_rows(
         self, sums: GramAccumulator, values: Values, mask: torch.Tensor | None, **others: torch.Tensor
@@ -148,13 +139,6 @@ class RegionInputs:
         mask = mask.reshape(-1, *mask.shape[-2:])[0].expand(length, length)
         return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
-    def reader_weight(self) -> torch.Tensor:
-        """(out, n) float64, or (out, n + 1) with the bias as last column."""
-        assert self.reader is not None
-        weight = self.graph.weight(self.reader).double()
-        bias = self.graph.bias(self.reader)
-        return weight if bias is None else torch.cat([weight, bias.double()[:, None]], 1)
-
     def mapped(self, writer: Op, down: torch.Tensor) -> dict[torch.fx.Node, torch.Tensor]:
         """The writer's weight and bias with (n, k) ``down`` folded into them, by parameter node."""
         stored = ((writer.weight, self.graph.weight(writer)), (writer.bias, self.graph.bias(writer)))
@@ -163,35 +147,3 @@ class RegionInputs:
             for value, tensor in stored
             if value is not None and tensor is not None
         }
-
-    def statistics(
-        self, read: GramAccumulator, entered: GramAccumulator, near: torch.Tensor | None = None
-    ) -> RegionStatistics:
-        """Of sums over :meth:`read_rows` and :meth:`entry_rows`, either of which may be empty, and :meth:`coherence`.
-
-        Raises:
-            SolverError: activations are infinite or NaN.
-        """
-        for sums in (read, entered):
-            check_finite(sums.gram, self.region)
-        if isinstance(read, ExpertGrams):
-            assert self.reader is not None
-            return expert_statistics(read, self.graph.weight(self.reader).double())
-        gram = read.gram / max(read.tokens, 1)
-        weight = self.reader_weight() if self.reader is not None else None
-        if self.biased and weight is not None:
-            gram, weight = gram[:-1, :-1], weight[:, :-1]
-        return RegionStatistics(
-            tokens=max(read.tokens, entered.tokens),
-            gram=gram,
-            reader_weight=weight,
-            entry_gram=None if self.entry is None else entered.gram / max(entered.tokens, 1),
-            coherence=near,
-            writer_weights={op.name: self._writer_weight(op.name) for op in self.writers},
-        )
-
-    def _writer_weight(self, name: str) -> torch.Tensor:
-        op = self.graph.op(name)
-        weight, bias = self.graph.weight(op).double(), self.graph.bias(op)
-        column = weight.new_zeros(len(weight)) if bias is None else bias.double()
-        return torch.cat([weight, column[:, None]], 1)

@@ -50,7 +50,7 @@ def measure_curves(
     relative. Regions come in graph order. ``advanced`` is called once a batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
-    shaping, pricing = _disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
+    shaping, pricing = disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
     statistics = _dense_statistics(graph, watched, shaping, advanced)
     curves, probes = {}, []
     for inputs in watched:
@@ -60,19 +60,24 @@ def measure_curves(
         advanced()
     prices = price_probes(graph, probes, pricing, task, advanced)
     for probe in probes:
-        curve, n = curves[probe.region.name], probe.region.width
-        height = float(curve[probe.width])
-        if height <= 0:  # nothing is known of it: in proportion to what goes
-            curve, height = torch.arange(n, -1, -1, dtype=torch.float64), float(n - probe.width)
-        curves[probe.region.name] = (curve / height * prices[probe.region.name]).cpu()
+        name = probe.region.name
+        curves[name] = priced(curves[name], probe.width, prices[name])
     return curves
+
+
+def priced(curve: torch.Tensor, width: int, price: float) -> torch.Tensor:
+    """(n + 1,) on the CPU: the curve in the unit of ``price``, which is what the cut to ``width`` loses."""
+    n, height = len(curve) - 1, float(curve[width])
+    if height <= 0:  # nothing is known of it: in proportion to what goes
+        curve, height = torch.arange(n, -1, -1, dtype=torch.float64), float(n - width)
+    return (curve / height * price).cpu()
 
 
 def _ids(batch: Inputs) -> int:
     return batch["input_ids"].numel()
 
 
-def _disjoint(
+def disjoint(
     batches: Sequence[Inputs], task: str, tokens: Callable[[Inputs], int] = _ids
 ) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
     """Batches that shape the curves and others that price the probes, spread evenly over the text.

@@ -16,10 +16,10 @@ from dotresize_fx.entry_refit import Entry
 from dotresize_fx.expert_statistics import experts_error, refit_experts
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
+from dotresize_fx.gram import GramAccumulator, padding_mask
 from dotresize_fx.graph import Op
-from dotresize_fx.least_squares import PULL, relative_error
-from dotresize_fx.reader_refit import ReaderRefit
+from dotresize_fx.least_squares import PULL
+from dotresize_fx.reader_refit import ReaderRefit, best_map
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind
@@ -163,20 +163,15 @@ class Sweep:
         if width == region.width and not self.refit:
             return SweptRegion(region, width, "kept", None)
         gathered = self.reader_refit.gather(inputs, goals)
-        found: list[tuple[str, RegionMap, float | None]] = []
-        if width == region.width and inputs.reader is not None:
-            solvers = [("refit", _keep_all)]
-        for name, solver in solvers:
-            region_map, error = solver(region, gathered.statistics, width), None
-            if self.refit and inputs.reader is not None:
-                region_map, error = self.reader_refit.refit(inputs, region_map, gathered)
-            found.append((name, region_map, error))
-        # The first of equals; without held-out batches nothing tells them apart.
-        name, region_map, error = min(found, key=lambda one: 0.0 if one[2] is None else one[2])
-        if width == region.width and error is not None:
-            kept = relative_error(gathered.held_out, "wanted", inputs.reader_weight()) ** 0.5
-            if kept <= error:  # too few tokens for a fit that holds on others
-                return SweptRegion(region, width, "kept", kept)
+        name, region_map, error = best_map(
+            inputs,
+            width,
+            gathered,
+            solvers,
+            (lambda found: self.reader_refit.refit(inputs, found, gathered)) if self.refit else None,
+        )
+        if region_map is None:
+            return SweptRegion(region, width, name, error)
         self.apply(region, region_map)
         self.slim.execution = Execution(self.slim_graph)  # folding adds parameters, and tables before their readers
         return SweptRegion(region, width, name, error, region_map.notes)
@@ -245,8 +240,3 @@ class Sweep:
 
 def _alone(graph: FxGraph, op: Op) -> bool:
     return op.weight is not None and len(graph.users(op.weight)) == 1
-
-
-def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
-    identity = torch.eye(width, dtype=torch.float64, device=statistics.gram.device)
-    return RegionMap(identity, identity)

@@ -17,7 +17,7 @@ from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.reading import plain_size
-from dotresize_fx.graph import Kind
+from dotresize_fx.graph import Graph, Kind
 from dotresize_fx.program_inputs import InputSpec, ProgramInputs
 
 Sample = Mapping[str, torch.Tensor]
@@ -54,10 +54,10 @@ def capture_module(loaded: LoadedModel) -> Captured:
         _compare(graph, run, sample, inputs, name)
     else:
         _compare(graph, run, sample, ProgramInputs(inputs.specs), name)
-    if inputs.batch and not _samples_apart(run, sample, inputs):
+    if inputs.batch and not samples_apart(run, sample, inputs):
         notes += ("the first axis of the inputs is no axis of samples: batches are kept whole",)
         inputs = ProgramInputs(inputs.specs, largest=inputs.largest)
-    predicts = _predicted(graph, run, sample)
+    predicts = predicted_ids(graph, run, sample)
     return Captured(graph, sample, metadata, 0, 0, inputs=inputs, predicts=predicts, notes=notes)
 
 
@@ -250,7 +250,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
 
 
-def _samples_apart(run: Run, sample: Sample, inputs: ProgramInputs) -> bool:
+def samples_apart(run: Run, sample: Sample, inputs: ProgramInputs) -> bool:
     """Whether a sample's answer is the same without the others. Of a fixed batch the others are changed instead."""
     count = inputs.samples(sample)
     if inputs.batch_size is None:
@@ -267,7 +267,7 @@ def _samples_apart(run: Run, sample: Sample, inputs: ProgramInputs) -> bool:
     )
 
 
-def _predicted(graph: FxGraph, run: Run, sample: Sample) -> str:
+def predicted_ids(graph: Graph, run: Run, sample: Sample) -> str:
     """The input whose next token the first output predicts: its last id changes the last answer and no other."""
     answers = run(sample)[0]
     if answers.ndim != 3:

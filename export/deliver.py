@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,7 @@ from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.formats import write_formats
 from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.latency_target import prove_target
+from dotresize_fx.export.match_rows import linear_rows, region_rows
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_session import CUDA, require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
@@ -33,16 +34,13 @@ from dotresize_fx.export.trials import (
 )
 from dotresize_fx.export.verified_onnx import write_verified
 from dotresize_fx.export.weight_files import file_sha256
+from dotresize_fx.graph import Graph
 from dotresize_fx.plan_file import write_plan
-from dotresize_fx.regions import SEPARATOR
 from dotresize_fx.report.contents import (
     Figures,
     Latency,
-    LinearRole,
-    LinearRow,
     ModelSource,
     PrecisionFigures,
-    RegionRow,
     Report,
     SideFigures,
 )
@@ -127,8 +125,8 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     length = MACS_LENGTH if reads_text(result.task) else result.dense.attended_length
     peaks = [slim.peak_rss_bytes, *(side.peak_rss_bytes for side in latency.values())]
     figures = Figures(
-        dense=_side(result.dense, latency["dense"], sizes["dense"], length),
-        slim=_side(result.slim, latency["slim"], sizes["slim"], length),
+        dense=side_figures(result.dense, latency["dense"], sizes["dense"], length),
+        slim=side_figures(result.slim, latency["slim"], sizes["slim"], length),
         macs_length=length,
         fidelity=(fidelity,),
         verification=slim.verification,
@@ -144,7 +142,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     return report
 
 
-def _side(graph: Any, latency: Latency, size: int, length: int) -> SideFigures:
+def side_figures(graph: Graph, latency: Latency, size: int, length: int) -> SideFigures:
     cost = count_cost(graph, length)
     return SideFigures(
         parameters=cost.parameters,
@@ -178,47 +176,9 @@ def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         },
-        regions=_region_rows(result),
-        linears=_linear_rows(result),
+        regions=region_rows(result.matches, result.swept),
+        linears=linear_rows(result.matches),
         figures=figures,
         stage_seconds=seconds,
         notes=notes,
     )
-
-
-def _region_rows(result: SlimResult) -> tuple[RegionRow, ...]:
-    swept = {entry.region.name: entry for entry in result.swept}
-    names = {row.op: row.parameter.removesuffix(".weight") for row in result.matches.linears}
-    rows = []
-    known = {region.name for region in result.matches.regions}
-    parted = [entry.region for entry in result.swept if entry.region.name not in known]  # a post-norm stream
-    for region in (*result.matches.regions, *parted):
-        entry = swept.get(region.name)
-        rows.append(
-            RegionRow(
-                name=region.name,
-                kind=region.kind.value,
-                symmetry=region.symmetry.value,
-                width_before=region.width,
-                width_after=entry.width if entry else region.width,
-                writers=tuple(names.get(op, op) for op in region.writers),
-                readers=tuple(names.get(op, op) for op in region.readers),
-                method=entry.method if entry else None,
-                error=entry.error if entry else None,
-                notes=dict(entry.notes) if entry else {},
-            )
-        )
-    return tuple(rows)
-
-
-def _linear_rows(result: SlimResult) -> tuple[LinearRow, ...]:
-    rows = []
-    for match in result.matches.linears:
-        roles = []
-        if match.reads is not None:
-            roles += [LinearRole(region=name, role="reader") for name in match.reads.split(SEPARATOR)]
-        if match.writes is not None:
-            roles += [LinearRole(region=name, role="writer") for name in match.writes.split(SEPARATOR)]
-        name = match.parameter.removesuffix(".weight")
-        rows.append(LinearRow(name=name, shape=match.shape, roles=tuple(roles), reason=match.reason))
-    return tuple(rows)

@@ -8,6 +8,7 @@ from dotresize_fx.passes.drop_no_ops import DropNoOps
 from dotresize_fx.passes.fold_channel_scales import FoldChannelScales
 from dotresize_fx.passes.fold_constants import FoldConstants
 from dotresize_fx.passes.join_expert_lists import JoinExpertLists
+from dotresize_fx.passes.normalise_views import NormaliseViews
 from dotresize_fx.passes.pass_base import PassResult
 from dotresize_fx.passes.recognise_linears import RecogniseLinears
 from dotresize_fx.passes.recognise_norms import RecogniseNorms
@@ -17,11 +18,15 @@ from dotresize_fx.passes.split_packed_heads import SplitPackedHeads
 from dotresize_fx.passes.split_packed_linears import SplitPackedLinears
 
 
-def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
-    """No-ops gone, what parameters alone decide computed, linears and norms each one op, packed linears one a part."""
+def canonicalise(graph: Graph, *, check: bool = True, norms: bool = True) -> PassResult:
+    """No-ops gone, what parameters alone decide computed, linears and norms each one op, packed linears one a part.
+
+    Without ``norms`` these stay spelled as they are.
+    """
     passes = (
         DropNoOps(),
         FoldConstants(),
+        NormaliseViews(),
         RecogniseLinears(),
         RecognisePatches(),
         RecognisePointwise(),
@@ -32,4 +37,5 @@ def canonicalise(graph: Graph, *, check: bool = True) -> PassResult:
         SplitPackedHeads(),
         RecogniseNorms(),
     )
-    return PassResult(tuple(record for step in passes for record in step(graph, check=check).records))
+    steps = passes if norms else passes[:-1]
+    return PassResult(tuple(record for step in steps for record in step(graph, check=check).records))

@@ -10,7 +10,7 @@ import torch
 from dotresize_fx.cost import CostModel, block_linears
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.graph import Kind, Op
+from dotresize_fx.graph import Graph, Kind, Op
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.passes.find_heads import QK_NORM
@@ -30,7 +30,7 @@ from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.width_plan import plan_uniformly, step_of
 
 
-def apply_map(graph: FxGraph, region: Region, found: RegionMap, check: bool) -> None:
+def apply_map(graph: Graph, region: Region, found: RegionMap, check: bool) -> None:
     """Insert a map and fold it."""
     insert = InsertMaps(region, found)
     insert(graph, check=check)

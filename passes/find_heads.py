@@ -65,13 +65,26 @@ class _Attention:
 
     def _try(self, role: str, value: Value | None) -> None:
         try:
-            way = follow_on(self.graph, self.op) if value is None else follow_back(self.graph, self.op, value)
+            way = follow_on(self.graph, self.op) if value is None else self._back(role, value)
             assert way.linear.weight is not None
             if len(self.graph.users(way.linear.weight)) > 1:
                 raise Escape("its weight is used elsewhere too")
             self.ways[role] = way
         except Escape as escape:
             self.reasons[role] = escape.reason
+
+    def _back(self, role: str, value: Value) -> Way:
+        attributes = self.op.attributes
+        turned, heads, place = role == "key" and bool(attributes.get("turned")), 0, 0
+        if attributes.get("merged"):
+            place = 0 if role == "query" else len(attributes["sizes"]) - 1
+            heads = attributes["sizes"][place]
+        way = follow_back(self.graph, self.op, value, turned=turned, heads=heads)
+        if heads and (role == "query" or (role == "key" and place)):
+            way.of_heads.append((self.op.name, place))
+        if role in attributes.get("cache", ()):
+            way.cache.append(attributes["cache"][role])
+        return way
 
     def find(self) -> None:
         refused = {}
@@ -96,6 +109,7 @@ class _Attention:
     def _value(self) -> Region:
         value, output = self._way("value"), self._way("output")
         self._fit(value, output)
+        self._each_of_its_size()
         if value.norms or value.rotary:
             raise Escape("a norm or a rotary embedding acts on the values")
         ways, gate = [value], output.gate
@@ -110,6 +124,7 @@ class _Attention:
     def _query_key(self) -> Region:
         query, key = self._way("query"), self._way("key")
         self._fit(key, query)
+        self._each_of_its_size()
         if query.norms or key.norms:
             raise Escape(QK_NORM)
         rotaries = [way.rotary for way in (query, key) if way.rotary is not None]
@@ -123,8 +138,8 @@ class _Attention:
                 tables.setdefault(table.name, []).append(reader)
         layout = HeadLayout(
             sizes=(*query.of_size, *key.of_size),
-            lower_halves=tuple(rotary.halves[0] for rotary in rotaries),
-            upper_halves=tuple(rotary.halves[1] for rotary in rotaries),
+            lower_halves=tuple(rotary.halves[0] for rotary in rotaries if rotary.halves),
+            upper_halves=tuple(rotary.halves[1] for rotary in rotaries if rotary.halves),
             tables=tuple((name, tuple(readers)) for name, readers in tables.items()),
             cache=tuple(key.cache),
         )
@@ -152,6 +167,10 @@ class _Attention:
         sizes = (of_heads for way in (*ways, output) for of_heads in way.of_heads)
         layout = HeadLayout(sizes=tuple(sizes), cache=(*key.cache, *value.cache))
         return [self._region(RegionKind.HEADS, Symmetry.PERMUTATION, value.heads, ways, layout)]
+
+    def _each_of_its_size(self) -> None:
+        if self.op.attributes.get("one_size"):
+            raise Escape(f"{self.op.spelling} takes query, key and value heads of one size alone")
 
     def _only_reader(self, gate: Way) -> None:
         weight = gate.linear.weight

@@ -47,19 +47,26 @@ class Way:
     gate: Way | None = None
 
 
-def follow_back(graph: Graph, attention: Op, value: Value) -> Way:
+def follow_back(graph: Graph, attention: Op, value: Value, *, turned: bool = False, heads: int = 0) -> Way:
     """From an input of the attention, (batch, heads, length, size), to the linear that writes it.
 
-    Of products that are spelled op by op batch and heads may be one axis.
+    Of products that are spelled op by op batch and heads may be one axis. ``turned``: the last two are exchanged.
+    With ``heads`` it is (batch, length, heads times size).
 
     Raises:
         Escape: with the reason in words.
     """
+    if heads:
+        if value.width is None or value.width % heads:
+            raise Escape(FORM)
+        back = _Back(graph, attention, value, 1, size=value.width // heads)
+        back.split, back.way.heads = True, heads
+        return back.run()
     joint = len(value.shape) == 3 and not isinstance(value.shape[0], int)
     if (len(value.shape) != 4 or not isinstance(value.shape[1], int)) and not joint:
         raise Escape(FORM)
-    back = _Back(graph, attention, value, 0 if joint else 1)
-    back.joint = joint
+    back = _Back(graph, attention, value, 0 if joint else 1, size=value.shape[-2 if turned else -1])
+    back.joint, back.turned = joint, turned
     return back.run()
 
 
@@ -71,7 +78,7 @@ def follow_gate(graph: Graph, product: Op, value: Value, axis: int, result: Way,
     Raises:
         Escape: with the reason in words.
     """
-    back = _Back(graph, product, value, axis)
+    back = _Back(graph, product, value, axis, size=value.width)
     back.is_gate, back.split = True, merged
     back.way.heads, back.way.size = result.heads, result.size
     try:
@@ -86,13 +93,14 @@ def follow_gate(graph: Graph, product: Op, value: Value, axis: int, result: Way,
 
 
 class _Back:
-    def __init__(self, graph: Graph, reader: Op, value: Value, axis: int) -> None:
-        if value.width is None:
+    def __init__(self, graph: Graph, reader: Op, value: Value, axis: int, size: int | str | None) -> None:
+        if not isinstance(size, int):
             raise Escape(FORM)
         self.graph, self.value = graph, value
         self.axis = axis  # of the heads; while they are repeated, of the KV heads, with the query heads on the next
         self.repeated = self.split = self.joint = self.is_gate = False
-        self.way = Way(reader, size=value.width)
+        self.turned = False  # whether the numbers of a head lie on the last axis but one
+        self.way = Way(reader, size=size)
         self.readers = {reader.name}
 
     def run(self) -> Way:
@@ -103,7 +111,10 @@ class _Back:
                     raise Escape("it is not split into heads")
                 self.way.linear = op
                 return self.way
-            plain = not (self.split or self.repeated or self.joint or self.is_gate)
+            if self.turned and not (stays(op) or op.attributes.get("form") == "permute"):
+                raise Escape(FORM)
+            plain = not (self.split or self.repeated or self.joint or self.is_gate or self.turned)
+            plain |= bool(op.attributes.get("rotary")) and not self.is_gate
             rotary = match_rotary(self.graph, self.value) if plain else None
             if rotary is not None:
                 self._rotate(rotary)
@@ -133,7 +144,11 @@ class _Back:
     def _rotate(self, rotary: Rotary) -> None:
         if self.way.rotary is not None:
             raise Escape("it is rotated twice")
-        self.way.by_head |= not all(is_broadcast(table.shape, 4, self.axis) for table, _ in rotary.tables)
+        if rotary.halves:
+            self.way.by_head |= not all(is_broadcast(table.shape, 4, self.axis) for table, _ in rotary.tables)
+        else:
+            sized = (name for name in rotary.ops if "sizes" in self.graph.op(name).attributes)
+            self.way.of_heads += [(name, 0) for name in sized]
         for name in rotary.ops:
             result = self.graph.op(name).output
             inside = {op.name for op in self.graph.users(result)} <= rotary.ops and result not in self.graph.outputs
@@ -181,6 +196,8 @@ class _Back:
             return attributes["axis"] not in (self.axis, last) and not self.repeated and len(own) == 1
         if form == "permute":
             order = attributes["order"]
+            if self.turned:
+                order, self.turned = (*order[:-2], order[-1], order[-2]), False
             beside = not self.repeated or order[self.axis + 1] == order[self.axis] + 1
             kept = beside and order[last] == last
             self.axis = order[self.axis]

@@ -23,6 +23,13 @@ class _On:
     def __init__(self, graph: Graph, attention: Op) -> None:
         self.graph, self.value = graph, attention.output
         shape = self.value.shape
+        if attention.attributes.get("merged"):
+            heads, width = attention.attributes["sizes"][0], self.value.width
+            if width is None or not heads or width % heads:
+                raise Escape(FORM)
+            self.joint, self.merged, self.axis = False, True, len(shape) - 1
+            self.way = Way(attention, heads=heads, size=width // heads)
+            return
         self.joint = len(shape) == 3 and not isinstance(shape[0], int)
         if self.value.width is None or not (self.joint or (len(shape) == 4 and isinstance(shape[1], int))):
             raise Escape(FORM)
@@ -72,7 +79,7 @@ class _On:
             order = op.attributes["order"]
             self.axis = order.index(self.axis)
             return bool(order[last] == last)
-        if form == "where" and not (self.merged or self.joint):
+        if form == "where" and not self.joint:
             self.way.by_head |= not is_broadcast(op.inputs[0].shape, last + 1, self.axis)
             return _hides(self.graph, op, self.value)
         return form == "view" and self._view(op.name, before, after)
@@ -109,7 +116,11 @@ def _hides(graph: Graph, op: Op, value: Value) -> bool:
     if len(op.inputs) != 3 or value not in op.inputs[1:]:
         return False
     condition, first, second = op.inputs
-    other = graph.producer(second if first == value else first)
-    zero = other is not None and other.attributes.get("form") == "fill" and other.attributes["number"] == 0
+    filling = second if first == value else first
+    if filling.is_parameter:
+        zero = not bool(graph.parameter(filling).any())
+    else:
+        other = graph.producer(filling)
+        zero = other is not None and other.attributes.get("form") == "fill" and other.attributes["number"] == 0
     rank = len(value.shape)
     return zero and is_broadcast(condition.shape, rank, rank - 1)

@@ -10,14 +10,14 @@ from dotresize_fx.graph import Graph, Kind, Op, Value
 
 @dataclass(frozen=True)
 class Rotary:
-    """What was matched. ``source`` is x, ``halves`` the slices (lower, upper), ``ops`` everything between.
+    """What was matched. ``source`` is x, ``halves`` the slices (lower, upper), if any, ``ops`` everything between.
 
     ``tables`` are cosine and sine, each with the op that multiplies by it. ``partial`` says that only the first
     numbers of a head are rotated and the rest is passed around.
     """
 
     source: Value
-    halves: tuple[str, str]
+    halves: tuple[str, ...]
     tables: tuple[tuple[Value, str], ...]
     ops: frozenset[str]
     partial: bool = False
@@ -28,6 +28,9 @@ def match_rotary(graph: Graph, value: Value) -> Rotary | None:
     op = graph.producer(value)
     if op is None:
         return None
+    if op.attributes.get("rotary"):
+        tables = tuple((table, op.name) for table in op.inputs[1:3])
+        return Rotary(op.inputs[0], (), tables, frozenset({op.name}))
     if op.attributes.get("form") == "concat":
         return _match_partial(graph, op)
     if op.kind is not Kind.ADD or op.attributes.get("subtract") or len(op.inputs) != 2:

@@ -12,6 +12,7 @@ from dotresize_fx.clock import Clock
 from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.graph import Graph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import left_alone
 from dotresize_fx.progress import Progress
@@ -25,7 +26,7 @@ Group = tuple[Region, ...]
 
 
 def plan_widths(
-    graph: FxGraph,
+    graph: Graph,
     regions: Sequence[Region],
     batches: Sequence[Mapping[str, torch.Tensor]],
     total: int,
@@ -91,6 +92,7 @@ def plan_widths(
         elif grouped:
             with progress.stage("measure sensitivity") as step:
                 chosen = [region for region in regions if region.name in grouped]
+                assert isinstance(graph, FxGraph)  # curves of other forms are measured before
                 curves = measure_curves(graph, chosen, batches, task=task, advanced=step)
         summed = {group[-1].name: torch.stack([curves[region.name] for region in group]).sum(0) for group in groups}
 

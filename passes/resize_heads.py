@@ -69,10 +69,11 @@ def resize_heads(graph: Graph, region: Region, region_map: RegionMap) -> None:
 def _gather_tables(graph: Graph, region: Region, pairs: torch.Tensor) -> None:
     """Cosines and sines of the pairs that are left, in their order; other attentions read the whole tables."""
     assert region.layout is not None
-    places = torch.cat([pairs, pairs + region.width // 2]).cpu()
-    if torch.equal(places, torch.arange(region.width)):
+    half = region.width // 2
+    if torch.equal(pairs.cpu(), torch.arange(half)):
         return
     for table, readers in region.layout.tables:
         users = [graph.op(name) for name in readers]
         source = next(value for value in users[0].inputs if value.name == table)
+        places = (pairs if source.width == half else torch.cat([pairs, pairs + half])).cpu()
         graph.insert_gather(source, places, users=users, name="rotary_table")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def slim_graph(
     found = find_regions(slimmed).regions
     if rest or plan:
         regions, beside = choose_regions(slimmed, found, SWEPT if plan else rest)
-        notes += beside + _too_few_tokens(dense, regions, batches, task)
+        notes += beside + too_few_tokens(dense.expected_rows, regions, batches, task)
     else:
         regions = _refitted_alone(slimmed, found) if refit or options.effort != "fast" else []
     planned = regions if rest or plan else []
@@ -117,7 +117,7 @@ def slim_graph(
         chosen, kept = plan_widths(
             slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock
         )
-        notes += _what_was_refused(matches, kinds) + kept
+        notes += what_was_refused(matches, kinds) + kept
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})
     widths |= chosen.widths
@@ -126,7 +126,7 @@ def slim_graph(
         swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task, refit)
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:
-        notes += _what_went(cost, options, 1 - cost.total(slimmed) / total)
+        notes += what_went(cost, options, 1 - cost.total(slimmed) / total)
     return Slimmed(slimmed, tuple(swept), WidthPlan(widths, chosen.losses), notes)
 
 
@@ -159,7 +159,7 @@ def _sweep(
     with progress.stage("sweep", len(regions)) as step:
         for together in sublayers(regions):
             cuts = [(region, plan.widths[region.name]) for region in together]
-            if chosen := _cut_or_refitted(cuts, stream_cut=stream is not None):
+            if chosen := cut_or_refitted(cuts, stream_cut=stream is not None):
                 swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
                 for region, _ in chosen:
                     _write_block(slimmed, region, work)
@@ -171,7 +171,7 @@ def _sweep(
     return swept
 
 
-def _cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> list[tuple[Region, int]]:
+def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> list[tuple[Region, int]]:
     """Those of a sublayer that are cut; and where scores or the stream were, the full widths whose reader is refitted.
 
     Where whole heads go, their cut refits the reader of the values, whose own region is then another.
@@ -199,13 +199,13 @@ def _refitted_alone(graph: FxGraph, found: Sequence[Region]) -> list[Region]:
         return []
 
 
-def _what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tuple[str, ...]:
+def what_was_refused(matches: MatchReport, kinds: Sequence[RegionKind]) -> tuple[str, ...]:
     """Why heads that were asked for have no region at all."""
     asked = any(kind in ATTENTION_KINDS for kind in kinds)
     return tuple(left_alone(why for _, why in matches.refused)) if asked else ()
 
 
-def _what_went(cost: CostModel, options: Options, went: float) -> tuple[str, ...]:
+def what_went(cost: CostModel, options: Options, went: float) -> tuple[str, ...]:
     """Of another cost than weights always, of any where it is not about what was asked for."""
     asked = options.ratio or 0.0
     why = "" if options.basis == "shared" else ", and adapters between bases count"
@@ -220,16 +220,20 @@ def _what_went(cost: CostModel, options: Options, went: float) -> tuple[str, ...
     return notes
 
 
-def _too_few_tokens(
-    graph: FxGraph, regions: Sequence[Region], batches: Sequence[Mapping[str, torch.Tensor]], task: str
+def too_few_tokens(
+    rows: Callable[[Mapping[str, torch.Tensor]], int],
+    regions: Sequence[Region],
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    task: str,
 ) -> tuple[str, ...]:
+    """A note where the widest region has more neurons than there are tokens, or else ``rows`` of the batches."""
     widest = max((region.width for region in regions), default=0)
     masks = [batch.get("attention_mask") for batch in batches]
     if reads_text(task):
         tokens = sum(int(mask.count_nonzero()) for mask in masks if mask is not None)
         unit, more = "tokens", " with --calibration-tokens"
     else:
-        tokens, unit, more = sum(graph.expected_rows(batch) for batch in batches), "rows", ""
+        tokens, unit, more = sum(map(rows, batches)), "rows", ""
     if tokens >= widest or (reads_text(task) and any(mask is None for mask in masks)):
         return ()
     return (

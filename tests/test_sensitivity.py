@@ -143,12 +143,12 @@ def test_of_long_sequences_the_beginnings_are_priced(tiny_batch: Any, monkeypatc
     monkeypatch.setattr(sensitivity, "PRICE_LENGTH", 6)
     monkeypatch.setitem(sensitivity.PRICE_TOKENS, "decoder", 24)
     batches = [tiny_batch(2, 10, seed=seed) for seed in range(12)]
-    shaping, pricing = sensitivity._disjoint(batches, "decoder")
+    shaping, pricing = sensitivity.disjoint(batches, "decoder")
     assert [tuple(piece["input_ids"].shape) for piece in pricing] == [(2, 6), (2, 6)]
     assert torch.equal(pricing[0]["input_ids"], batches[3]["input_ids"][:, :6])
     assert {piece["input_ids"].shape[1] for piece in shaping} == {10}
     padded = [tiny_batch(2, 10, 3, seed=seed) for seed in range(12)]
-    assert all(piece["input_ids"].shape[1] == 10 for piece in sensitivity._disjoint(padded, "decoder")[1])
+    assert all(piece["input_ids"].shape[1] == 10 for piece in sensitivity.disjoint(padded, "decoder")[1])
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", "decoder"), ("bert", "encoder")])
@@ -181,7 +181,7 @@ def test_progress_is_told_of_each_batch_and_region(tiny_graph: Any, tiny_batch: 
 
 def test_what_prices_is_not_what_shapes(tiny_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(batches: Any) -> tuple[list[int], list[int]]:
-        shaping, pricing = sensitivity._disjoint(batches, "decoder")
+        shaping, pricing = sensitivity.disjoint(batches, "decoder")
         ids = [batch["input_ids"] for batch in batches]
 
         def places(pieces: Any) -> list[int]:

@@ -14,11 +14,15 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.onnx_form.attention import SpelledAttention, spelled_attentions
 from dotresize_fx.onnx_form.axes import declared_width
+from dotresize_fx.onnx_form.caches import find_caches
 from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
 from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
-from dotresize_fx.onnx_form.heads import NoHeadEdits
-from dotresize_fx.onnx_form.kinds import Form, bodies, read_form
+from dotresize_fx.onnx_form.folding import fold_constants
+from dotresize_fx.onnx_form.fused_ops import RMS_NORM_OPSET, put_together, take_apart
+from dotresize_fx.onnx_form.heads import HeadEdits
+from dotresize_fx.onnx_form.kinds import Form, bodies, read_form, shown_outputs
 from dotresize_fx.onnx_form.linears import (
     BIASED,
     Slot,
@@ -26,33 +30,44 @@ from dotresize_fx.onnx_form.linears import (
     plugged,
     slots,
     stored_transposed,
+    wants_transposed,
     weight_readers,
 )
 from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_width
-
-# The first opset that has RMSNormalization. Before it, ONNX Runtime's own SimplifiedLayerNormalization, which it
-# registers under ONNX's domain, says the same (onnx.checker does not know that op).
-RMS_NORM_OPSET = 23
+from dotresize_fx.onnx_form.symbolic_shapes import SymbolicShapes
+from dotresize_fx.onnx_form.views import normalise_views
 
 
-class OnnxGraph(NoHeadEdits, Graph):
+class OnnxGraph(HeadEdits, Graph):
     """The main graph of a model, topologically sorted as ONNX demands; calls of functions are ops not understood.
 
-    Edits write to the model in place. Parameters are initializers that are not graph inputs, and Constant nodes.
-    A norm whose gain is all ones has none in the view, as ONNX's norms cannot leave it out.
+    Edits write to the model in place; fused ops that stand for several are taken apart. Parameters are initializers
+    that are not graph inputs, and Constant nodes. A norm whose gain is all ones has none in the view, as ONNX's norms
+    cannot leave it out.
     """
 
     def __init__(self, model: ir.Model) -> None:
+        take_apart(model)
         complete_shapes(model)
+        SymbolicShapes(model.graph).run()
         self._model = model
         self._touched: set[ir.Value] = set()  # values whose width changed, and whose users' shapes are stale
+        self._moved = False  # whether sizes of other axes changed too
         self._editor = OnnxEditor(model)
+        self.caches.update(find_caches(model.graph))
 
     @property
     def model(self) -> ir.Model:
         """The model itself, its shapes up to date."""
         self.refresh_shapes()
         return self._model
+
+    def fused_model(self) -> ir.Model:
+        """The model to be written: fused ops that were taken apart are put together again, where they still can be."""
+        model = self.model
+        put_together(model)
+        self.changed()
+        return model
 
     @property
     def _graph(self) -> ir.Graph:
@@ -73,9 +88,19 @@ class OnnxGraph(NoHeadEdits, Graph):
         """Body of an If, Loop or Scan -> the node of the main graph that it belongs to, however deep."""
         return {graph: node for node in self._graph for body in bodies(node) for graph in (body, *body.subgraphs())}
 
+    @cached_property
+    def _attentions(self) -> dict[ir.Node, SpelledAttention]:
+        """By the product of weights and values that ends them."""
+        return {found.mixing: found for found in spelled_attentions(self._graph)}
+
+    @cached_property
+    def _inside(self) -> dict[ir.Node, ir.Node]:
+        """Nodes that the view shows only as part of an attention -> the product that ends it."""
+        return {node: found.mixing for found in self._attentions.values() for node in found.inside}
+
     def changed(self) -> None:
         super().changed()
-        for name in ("_values", "_order", "_owners"):
+        for name in ("_values", "_order", "_owners", "_attentions", "_inside"):
             self.__dict__.pop(name, None)
 
     def _value(self, value: ir.Value, *, transposed: bool = False) -> Value:
@@ -89,20 +114,24 @@ class OnnxGraph(NoHeadEdits, Graph):
     def _owned(self, slot: Slot | None) -> Value | None:
         return None if slot is None else self._value(plugged(slot), transposed=stored_transposed(slot))
 
-    @staticmethod
-    def _is_visible(node: ir.Node) -> bool:
-        return not is_constant_node(node) and not is_part_of_linear(node)
+    def _is_visible(self, node: ir.Node) -> bool:
+        return not is_constant_node(node) and not is_part_of_linear(node) and node not in self._inside
 
-    def _read_op(self, node: ir.Node) -> Op:
-        form = read_form(node)
-        output = self._value(node.outputs[0])
+    def _read_op(self, node: ir.Node, index: int = 0) -> Op:
+        form = read_form(node, index)
+        spelled = self._attentions.get(node)
+        if spelled is not None:
+            whole = {"turned": True} if spelled.query is not None else {"mixes": True}
+            attributes = {"scale": 1.0, "grouped": False, **whole}
+            form = Form(Kind.ATTENTION, node, node, spelled.inputs, attributes)
+        output = self._value(form.output)
         inputs = tuple(self._value(value) for value in form.inputs)
         weight, bias = self._owned(form.weight), self._owned(form.bias)
         return Op(output.name, form.kind, inputs, output, weight, bias, form.attributes, form.core.op_type)
 
     def _read_ops(self) -> list[Op]:
         self.refresh_shapes()
-        return [self._read_op(node) for node in self._graph if self._is_visible(node)]
+        return [self._read_op(node, i) for node in self._graph if self._is_visible(node) for i in shown_outputs(node)]
 
     def _read_outputs(self) -> frozenset[Value]:
         return frozenset(self._value(value) for value in self._graph.outputs)
@@ -110,27 +139,39 @@ class OnnxGraph(NoHeadEdits, Graph):
     # One op is read without reading the whole graph, so that a long row of edits stays cheap.
 
     def op(self, name: str) -> Op:
-        return self._read_op(self._node(name))
+        return self._read_op(self._node(name), self._index(name))
 
     def producer(self, value: Value) -> Op | None:
         node = self._values[value.name].producer()
-        return None if node is None or is_constant_node(node) else self._read_op(node)
+        return None if node is None or is_constant_node(node) else self._read_op(node, self._index(value.name))
+
+    def _index(self, name: str) -> int:
+        """Which of the ops that the view shows of a node computes this value; of most there is one."""
+        value = self._values[name]
+        node, index = value.producer(), value.index() or 0
+        return index if node is not None and index in shown_outputs(node) else 0
 
     def users(self, value: Value) -> list[Op]:
         nodes = {reader for use in self._values[value.name].uses() for reader in self._readers(use.node)}
-        ops = [self._read_op(node) for node in sorted(nodes, key=self._order.__getitem__)]
+        ordered = sorted(nodes, key=self._order.__getitem__)
+        ops = [self._read_op(node, index) for node in ordered for index in shown_outputs(node)]
         # Not an op that sees only the leading sizes, or that has the constant as its number.
         return [op for op in ops if value in (*op.inputs, op.weight, op.bias)]
 
     def _readers(self, node: ir.Node) -> Iterator[ir.Node]:
         """The nodes of ops through which the view shows that ``node`` reads something."""
         graph = node.graph
-        return weight_readers(node if graph is self._graph or graph is None else self._owners[graph])
+        node = node if graph is self._graph or graph is None else self._owners[graph]
+        return weight_readers(self._inside.get(node, node))
 
     def parameter(self, value: Value) -> torch.Tensor:
         tensor = constant(self._values[value.name])
         assert tensor is not None
         return to_torch(tensor)
+
+    def is_buffer(self, value: Value) -> bool:
+        tensor = constant(self._values[value.name])
+        return tensor is not None and not tensor.dtype.is_floating_point()
 
     def parameter_name(self, value: Value) -> str:
         return value.name
@@ -142,6 +183,16 @@ class OnnxGraph(NoHeadEdits, Graph):
         stored = self.parameter(op.weight)
         return stored.T if stored_transposed(slot) else stored
 
+    def shape_of(self, name: str) -> tuple[int | str, ...]:
+        """Of a value of this name; empty where it is not known."""
+        return self._value(self._values[name]).shape
+
+    def as_stored(self, op: Op, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of the view's orientation as the op's constant has it."""
+        slot = self._form(op).weight
+        assert slot is not None
+        return weight.T if stored_transposed(slot) else weight
+
     def _node(self, name: str) -> ir.Node:
         node = self._values[name].producer()
         if node is None:
@@ -149,7 +200,7 @@ class OnnxGraph(NoHeadEdits, Graph):
         return node
 
     def _form(self, op: Op) -> Form:
-        return read_form(self._node(op.name))
+        return read_form(self._node(op.name), self._index(op.name))
 
     # -- editing -----------------------------------------------------------------------------------
 
@@ -284,27 +335,65 @@ class OnnxGraph(NoHeadEdits, Graph):
         self._replace_with_rms_norm(node, source, scale, op.attributes["epsilon"])
 
     def _replace_with_rms_norm(self, node: ir.Node, source: ir.Value, scale: ir.Value, epsilon: float) -> None:
+        # Before it, ONNX Runtime's own SimplifiedLayerNormalization, which it registers under ONNX's domain, says the
+        # same (onnx.checker does not know that op).
         modern = self._graph.opset_imports.get("", 1) >= RMS_NORM_OPSET
         name = "RMSNormalization" if modern else "SimplifiedLayerNormalization"
         output = self._editor.stand_in_for(node.outputs[0])
-        self._editor.insert(name, [source, scale], output, {"axis": -1, "epsilon": epsilon}, before=node)
+        new = self._editor.insert(name, [source, scale], output, {"axis": -1, "epsilon": epsilon}, before=node)
+        new.meta.update(node.meta)  # what it was fused with
         self._graph.remove(node, safe=True)
         self.changed()
 
+    def fold_constants(self, largest: int) -> list[str]:
+        folded = fold_constants(self._graph, self._editor, largest)
+        self.changed()
+        return folded
+
+    def normalise_views(self) -> list[str]:
+        joined = normalise_views(self._graph, self._editor)
+        self.changed()
+        return joined
+
     def replace_with_linear(self, last: Op, source: Value, like: Op) -> None:
-        raise NotImplementedError("an ONNX graph has no ADDMM op: its Gemm and MatMul are read as linears")
+        """See :meth:`Graph.replace_with_linear`: a product of more than two axes with the weight of a Gemm."""
+        node, gemm, start = self._node(last.name), self._node(like.name), self._values[source.name]
+        weight, bias = gemm.inputs[1:3]
+        assert weight is not None
+        if not wants_transposed((gemm, 1)):
+            turned = ir.val(self._editor.fresh(f"{weight.name}_transposed"), weight.dtype, weight.shape)
+            weight = self._editor.insert("Transpose", [weight], turned, {"perm": [1, 0]}, before=gemm).outputs[0]
+            weight.shape = ir.Shape(list(gemm.inputs[1].shape)[::-1])  # type: ignore[union-attr, arg-type]
+        output = self._editor.stand_in_for(node.outputs[0])
+        product = ir.val(self._editor.fresh(f"{output.name}_product"), output.dtype, output.shape)
+        self._editor.insert("MatMul", [start, weight], product, before=node)
+        self._editor.insert("Add", [product, bias], output, before=node)
+        self._graph.remove(node, safe=True)
+        self.changed()
 
     def bypass(self, op: Op) -> None:
         """See :meth:`Graph.bypass`; an output of the graph keeps its name and is then an Identity."""
         form = self._form(op)
-        source, output = self._values[op.inputs[0].name], form.last.outputs[0]
-        for node, index in output.uses():
-            node.replace_input_with(index, source)
-        if output.is_graph_output():
-            self._editor.insert("Identity", [source], self._editor.stand_in_for(output), before=form.last)
-        self._graph.remove({form.core, form.last}, safe=True)
+        source = self._values[op.inputs[0].name]
+        self._let_read(form, source)
+        if not any(output.uses() or output.is_graph_output() for output in form.last.outputs):
+            self._graph.remove({form.core, form.last}, safe=True)
         self._touched.add(source)
         self.changed()
+
+    def redirect(self, op: Op, value: Value) -> None:
+        """See :meth:`Graph.redirect`; an output of the graph keeps its name and is then an Identity."""
+        self._let_read(self._form(op), self._values[value.name])
+        self._touched.add(self._values[value.name])
+        self.changed()
+
+    def _let_read(self, form: Form, value: ir.Value) -> None:
+        """Let what reads the op's output read ``value``, which is computed before it."""
+        output = form.output
+        for node, index in output.uses():
+            node.replace_input_with(index, value)
+        if output.is_graph_output():
+            self._editor.insert("Identity", [value], self._editor.stand_in_for(output), before=form.last)
 
     def remove_dead(self) -> int:
         removed = 0
@@ -324,6 +413,10 @@ class OnnxGraph(NoHeadEdits, Graph):
         if self._touched:
             touched, self._touched = self._touched, set()
             refresh_widths(self._graph, touched, self._is_visible)
+            self.changed()
+        if self._moved:
+            self._moved = False
+            SymbolicShapes(self._graph).run()
             self.changed()
 
     def copy(self) -> OnnxGraph:

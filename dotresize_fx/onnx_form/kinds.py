@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -11,9 +11,11 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.graph import Kind
+from dotresize_fx.onnx_form.attention_ops import read_attention_op, read_rotary_op
 from dotresize_fx.onnx_form.axes import axes, keeps_width, last, sees_width
 from dotresize_fx.onnx_form.constants import constant, is_ones, is_weight, number
 from dotresize_fx.onnx_form.linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
+from dotresize_fx.onnx_form.moves import axes_form
 
 DOMAINS = ("", "com.microsoft")
 POINTWISE = {
@@ -39,7 +41,7 @@ POINTWISE = {
 }
 RMS_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 NORMS = ("LayerNormalization", *RMS_NORMS)
-RESHAPE = ("Reshape", "Transpose", "Split", "Concat", "Flatten", "DepthToSpace", "SpaceToDepth")
+RESHAPE = ("Reshape", "Transpose", "Split", "Concat", "Flatten", "Expand", "DepthToSpace", "SpaceToDepth")
 ATTENTION = (
     "Attention",
     "MultiHeadAttention",
@@ -53,7 +55,10 @@ ATTENTION = (
 
 @dataclass(frozen=True)
 class Form:
-    """A node read once. ``core`` does the work; ``last`` has the output (the Add of a bias, else ``core``)."""
+    """A node read once, or one output of a Split.
+
+    ``core`` does the work; ``last`` has the output (the Add of a bias, else ``core``), at ``index`` among its own.
+    """
 
     kind: Kind
     core: ir.Node
@@ -62,18 +67,60 @@ class Form:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     weight: Slot | None = None
     bias: Slot | None = None
+    index: int = 0
+
+    @property
+    def output(self) -> ir.Value:
+        """What the op computes."""
+        return self.last.outputs[self.index]
 
 
-def read_form(node: ir.Node) -> Form:
+def shown_outputs(node: ir.Node) -> list[int]:
+    """Which outputs of a node the view shows as an op's each: all of a Split that are read, else the first."""
+    if node.op_type != "Split" or node.domain != "":
+        return [0]
+    return [i for i, output in enumerate(node.outputs) if output.uses() or output.is_graph_output()] or [0]
+
+
+def read_form(node: ir.Node, index: int = 0) -> Form:
     """The node as the view shows it; ``node`` is not one that :func:`is_part_of_linear` hides."""
     core = linear_core(node)
     if core is not None:
         source = core.inputs[0]
         assert source is not None
+        if _is_of_joined_rows(core):
+            return Form(Kind.ADDMM, core, node, tuple(value for value in (core.inputs[2], *core.inputs[:2]) if value))
         return Form(Kind.LINEAR, core, node, (source,), weight=(core, 1), bias=bias_slot(core))
-    form = _read_known(node) if node.domain in DOMAINS and not has_second_output(node) else None
-    if form is not None:
-        return form
+    for known, read in ((Kind.ATTENTION, read_attention_op(node)), (Kind.OTHER, read_rotary_op(node))):
+        if read is not None:
+            return Form(known, node, node, *read)
+    alone = node.op_type == "Split" or not has_second_output(node)
+    form = _read_known(node) if node.domain in DOMAINS and alone else None
+    if form is None:
+        form = _read_unknown(node)
+    moved = axes_form(node, index)
+    return replace(form, attributes={**form.attributes, **moved}, index=index) if moved or index else form
+
+
+def _is_of_joined_rows(node: ir.Node) -> bool:
+    """Whether a Gemm with a bias stands between a Reshape to a matrix and Reshapes back."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node.op_type != "Gemm" or len(node.inputs) < 3 or node.inputs[2] is None or source is None:
+        return False
+    back = [use.node for use in node.outputs[0].uses()]
+    around = all(other.op_type == "Reshape" and keeps_width(other) for other in (source, *back))
+    shape = source.inputs[0].shape if source.inputs and source.inputs[0] is not None else None
+    shapes = [other.outputs[0].shape for other in back]
+    return (
+        around
+        and shape is not None
+        and not node.outputs[0].is_graph_output()
+        and bool(back)
+        and all(other is not None and list(other)[:-1] == list(shape)[:-1] for other in shapes)
+    )
+
+
+def _read_unknown(node: ir.Node) -> Form:
     kind = Kind.OTHER
     if node.domain in DOMAINS and node.op_type in (*RESHAPE, *ATTENTION):
         kind = Kind.RESHAPE if node.op_type in RESHAPE else Kind.ATTENTION
@@ -205,9 +252,24 @@ def _keep(node: ir.Node) -> Form | None:
         case "Slice" | "Unsqueeze" | "Squeeze":
             chosen = axes(node)
             return None if chosen is None else _keep_if_not_last(node, chosen)
-        case "Reshape" if keeps_width(node):
+        case "Split":
+            return _keep_if_not_last(node, [int(attribute(node, "axis", 0))])
+        case "Reshape" | "Expand" if keeps_width(node):
             return _form(node, Kind.KEEP, no_op=False, reshape=True)
+        case "Concat" if _joins_others(node):
+            return Form(Kind.KEEP, node, node, _all_inputs(node), {"no_op": False, "joins": True})
+        case "Where":
+            widths = {value.shape[-1] if value is not None and value.shape else None for value in node.inputs}
+            if len(widths) == 1 and None not in widths:
+                return Form(Kind.POINTWISE, node, node, _all_inputs(node), {"function": "where", "number": None})
     return None
+
+
+def _joins_others(node: ir.Node) -> bool:
+    """Whether tensors of one last axis are put together along another."""
+    widths = {value.shape[-1] if value is not None and value.shape else None for value in node.inputs}
+    rank = len(node.outputs[0].shape or ())
+    return rank > 1 and len(widths) == 1 and int(attribute(node, "axis", 0)) % rank != rank - 1
 
 
 def _float_dtype(value: ir.Value | None) -> torch.dtype | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.graph import Graph, Kind
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.passes.centre_layer_norms import CentreLayerNorms
 from dotresize_fx.passes.drop_no_ops import DropNoOps
@@ -179,19 +178,3 @@ def test_what_is_not_edited_stays_as_it_was(stream: Any, insert_and_fold: Any) -
     assert {node.outputs[0].name: (node.op_type, node.name) for node in graph.model.graph} == nodes
     assert (graph.model.producer_name, graph.model.metadata_props) == ("somebody", {"origin": "somewhere"})
     assert graph.model.graph.opset_imports == {"": 23}
-
-
-def test_edits_of_heads_are_refused_in_words() -> None:
-    graph = OnnxGraph.__new__(OnnxGraph)
-    value = Value("x", (2, 4))
-    op = Op("attention", Kind.ATTENTION, (value,), value)
-    edits: list[Callable[[], object]] = [
-        lambda: graph.resize_axes(op, {0: 1}),
-        lambda: graph.resize_slice(op, 0, None),
-        lambda: graph.insert_gather(value, torch.tensor([0]), users=[]),
-        lambda: graph.set_attention_scale(op, 1.0),
-        lambda: graph.redirect(op, value),
-    ]
-    for edit in edits:
-        with pytest.raises(NotImplementedError, match="of an ONNX graph"):
-            edit()

@@ -1,0 +1,285 @@
+"""From an ONNX file to a slim one: calibrated, cut, written, proved and measured in ONNX Runtime alone."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from dotresize_fx.cache_names import PAST
+from dotresize_fx.device import compute_device
+from dotresize_fx.errors import UsageError
+from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
+from dotresize_fx.export.match_rows import linear_rows, region_rows
+from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
+from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
+from dotresize_fx.export.onnx_session import require_onnx_runtime
+from dotresize_fx.export.onnx_source import load_onnx
+from dotresize_fx.export.peak_memory import peak_rss_bytes
+from dotresize_fx.export.prove_onnx import verify_onnx
+from dotresize_fx.export.timing import measure_latency
+from dotresize_fx.export.weight_files import file_sha256
+from dotresize_fx.export.write_onnx import Stated, check_written, write_onnx
+from dotresize_fx.fidelity import compare_answers, compare_decoders, mean_cosine
+from dotresize_fx.onnx_form.execution import OnnxExecution
+from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.start import is_past
+from dotresize_fx.options import Options
+from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, slim_onnx_graph
+from dotresize_fx.plan_file import read_plan, write_plan
+from dotresize_fx.program_inputs import Inputs
+from dotresize_fx.progress import Progress
+from dotresize_fx.report.contents import (
+    DecoderFidelity,
+    EncoderFidelity,
+    Figures,
+    ModelSource,
+    OutputFidelity,
+    Report,
+    Verification,
+)
+from dotresize_fx.report.given_options import given_options
+from dotresize_fx.report.provenance import package_versions, this_machine
+from dotresize_fx.report.write import write_report
+from dotresize_fx.task import reads_text
+
+# What lies beside a model and goes with it, as it is.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "genai_config.json", "preprocessor_config.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
+# Files of so many bytes are not held in memory.
+SPOOLED = 2**26
+# Of held-out inputs so many batches are compared, beside one sample alone.
+VERIFIED_BATCHES = 2
+
+
+@dataclass
+class _Run:
+    """One run, as far as it has come."""
+
+    path: Path
+    stated: Stated
+    graphs: OnnxGraphs
+    prepared: OnnxData
+    slimmed: SlimmedOnnx
+    options: Options
+    progress: Progress
+    started: float
+
+
+def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progress: Progress) -> Report:
+    """Fill ``folder`` with the slim file, what lay beside the dense one, the plan and the reports.
+
+    Raises:
+        UsageError: an option asks for what an ONNX file cannot give.
+        ModelNotFoundError, BadWeightsError: see :func:`load_onnx`.
+        CalibrationError: see :func:`prepare_onnx_data`.
+        NothingToSlimError, SolverError: see :func:`slim_onnx_graph`.
+        VerificationError: what was written is not what was solved for.
+    """
+    run = _slimmed(name, work, options, progress)
+    with progress.stage("write ONNX"):
+        path = write_onnx(run.slimmed, run.stated, _timed(run), folder)
+        for companion in COMPANIONS:
+            if (file := run.path.with_name(companion)).is_file():
+                shutil.copyfile(file, folder / companion)
+        write_plan(run.slimmed.plan, folder / PLAN_FILE)
+    with progress.stage("verify in ONNX Runtime"):
+        notes = check_written(run.path, path)
+        comparison, allowed, said = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
+        verification = Verification(
+            max_abs_difference=comparison.max_abs_difference,
+            tolerance=allowed,
+            max_abs_output=comparison.max_abs_expected,
+            cases=len(comparison.cases),
+        )
+    with progress.stage("measure fidelity", len(run.prepared.data.evaluation)) as step:
+        fidelity = _fidelity(run, step)
+    peak = peak_rss_bytes()
+    with progress.stage("measure latency"):
+        gc.collect()
+        fed = OnnxExecution(run.graphs.given).completed(_timed(run))
+        # An empty cache is each side's own: its heads may differ.
+        inputs = {name: value.numpy() for name, value in fed.items() if not name.startswith(PAST)}
+        latency = measure_latency({"dense": run.path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
+    length = MACS_LENGTH if reads_text(run.prepared.task) else next(iter(_timed(run).values())).shape[-1]
+    figures = Figures(
+        dense=side_figures(run.slimmed.dense, latency["dense"], onnx_size(run.path), length),
+        slim=side_figures(run.slimmed.graph, latency["slim"], onnx_size(path), length),
+        macs_length=length,
+        fidelity=(fidelity,),
+        verification=verification,
+        peak_export_bytes=peak,
+        peak_runtime_bytes=max((side.peak_rss_bytes or 0 for side in latency.values()), default=0) or None,
+    )
+    report = _report(run, figures, folder, (*run.prepared.notes, *run.slimmed.notes, *notes, *said))
+    write_report(report, folder)
+    return report
+
+
+def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Run:
+    started = time.perf_counter()
+    require_onnx_runtime()
+    _refuse(options)
+    plan = None if options.plan is None else read_plan(options.plan)
+    torch.manual_seed(options.seed)
+    path = Path(name) / ONNX_FILE if Path(name).is_dir() else Path(name)
+    with progress.stage("load"):
+        model = _on_disk(load_onnx(path), path, work)
+        if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
+            model.graph.sort()
+        stated = Stated.by(path)
+        given = OnnxGraph(model)
+    with progress.stage("find regions"):
+        canonical = given.copy()
+        canonicalise(canonical, check=options.check)
+        graphs = OnnxGraphs(given, canonical, find_regions(canonical))
+    device = compute_device(options)
+    with progress.stage("read calibration inputs"):
+        prepared = prepare_onnx_data(given, path, options, device)
+        execution = OnnxExecution(given, device)
+    first = next((region.readers[0] for region in graphs.matches.regions if region.readers), None)
+    rows: Callable[[Inputs], int] = lambda batch: prepared.inputs.samples(batch)  # noqa: E731
+    if first is not None:
+        value = canonical.op(first).inputs[0].name
+        sample = prepared.data.calibration[0]
+        each = rows_of(given, execution, sample, value) / max(1, sum(v.numel() for v in sample.values()))
+        rows = lambda batch: round(each * sum(v.numel() for v in batch.values()))  # noqa: E731
+    slimmed = slim_onnx_graph(
+        graphs,
+        prepared.data.calibration,
+        options,
+        progress,
+        task=prepared.task,
+        rows=rows,
+        plan=plan,
+        device=device,
+    )
+    return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _on_disk(model: ir.Model, path: Path, work: Path) -> ir.Model:
+    """Of a large file with its weights inside, a copy with them beside it: a parsed message is copied at every read."""
+    if path.stat().st_size < SPOOLED:
+        return model
+    (folder := work / "spooled").mkdir()
+    ir.save(model, folder / ONNX_FILE, external_data=WEIGHTS_FILE)
+    return load_onnx(folder / ONNX_FILE)
+
+
+def _is_sorted(model: ir.Model) -> bool:
+    """Whether every node comes behind those that it reads."""
+    seen: set[ir.Node] = set()
+    for node in model.graph:
+        before = (value.producer() for value in node.inputs if value is not None)
+        if any(other is not None and other.graph is model.graph and other not in seen for other in before):
+            return False
+        seen.add(node)
+    return True
+
+
+def _refuse(options: Options) -> None:
+    """
+    Raises:
+        UsageError: an option needs the model's program, of which an ONNX file has none.
+    """
+    wanted = {
+        f"--effort {options.effort}": options.effort != "fast",
+        "--checkpoint": options.checkpoint,
+        f"--format {','.join(options.formats)}": bool(set(options.formats) - {"onnx"}),
+        f"--dtype {options.dtype}": options.dtype != "float32",
+        f"--quantize {options.quantize}": options.quantize is not None,
+        f"--target {options.target}": options.target != "any",
+        "--target-latency and --profile": options.by_the_clock,
+        f"--basis {options.basis}": options.basis != "shared",
+    }
+    if asked := [option for option, said in wanted.items() if said]:
+        raise UsageError(f"{asked[0]}: not for an ONNX file, which stays what it is but for its widths: leave it out")
+
+
+def _verified(run: _Run) -> list[Inputs]:
+    """One sample alone, where a run takes that, and batches that did not calibrate."""
+    held_out, inputs = run.prepared.data.evaluation, run.prepared.inputs
+    alone = [inputs.part(held_out[0], 0, 1)] if inputs.batch and inputs.batch_size is None else []
+    return [*alone, *held_out[:VERIFIED_BATCHES]]
+
+
+def _timed(run: _Run) -> Inputs:
+    inputs, batch = run.prepared.inputs, run.prepared.data.evaluation[0]
+    one = inputs.part(batch, 0, inputs.batch_size or 1)
+    if not reads_text(run.prepared.task):
+        return one
+    return {name: value[:, : run.options.latency_length] for name, value in one.items()}
+
+
+def _fidelity(run: _Run, step: Callable[[], None]) -> DecoderFidelity | EncoderFidelity | OutputFidelity:
+    """The slim graph against the dense one on what did not calibrate."""
+    dense, slim = (OnnxExecution(graph).whole(first=True) for graph in (run.graphs.given, run.slimmed.graph))
+    data, task = run.prepared.data, run.prepared.task
+
+    def batches() -> object:
+        for batch in data.evaluation:
+            yield batch
+            step()
+
+    runs = (lambda batch: dense(batch)[0].float()), (lambda batch: slim(batch)[0].float())
+    if task == "encoder":
+        cosine, count = mean_cosine(*runs, batches())  # type: ignore[arg-type]
+        return EncoderFidelity(text=data.description, count=count, mean_cosine=cosine)
+    if task == "outputs":
+        found = compare_answers(*runs, batches())  # type: ignore[arg-type]
+        return OutputFidelity(
+            data=data.description,
+            count=found.count,
+            relative_error=found.relative_error,
+            mean_cosine=found.mean_cosine,
+        )
+    figures = compare_decoders(*runs, batches(), run.prepared.predicts)  # type: ignore[arg-type]
+    return DecoderFidelity(
+        text=data.description,
+        tokens=figures.tokens,
+        dense_perplexity=figures.dense_perplexity,
+        slim_perplexity=figures.slim_perplexity,
+        top1_agreement=figures.top1_agreement,
+        kl_to_dense=figures.kl_to_dense,
+    )
+
+
+def _report(run: _Run, figures: Figures, folder: Path, notes: tuple[str, ...]) -> Report:
+    task = run.prepared.task
+    left_out = {"seed"} if reads_text(task) else {"seed", *TEXT_OPTIONS}
+    model = run.graphs.given.model
+    made = " ".join(part for part in (model.producer_name, model.producer_version) if part)
+    return Report(
+        tool_version=version("dotresize-fx"),
+        packages=package_versions(),
+        machine=this_machine(torch.get_num_threads()),
+        model=ModelSource(
+            name=run.path.name, description=f"ONNX file {run.path.name}{f' of {made}' if made else ''}", task=task
+        ),
+        options=given_options({key: value for key, value in asdict(run.options).items() if key not in left_out}),
+        seed=run.options.seed,
+        cache=any(is_past(str(value.name)) for value in model.graph.inputs),
+        inputs_sha256={run.path.name: file_sha256(run.path), **run.prepared.data.sha256},
+        outputs_sha256={
+            file.relative_to(folder).as_posix(): file_sha256(file)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        },
+        regions=region_rows(run.graphs.matches, run.slimmed.swept),
+        linears=linear_rows(run.graphs.matches),
+        figures=figures,
+        stage_seconds={**run.progress.seconds, "total": time.perf_counter() - run.started},
+        notes=notes,
+    )

@@ -1,0 +1,163 @@
+"""An ONNX graph written back: what was not cut stays as the file had it, and the shapes it stated are right again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from dotresize_fx.errors import VerificationError
+from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
+from dotresize_fx.export.weight_files import first_line
+from dotresize_fx.onnx_form.execution import OnnxExecution
+from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.start import is_cache
+from dotresize_fx.passes.slim_onnx_graph import Inputs, SlimmedOnnx
+
+# A protobuf message ends at 2 GiB; the graph itself needs some of it.
+INLINE_AT_MOST = 2**31 - 2**27
+# A norm before ONNX had one of that kind.
+ONLY_ORT = "SimplifiedLayerNormalization"
+# Constants that shape inference looks into are smaller.
+LOOKED_INTO = 2048
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a file said of its values before shapes were inferred: whose types and whose shapes it has, by name."""
+
+    types: frozenset[str]
+    shapes: frozenset[str]
+    external: bool
+
+    @classmethod
+    def by(cls, path: Path) -> Stated:
+        """What the file says."""
+        graph = onnx.load(path, load_external_data=False).graph
+        kinds = {info.name: info.type for info in graph.value_info}
+        return cls(
+            frozenset(name for name, kind in kinds.items() if kind.WhichOneof("value")),
+            frozenset(name for name, kind in kinds.items() if kind.tensor_type.HasField("shape")),
+            any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer),
+        )
+
+
+def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Path) -> Path:
+    """``model.onnx``, with its weights beside it where the file had that or where they are too large for one file.
+
+    ``sample`` are small inputs, run to see which sizes are others now.
+    """
+    _correct_shapes(slimmed, sample)
+    model = slimmed.graph.copy().fused_model()  # of which what was fused is told no more
+    tensors = [value.const_value for g in model.graphs() for value in g.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    path = folder / ONNX_FILE
+    beside = stated.external or size > INLINE_AT_MOST
+    if not beside:
+        ir.external_data.load_to_model(model)  # what was spooled
+    with _as_stated(model, stated):
+        ir.save(model, path, external_data=WEIGHTS_FILE if beside else None)
+    return path
+
+
+def _correct_shapes(slimmed: SlimmedOnnx, sample: Inputs) -> None:
+    """Sizes that a run of the slim graph has others of than one of the dense graph are stated as it has them."""
+    before, after = (_met_shapes(graph, sample) for graph in (slimmed.dense, slimmed.graph))
+    for node in slimmed.graph.model.graph:
+        for value in node.outputs:
+            old, new = before.get(str(value.name)), after.get(str(value.name))
+            if value.shape is None or old is None or new is None or len(new) != len(value.shape) or old == new:
+                continue
+            shape = value.shape.copy()
+            for axis, (was, size) in enumerate(zip(old, new, strict=True)):
+                if was != size and isinstance(shape[axis], int):
+                    shape[axis] = size
+            value.shape = shape
+
+
+def _met_shapes(graph: OnnxGraph, sample: Inputs) -> dict[str, tuple[int, ...]]:
+    """By name, of all that the graph computes."""
+    execution = OnnxExecution(graph)
+    names = [str(output.name) for node in execution.nodes for output in node.outputs if output.name]
+    values, _ = execution.piece(0, len(execution.nodes), names).run(execution.start(sample))
+    return {name: tuple(value.shape()) for name, value in values.items() if value.is_tensor()}
+
+
+@contextmanager
+def _as_stated(model: ir.Model, stated: Stated) -> Iterator[None]:
+    """Inside, values have no shapes or types where the file states none; constants have their own."""
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    computed = (value for node in model.graph for value in node.outputs)
+    values = [value for value in (*model.graph.initializers.values(), *computed) if value not in kept]
+    taken = [(value, value.shape, value.type) for value in values]
+    for value in values:
+        if value.name not in stated.shapes:
+            value.shape = None
+        if value.name not in stated.types:
+            value.type = None
+    try:
+        yield
+    finally:
+        for value, shape, kind in taken:
+            value.shape, value.type = shape, kind
+
+
+def check_written(dense: Path, slim: Path) -> tuple[str, ...]:
+    """onnx.checker, shapes included, on the slim file; a note where it already refused the dense one.
+
+    Raises:
+        VerificationError: it passes the dense file and not the slim one, or inputs or outputs are others than before.
+    """
+    said = _said_of(slim)
+    before = _said_of(dense) if said else ""
+    notes: tuple[str, ...] = ()
+    if before:
+        notes = (f"onnx.checker refuses the file as it came ({before}), so only ONNX Runtime checked the slim one",)
+    elif ONLY_ORT in said:
+        notes = (f"onnx.checker does not know {ONLY_ORT}, which ONNX Runtime has: it alone checked the slim file",)
+    elif said:
+        raise VerificationError(
+            f"the slim ONNX does not pass onnx.checker: {said}: nothing was written; please report this model"
+        )
+    (first, second) = (onnx.load(path, load_external_data=False).graph for path in (dense, slim))
+    for kind in ("input", "output"):
+        old, new = ([_declared(value) for value in getattr(graph, kind)] for graph in (first, second))
+        if old != new:
+            raise VerificationError(
+                f"the {kind}s of the slim ONNX are not the dense one's: nothing was written; please report this model"
+            )
+    return notes
+
+
+def _declared(value: onnx.ValueInfoProto) -> bytes:
+    """All of it, but of a cache the number and size of its heads."""
+    copied = onnx.ValueInfoProto()
+    copied.CopyFrom(value)
+    sizes = copied.type.tensor_type.shape.dim
+    if is_cache(value.name) and len(sizes) == 4:
+        for axis in (1, 3):
+            sizes[axis].Clear()
+    return copied.SerializeToString()
+
+
+def _said_of(path: Path) -> str:
+    """What onnx.checker has against a file; empty where nothing. Large weights are declared as inputs to it."""
+    model = onnx.load(path, load_external_data=False)
+    kept = []
+    named = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= LOOKED_INTO:
+            kept.append(tensor)
+        elif tensor.name not in named:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # of the checker and of shape inference
+        return first_line(error)
+    return ""

@@ -1,0 +1,180 @@
+"""Slim a graph that exists only as ONNX: widths planned and regions swept in ONNX Runtime, maps inserted and folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dotresize_fx.cost import CostModel
+from dotresize_fx.errors import UsageError
+from dotresize_fx.least_squares import ENCODER_PULL, PULL
+from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
+from dotresize_fx.onnx_form.sweep import OnnxSweep
+from dotresize_fx.options import Options
+from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers
+from dotresize_fx.passes.cut_stream import apply_map
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.follow_plan import check_plan, follow_plan
+from dotresize_fx.passes.plan_widths import plan_widths
+from dotresize_fx.passes.slim_graph import cut_or_refitted, too_few_tokens, what_was_refused, what_went
+from dotresize_fx.plan_table import plan_table
+from dotresize_fx.progress import Progress
+from dotresize_fx.regions import MatchReport, Region, RegionKind
+from dotresize_fx.solvers import solvers_for
+from dotresize_fx.sweep import SweptRegion
+from dotresize_fx.task import predicts_tokens
+from dotresize_fx.width_plan import WidthPlan
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OnnxGraphs:
+    """``given`` is the file's graph and stays as it is; ``canonical`` a rewritten copy, in which regions were found."""
+
+    given: OnnxGraph
+    canonical: OnnxGraph
+    matches: MatchReport
+
+
+@dataclass(frozen=True)
+class SlimmedOnnx:
+    """A slim graph, the dense one that was edited into it, what was cut, and notes for the report.
+
+    ``untouched`` says that the dense one is the file's own, of which nothing beside the cut was rewritten.
+    """
+
+    graph: OnnxGraph
+    dense: OnnxGraph
+    untouched: bool
+    swept: tuple[SweptRegion, ...] = ()
+    plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
+    notes: tuple[str, ...] = ()
+
+
+def slim_onnx_graph(
+    graphs: OnnxGraphs,
+    batches: Sequence[Inputs],
+    options: Options,
+    progress: Progress,
+    *,
+    task: str,
+    rows: Callable[[Inputs], int],
+    plan: WidthPlan | None = None,
+    device: str = "cpu",
+) -> SlimmedOnnx:
+    """A slim copy; ``plan`` gives the widths instead of the ratio. ``rows``: how many rows a batch makes, about.
+
+    Raises:
+        NothingToSlimError: nothing can be cut, or not by that much.
+        SolverError: activations are infinite or NaN.
+        UsageError: the plan is for another model, or the residual stream is asked for.
+    """
+    if options.ratio == 0 and plan is None:
+        return SlimmedOnnx(graphs.given.copy(), graphs.given, True, notes=("ratio 0: nothing was cut",))
+    matches, canonical = graphs.matches, graphs.canonical
+    if plan is not None:
+        check_plan(plan, matches, options.method)
+    _refuse_stream(options, plan, matches)
+    length = next(iter(batches[0].values())).shape[-1]
+    cost = CostModel(options.cost or "weights", options.sequence_length if task == "encoder" else length)
+    total = cost.total(canonical)
+    regions, notes = choose_regions(canonical, matches.regions, SWEPT if plan else options.kinds)
+    notes += too_few_tokens(rows, regions, batches, task)
+    if plan is not None:
+        regions = [region for region in regions if region.name in plan.widths]
+        chosen = follow_plan(plan, canonical, matches.regions, regions)
+    else:
+        curves: Mapping[str, torch.Tensor] = {}
+        if options.allocation != "uniform" and regions:
+            with progress.stage("measure sensitivity", len(regions)) as step:
+                curves = measure_onnx_curves(
+                    canonical, regions, batches, task=task, rows=rows, device=device, advanced=step
+                )
+        chosen, kept = plan_widths(canonical, regions, batches, total, cost, options, progress, task, curves)
+        notes += what_was_refused(matches, options.kinds) + kept
+    progress.show(plan_table(regions, chosen.widths))
+    dense, found = _editable(graphs, _swept(regions, chosen))
+    regions = [found.get(region.name, region) for region in regions]
+    untouched = dense is graphs.given
+    if not untouched:
+        notes += ("what is cut is spelled in parts of other ops: these were rewritten, exactly, to be cut",)
+    slimmed = dense.copy()
+    swept = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
+    slimmed.refresh_shapes()
+    if plan is None and options.ratio is not None:
+        notes += what_went(cost, options, 1 - cost.total(slimmed) / total)
+    return SlimmedOnnx(slimmed, dense, untouched, tuple(swept), chosen, notes)
+
+
+def _refuse_stream(options: Options, plan: WidthPlan | None, matches: MatchReport) -> None:
+    streams = {region.name for region in matches.of_kind(RegionKind.RESIDUAL)}
+    if plan is None and RegionKind.RESIDUAL in options.kinds and options.regions:
+        raise UsageError("--regions residual: the residual stream of an ONNX file is not cut yet: use ffn")
+    if plan is not None and streams & plan.widths.keys():
+        raise UsageError("--plan cuts the residual stream, which is not cut yet in an ONNX file: leave it out")
+
+
+def _swept(regions: Sequence[Region], plan: WidthPlan) -> list[Region]:
+    """Those that the sweep changes."""
+    groups = sublayers(regions)
+    cuts = [[(region, plan.widths[region.name]) for region in together] for together in groups]
+    return [region for together in cuts for region, _ in cut_or_refitted(together, stream_cut=False)]
+
+
+def _editable(graphs: OnnxGraphs, regions: Sequence[Region]) -> tuple[OnnxGraph, dict[str, Region]]:
+    """The graph to cut them in, and by name as it has them: the least rewritten one in which all of them are found.
+
+    That is the file's own where neither linears are packed nor heads spelled in other ways.
+    """
+    for attempt in _attempts(graphs):
+        found = {_ends(region): region for region in find_regions(attempt).regions}
+        if all(_ends(region) in found for region in regions):
+            return attempt, {region.name: found[_ends(region)] for region in regions}
+    return graphs.canonical, {region.name: region for region in regions}
+
+
+def _attempts(graphs: OnnxGraphs) -> Iterator[OnnxGraph]:
+    yield graphs.given
+    parted = graphs.given.copy()
+    canonicalise(parted, check=False, norms=False)
+    yield parted
+
+
+def _ends(region: Region) -> tuple[object, ...]:
+    return region.name, region.kind, region.width, region.writers, region.readers, region.attention, region.target
+
+
+def _sweep(
+    dense: OnnxGraph,
+    slimmed: OnnxGraph,
+    regions: Sequence[Region],
+    plan: WidthPlan,
+    batches: Sequence[Inputs],
+    options: Options,
+    progress: Progress,
+    task: str,
+    device: str,
+) -> list[SweptRegion]:
+    sweep = OnnxSweep(
+        dense,
+        slimmed,
+        batches,
+        lambda region, found: apply_map(slimmed, region, found, options.check),
+        refit=options.method != "magnitude",
+        pull=PULL if predicts_tokens(task) else ENCODER_PULL,
+        device=device,
+    )
+    swept: list[SweptRegion] = []
+    with progress.stage("sweep", len(regions)) as step:
+        for together in sublayers(regions):
+            cuts = [(region, plan.widths[region.name]) for region in together]
+            if chosen := cut_or_refitted(cuts, stream_cut=False):
+                swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
+            for _ in together:
+                step()
+    return swept
