@@ -400,12 +400,9 @@ class OnnxGraph(HeadEdits, Graph):
 
     def refresh_shapes(self) -> None:
         """Correct the shapes of what follows from edits; reading all ops or the model does so too."""
-        if self._touched:
-            touched, self._touched = self._touched, set()
+        if self._touched or self._moved:
+            touched, self._touched, self._moved = self._touched, set(), False
             refresh_widths(self._graph, touched, self._is_visible)
-            self.changed()
-        if self._moved:
-            self._moved = False
             SymbolicShapes(self._graph).run()
             self.changed()
 

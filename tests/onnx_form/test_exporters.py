@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from dotresize_fx.export.capture import capture
 from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
@@ -90,15 +92,20 @@ IDS = torch.randint(0, 97, (3, 7), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
+@cache
+def fx_twin(kind: str, tiny_model: Any) -> FxGraph:
+    graph = capture(tiny_model(kind, layers=1)).graph
+    canonicalise(graph)
+    return graph
+
+
 @pytest.mark.parametrize(("kind", "way", "cut"), [(*case, cut) for case in CUT for cut in CASES[case]])
 def test_a_cut_computes_what_it_does_in_the_fx_form(
     exported: Any, tiny_model: Any, first_output: Any, difference: Any, kind: str, way: str, cut: str
 ) -> None:
     path = exported(kind, way)
-    fx = capture(tiny_model(kind, layers=1)).graph
-    canonicalise(fx)
     cuts: list[Any] = []
-    graphs: list[Any] = [fx, opened(path)]
+    graphs: list[Any] = [fx_twin(kind, tiny_model), opened(path)]
     for graph in graphs:
         (region,) = find_regions(graph).of_kind(cut)
         cuts.append(truncate_regions(graph, [region], {region.name: region.width // 2}))
