@@ -37,9 +37,9 @@ def number(value: ir.Value | None) -> float | int | None:
 
 
 def integers(value: ir.Value | None) -> list[int] | None:
-    """The elements of a constant integer tensor (axes, a shape); None when it is computed or absent."""
+    """The elements of a constant integer or boolean tensor (axes, a shape); None when it is computed or absent."""
     tensor = constant(value)
-    if tensor is None or not tensor.dtype.is_integer():
+    if tensor is None or not (tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL):
         return None
     return [int(element) for element in tensor.numpy().reshape(-1)]
 
