@@ -37,6 +37,8 @@ from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_w
 from dotresize_fx.onnx_form.symbolic_shapes import SymbolicShapes
 from dotresize_fx.onnx_form.views import normalise_views
 
+NUMBERED = "onnx::"
+
 
 class OnnxGraph(HeadEdits, Graph):
     """The main graph of a model, topologically sorted as ONNX demands; calls of functions are ops not understood.
@@ -174,7 +176,12 @@ class OnnxGraph(HeadEdits, Graph):
         return tensor is not None and not tensor.dtype.is_floating_point()
 
     def parameter_name(self, value: Value) -> str:
-        return value.name
+        """Its name; a weight that TorchScript turned and numbered goes by the module of the node that reads it."""
+        if not value.name.startswith(NUMBERED):
+            return value.name
+        uses = [use for use in self._values[value.name].uses() if (use.node.name or "").startswith("/")]
+        module = str(uses[0].node.name).strip("/").rpartition("/")[0] if len(uses) == 1 else ""
+        return f"{module.replace('/', '.')}.weight" if module else value.name
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         slot = self._form(op).weight

@@ -306,8 +306,8 @@ def _optimised(source: Path, kind: str, path: Path, half: bool) -> None:
 def exported(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]) -> Callable[..., Path]:
     """``exported(kind, way, layers=1)``: a tiny model as an ONNX file.
 
-    ``way`` is ``script`` (TorchScript), ``dynamo``, ``any`` or ``cpu`` (our own exporter with a cache, by target), ``ort``
-    and ``ort-half`` (onnxruntime's optimiser on what TorchScript gave) or ``half`` (``cpu`` in float16).
+    ``way`` is ``script`` (TorchScript), ``dynamo``, ``any`` or ``cpu`` (our own exporter with a cache, by target),
+    ``ort`` and ``ort-half`` (onnxruntime's optimiser on what TorchScript gave) or ``half`` (``cpu`` in float16).
     """
 
     @cache
