@@ -33,6 +33,7 @@ from dotresize_fx.onnx_form.linears import (
     wants_transposed,
     weight_readers,
 )
+from dotresize_fx.onnx_form.packed_linears import put_linears_together
 from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths, set_width
 from dotresize_fx.onnx_form.symbolic_shapes import SymbolicShapes
 from dotresize_fx.onnx_form.views import normalise_views
@@ -65,11 +66,15 @@ class OnnxGraph(HeadEdits, Graph):
         return self._model
 
     def fused_model(self) -> ir.Model:
-        """The model to be written: fused ops that were taken apart are put together again, where they still can be."""
-        model = self.model
-        put_together(model)
-        self.changed()
-        return model
+        """The model to be written: what was taken apart is put together again, where it still can be.
+
+        Fused ops, and packed linears. It is another model over the same tensors: the graph stays as it is.
+        """
+        new = self.copy()
+        new.remove_dead()
+        put_linears_together(new._graph, new._editor, new.packings)
+        put_together(new.model)
+        return new._model
 
     @property
     def _graph(self) -> ir.Graph:
@@ -414,7 +419,9 @@ class OnnxGraph(HeadEdits, Graph):
             self.changed()
 
     def copy(self) -> OnnxGraph:
-        return OnnxGraph(self.model.clone())
+        new = OnnxGraph(self.model.clone())
+        new.packings.update(self.packings)
+        return new
 
     def _set_output_width(self, node: ir.Node, width: int) -> None:
         set_width(node.outputs[0], width)
