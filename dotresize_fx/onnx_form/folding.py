@@ -99,7 +99,8 @@ def _computed(graph: ir.Graph, node: ir.Node, largest: int) -> np.ndarray[Any, A
     if not stored or len(feeds) < len(stored) or any(array.ndim > 1 for array in feeds.values()):
         return None
     try:
-        (found,) = ReferenceEvaluator(ir.to_proto(node), opsets=dict(graph.opset_imports)).run(None, feeds)
+        results: Any = ReferenceEvaluator(ir.to_proto(node), opsets=dict(graph.opset_imports)).run(None, feeds)
     except Exception:  # whatever the evaluator makes of an op or a dtype it does not know
         return None
+    (found,) = results
     return found if found.size <= largest and found.ndim < 2 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from dotresize_fx.onnx_form.linears import attribute, bias_slot, linear_core, pl
 MICROSOFT = "com.microsoft"
 ROLES = ("query", "key", "value")
 NAMES = "dotresize_fx.names"  # in a packed node's meta: what its weight and bias were called
+Array = np.ndarray[Any, Any]
 KEPT = ("num_heads", "unidirectional", "mask_filter_value", "scale")
 
 
@@ -63,7 +65,7 @@ def _part(graph: ir.Graph, editor: OnnxEditor, whole: ir.Value | None, role: str
     stored = constant(whole)
     assert whole is not None
     assert stored is not None
-    shape = ir.Shape([*stored.shape[:-1], end - start])
+    shape = ir.Shape([*(int(size) for size in stored.shape.numpy()[:-1]), end - start])
     value = ir.Value(name=editor.fresh(f"{whole.name}.{role}"), shape=shape, type=ir.TensorType(stored.dtype))
 
     def read() -> ir.TensorProtocol:
@@ -108,8 +110,8 @@ def put_attention_together(graph: ir.Graph, attention: ir.Node, whole: ir.Node) 
     stored = [plugged((core, 1)) for core in known] + [slot[0].inputs[slot[1]] for slot in biases if slot is not None]
     graph.remove(parts, safe=True)
     for value in stored:
-        if value is not None and value.name in graph.initializers and not value.uses():
-            del graph.initializers[value.name]
+        if value is not None and str(value.name) in graph.initializers and not value.uses():
+            del graph.initializers[str(value.name)]
     return True
 
 
@@ -120,18 +122,18 @@ def _linear_of(value: ir.Value | None) -> ir.Node | None:
     return core if core is not None and core.op_type == "MatMul" else None
 
 
-def _stored(core: ir.Node) -> np.ndarray:  # type: ignore[type-arg]
+def _stored(core: ir.Node) -> Array:
     array = _array(plugged((core, 1)))
     return array if stored_transposed((core, 1)) else array.T
 
 
-def _array(value: ir.Value | None) -> np.ndarray:  # type: ignore[type-arg]
+def _array(value: ir.Value | None) -> Array:
     tensor = constant(value)
     assert tensor is not None
     return tensor.numpy()
 
 
-def _packed(graph: ir.Graph, name: str, parts: list[np.ndarray]) -> ir.Value:  # type: ignore[type-arg]
+def _packed(graph: ir.Graph, name: str, parts: list[Array]) -> ir.Value:
     """The parts side by side, under the name that they had together."""
     array = np.ascontiguousarray(np.concatenate(parts, axis=-1))
     while name in graph.initializers and graph.initializers[name].uses():

@@ -59,14 +59,14 @@ def _join(
         editor.insert("Add", [product, shift], value, before=first)
     modern = graph.opset_imports.get("", 1) >= SPLIT_OPSET
     stated = editor.add_initializer(f"{name}_sizes", torch.tensor(sizes)) if modern else None
-    attributes = {"axis": -1} if modern else {"axis": -1, "split": sizes}
+    attributes: dict[str, int | list[int]] = {"axis": -1} if modern else {"axis": -1, "split": sizes}
     outputs = [editor.stand_in_for(one) for one in old]
     inputs = [value] if stated is None else [value, stated]
     graph.insert_before(first, ir.node("Split", inputs, attributes, outputs=outputs, name=f"{name}_split"))
     graph.remove({*cores, *(slot[0] for slot in biases if slot is not None)}, safe=True)
     for stored in (*weights, *shifts):
-        if stored.name in graph.initializers and not stored.uses():
-            del graph.initializers[stored.name]
+        if str(stored.name) in graph.initializers and not stored.uses():
+            del graph.initializers[str(stored.name)]
     return True
 
 

@@ -148,10 +148,10 @@ def _concat(node: ir.Node, known: Known) -> Shapes:
     shapes = [sizes_of(value) for value in node.inputs]
     if None in shapes or not shapes[0]:
         return []
-    known = [shape for shape in shapes if shape is not None]
-    axis = int(attribute(node, "axis", 0)) % len(known[0])
-    whole = total(shape[axis] for shape in known)
-    return [(*known[0][:axis], whole, *known[0][axis + 1 :])]
+    given = [shape for shape in shapes if shape is not None]
+    axis = int(attribute(node, "axis", 0)) % len(given[0])
+    whole = total(shape[axis] for shape in given)
+    return [(*given[0][:axis], whole, *given[0][axis + 1 :])]
 
 
 def _split(node: ir.Node, known: Known) -> Shapes:
