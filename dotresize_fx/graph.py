@@ -83,6 +83,7 @@ class Op:
     has ``channels``, their axis in its input and output; its other inputs are parameters (channels, ...). A RESHAPE
     that ``flattens`` joins or parts axes and states no size that stays. An OTHER op that is ``over_width`` takes a
     deviation over the last dimension, whose order it does not know.
+    One that is ``quantised`` has the name and the shape, (out, in), of a weight that nobody can read.
     """
 
     name: str

@@ -236,6 +236,11 @@ def _not_understood(graph: Graph, tables: set[str]) -> Iterable[LinearMatch]:
     for op in graph.ops:
         if op.is_linear or op.kind is Kind.EMBEDDING:
             continue
+        if "quantised" in op.attributes:
+            name, shape = op.attributes["quantised"]
+            reason = f"its weight is quantised ({op.spelling}), which is not cut: give the model before quantisation"
+            yield LinearMatch(op.name, name, shape, None, None, reason, reason)
+            continue
         for value in op.inputs:
             unknown = value.is_parameter and value.name not in tables and not graph.is_buffer(value)
             if unknown and len(value.shape) > 1:

@@ -7,6 +7,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
+READ = "dotresize_fx.constant"  # in a Constant node's meta: its tensor
+
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor behind an initializer or a Constant node's output; None for anything else.
@@ -19,7 +21,12 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     producer = value.producer()
     if producer is None:
         return value.const_value if value.is_initializer() else None
-    return ir.convenience.get_const_tensor(value) if is_constant_node(producer) else None
+    if not is_constant_node(producer):
+        return None
+    if READ not in producer.meta:  # looked at again and again, and never edited
+        producer.meta[READ] = ir.convenience.get_const_tensor(value)
+    found: ir.TensorProtocol | None = producer.meta[READ]
+    return found
 
 
 def is_constant_node(node: ir.Node) -> bool:
@@ -37,9 +44,9 @@ def number(value: ir.Value | None) -> float | int | None:
 
 
 def integers(value: ir.Value | None) -> list[int] | None:
-    """The elements of a constant integer tensor (axes, a shape); None when it is computed or absent."""
+    """The elements of a constant integer or boolean tensor (axes, a shape); None when it is computed or absent."""
     tensor = constant(value)
-    if tensor is None or not tensor.dtype.is_integer():
+    if tensor is None or not (tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL):
         return None
     return [int(element) for element in tensor.numpy().reshape(-1)]
 

@@ -18,6 +18,7 @@ FOLDED = (
     "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Floor", "Gather", "Identity", "Mul", "Neg",
     "Pow", "Range", "Reciprocal", "ReduceProd", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Unsqueeze", "Where",
 )  # fmt: skip
+ROUNDS = 4  # what is folded may be the bounds of a slice, whose size is then known
 
 
 def fold_constants(graph: ir.Graph, editor: OnnxEditor, largest: int) -> list[str]:
@@ -26,8 +27,20 @@ def fold_constants(graph: ir.Graph, editor: OnnxEditor, largest: int) -> list[st
     A size that an exporter reads from a tensor where it could have written it down is then written down, and follows
     no more what it was read from.
     """
-    walk = SymbolicShapes(graph)
-    walk.run()
+    folded: list[str] = []
+    for _ in range(ROUNDS):
+        walk = SymbolicShapes(graph)
+        walk.run()
+        found = _fold(graph, editor, walk, largest)
+        folded += found
+        if not found:
+            break
+    for node in [node for node in graph if node.op_type in ("Reshape", "Expand") and node.domain == ""]:
+        folded += _state_target(editor, node, walk)
+    return folded
+
+
+def _fold(graph: ir.Graph, editor: OnnxEditor, walk: SymbolicShapes, largest: int) -> list[str]:
     folded = []
     for node in list(graph):
         if is_constant_node(node) or node.domain != "" or len(node.outputs) != 1:
@@ -42,8 +55,6 @@ def fold_constants(graph: ir.Graph, editor: OnnxEditor, largest: int) -> list[st
             new = editor.add_initializer(f"{output.name}_folded", torch.from_numpy(np.array(found)))
             output.replace_all_uses_with(new)
             folded.append(f"{output.name}: computed once")
-    for node in [node for node in graph if node.op_type in ("Reshape", "Expand") and node.domain == ""]:
-        folded += _state_target(editor, node, walk)
     return folded
 
 
@@ -88,7 +99,8 @@ def _computed(graph: ir.Graph, node: ir.Node, largest: int) -> np.ndarray[Any, A
     if not stored or len(feeds) < len(stored) or any(array.ndim > 1 for array in feeds.values()):
         return None
     try:
-        (found,) = ReferenceEvaluator(ir.to_proto(node), opsets=dict(graph.opset_imports)).run(None, feeds)
+        results: Any = ReferenceEvaluator(ir.to_proto(node), opsets=dict(graph.opset_imports)).run(None, feeds)
     except Exception:  # whatever the evaluator makes of an op or a dtype it does not know
         return None
+    (found,) = results
     return found if found.size <= largest and found.ndim < 2 else None

@@ -7,13 +7,14 @@ copies of a model keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from dotresize_fx.onnx_form.constants import is_weight
 from dotresize_fx.onnx_form.edits import OnnxEditor
 from dotresize_fx.onnx_form.linears import is_linear
+from dotresize_fx.onnx_form.packed_attention import holds_weights, put_attention_together, take_attention_apart
 
 DOMAIN = "com.microsoft"
 # In a node's meta: the output's name of the fused op that it was a part of, and for its last part the node itself.
@@ -41,12 +42,16 @@ def take_apart(model: ir.Model) -> int:
         shifted = Add(y, shift)
         active = Gelu(shifted)
     """
-    fused = [node for node in model.graph if node.domain == DOMAIN and (_is_skip_norm(node) or _is_biased_gelu(node))]
+    fused = [node for node in model.graph if node.domain == DOMAIN and _is_fused(node)]
     if fused:
         editor = OnnxEditor(model)
         for node in fused:
             _Apart(model, editor, node).run()
     return len(fused)
+
+
+def _is_fused(node: ir.Node) -> bool:
+    return _is_skip_norm(node) or _is_biased_gelu(node) or holds_weights(node)
 
 
 def _is_skip_norm(node: ir.Node) -> bool:
@@ -68,6 +73,11 @@ class _Apart:
         node = self.node
         if node.op_type in SKIP_NORMS:
             self._skip_norm()
+        elif holds_weights(node):
+            made = take_attention_apart(self.graph, self.editor, node)
+            made[-1].meta[WHOLE] = node
+            for new in made:
+                self._insert(new)
         else:
             shifted = self._add(node.inputs[0], node.inputs[1], "shifted")
             tanh = node.op_type == "FastGelu"
@@ -136,10 +146,13 @@ def put_together(model: ir.Model) -> int:
     """Put parts that :func:`take_apart` made together again where they still stand together; returns how many."""
     joined = 0
     for node in [node for node in model.graph if WHOLE in node.meta]:
-        join: Callable[[ir.Node, ir.Node], bool] = _join_gelu
-        if node.meta[WHOLE].op_type in SKIP_NORMS:
-            join = _join_skip_norm
-        joined += join(node, node.meta[WHOLE])
+        whole = node.meta[WHOLE]
+        if whole.op_type in SKIP_NORMS:
+            joined += _join_skip_norm(node, whole)
+        elif whole.op_type in BIASED_GELUS:
+            joined += _join_gelu(node, whole)
+        else:
+            joined += put_attention_together(model.graph, node, whole)
     return joined
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -11,21 +10,16 @@ import torch
 from dotresize_fx.graph import Op, Value
 from dotresize_fx.onnx_form.attention_ops import head_counts
 from dotresize_fx.onnx_form.constants import integers
-from dotresize_fx.onnx_form.edits import OnnxEditor
 from dotresize_fx.onnx_form.moves import stated_sizes
-
-if TYPE_CHECKING:
-    from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.reading import OnnxReading
 
 OPEN = 2**63 - 1  # an end of a slice that is the axis' end
 
 
-class HeadEdits:
-    """A part of :class:`dotresize_fx.onnx_form.graph.OnnxGraph`."""
+class HeadEdits(OnnxReading):
+    """The edits of :class:`dotresize_fx.onnx_form.graph.OnnxGraph` that regions of an attention need."""
 
-    _editor: OnnxEditor
-
-    def resize_axes(self: OnnxGraph, op: Op, sizes: Mapping[int, int]) -> None:
+    def resize_axes(self, op: Op, sizes: Mapping[int, int]) -> None:
         """See :meth:`Graph.resize_axes`. What a target states is replaced, and what it computes stays."""
         node = self._node(op.name)
         if names := head_counts(node):
@@ -43,7 +37,7 @@ class HeadEdits:
         self._moved = True
         self.changed()
 
-    def _target(self: OnnxGraph, node: ir.Node, stated: Sequence[int | None], new: Mapping[int, int]) -> ir.Value:
+    def _target(self, node: ir.Node, stated: Sequence[int | None], new: Mapping[int, int]) -> ir.Value:
         """The target of a Reshape or Expand with these sizes in place of what it states there."""
         editor, name = self._editor, f"{node.outputs[0].name}_sizes"
         whole = integers(node.inputs[1])
@@ -65,7 +59,7 @@ class HeadEdits:
         editor.insert("Concat", parts, output, {"axis": 0}, before=node)
         return output
 
-    def resize_slice(self: OnnxGraph, op: Op, start: int, stop: int | None) -> None:
+    def resize_slice(self, op: Op, start: int, stop: int | None) -> None:
         node = self._node(op.name)
         if node.op_type == "Split":
             self._resize_part(node, self._index(op.name), start if stop is None else stop - start)
@@ -79,7 +73,7 @@ class HeadEdits:
         self._moved = True
         self.changed()
 
-    def _resize_part(self: OnnxGraph, node: ir.Node, index: int, size: int) -> None:
+    def _resize_part(self, node: ir.Node, index: int, size: int) -> None:
         """Another size for one part of a Split; of the upper of two halves no more is known than where it starts."""
         given = node.attributes.get("split")
         sizes = (
@@ -95,9 +89,7 @@ class HeadEdits:
                 1, self._editor.add_initializer(f"{node.outputs[0].name}_sizes", torch.tensor(sizes))
             )
 
-    def insert_gather(
-        self: OnnxGraph, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered"
-    ) -> Op:
+    def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         start = self._values[source.name]
         readers = {self._node(op.name) for op in users}
         uses = [use for use in start.uses() if readers & set(self._readers(use.node))]
@@ -112,14 +104,14 @@ class HeadEdits:
         self.changed()
         return self._read_op(gather)
 
-    def set_attention_scale(self: OnnxGraph, op: Op, scale: float) -> None:
+    def set_attention_scale(self, op: Op, scale: float) -> None:
         self._node(op.name).attributes.add(ir.AttrFloat32("scale", scale))
         self.changed()
 
-    def input_sizes(self: OnnxGraph, name: str) -> tuple[int | str, ...]:
+    def input_sizes(self, name: str) -> tuple[int | str, ...]:
         return self._value(self._values[name]).shape
 
-    def resize_input(self: OnnxGraph, name: str, sizes: Mapping[int, int]) -> None:
+    def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
         """See :meth:`Graph.resize_input`; the output that carries a cache on states the same sizes."""
         for value in (self._values[n] for n in (name, *(out for out, past in self.caches.items() if past == name))):
             assert value.shape is not None

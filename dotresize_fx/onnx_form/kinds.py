@@ -16,6 +16,7 @@ from dotresize_fx.onnx_form.axes import axes, keeps_width, last, sees_width
 from dotresize_fx.onnx_form.constants import constant, is_ones, is_weight, number
 from dotresize_fx.onnx_form.linears import Slot, attribute, bias_slot, linear_core, slots, stored_transposed
 from dotresize_fx.onnx_form.moves import axes_form
+from dotresize_fx.onnx_form.quantised import quantised_weight
 
 DOMAINS = ("", "com.microsoft")
 POINTWISE = {
@@ -124,7 +125,8 @@ def _read_unknown(node: ir.Node) -> Form:
     kind = Kind.OTHER
     if node.domain in DOMAINS and node.op_type in (*RESHAPE, *ATTENTION):
         kind = Kind.RESHAPE if node.op_type in RESHAPE else Kind.ATTENTION
-    return Form(kind, node, node, _all_inputs(node))
+    quantised = quantised_weight(node) if node.domain in DOMAINS else None
+    return Form(kind, node, node, _all_inputs(node), {} if quantised is None else {"quantised": quantised})
 
 
 def _read_known(node: ir.Node) -> Form | None:

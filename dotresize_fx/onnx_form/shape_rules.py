@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,6 +17,7 @@ Size = int | str
 Sizes = tuple[Size, ...]
 Known = Callable[[ir.Value | None], Sizes | None]  # the integers in a value, as far as they are known
 Shapes = list[Sizes | None]  # of a node's outputs; empty where they are not known
+_PRODUCT = re.compile(r"[^\s()*]+(\*[^\s()*]+)+")
 OPEN = 2**31  # an end of a slice at least as large means the end of the axis
 FIRST = (
     "Cast", "CastLike", "Identity", "Dropout", "Neg", "Abs", "Sigmoid", "Tanh", "Relu", "Gelu", "FastGelu",
@@ -47,10 +49,12 @@ def set_sizes(value: ir.Value, sizes: Sizes) -> None:
 
 def quotient(source: Sequence[Size], others: Sequence[Size]) -> Size:
     """The size that with ``others`` makes as many numbers as ``source``; a name where it is not known."""
-    names = Counter(size for size in source if isinstance(size, str))
-    names.subtract(size for size in others if isinstance(size, str))
-    above = math.prod(size for size in source if isinstance(size, int))
-    below = math.prod(size for size in others if isinstance(size, int))
+    whole_source = [factor for size in source for factor in _factors(size)]
+    whole_others = [factor for size in others for factor in _factors(size)]
+    names = Counter(size for size in whole_source if isinstance(size, str))
+    names.subtract(size for size in whole_others if isinstance(size, str))
+    above = math.prod(size for size in whole_source if isinstance(size, int))
+    below = math.prod(size for size in whole_others if isinstance(size, int))
     left = sorted(names.elements())
     if any(count < 0 for count in names.values()) or not below or above % below:
         return f"({'*'.join(map(str, source))})/({'*'.join(map(str, others))})"
@@ -58,6 +62,13 @@ def quotient(source: Sequence[Size], others: Sequence[Size]) -> Size:
     if not left:
         return whole
     return "*".join(left if whole == 1 else [*left, str(whole)])
+
+
+def _factors(size: Size) -> list[Size]:
+    """What a product's name is made of; any other name, or a number, is its only factor."""
+    if isinstance(size, int) or not _PRODUCT.fullmatch(size):
+        return [size]
+    return [int(factor) if factor.isdigit() else factor for factor in size.split("*")]
 
 
 def total(sizes: Iterable[Size]) -> Size:
@@ -137,10 +148,10 @@ def _concat(node: ir.Node, known: Known) -> Shapes:
     shapes = [sizes_of(value) for value in node.inputs]
     if None in shapes or not shapes[0]:
         return []
-    known = [shape for shape in shapes if shape is not None]
-    axis = int(attribute(node, "axis", 0)) % len(known[0])
-    whole = total(shape[axis] for shape in known)
-    return [(*known[0][:axis], whole, *known[0][axis + 1 :])]
+    given = [shape for shape in shapes if shape is not None]
+    axis = int(attribute(node, "axis", 0)) % len(given[0])
+    whole = total(shape[axis] for shape in given)
+    return [(*given[0][:axis], whole, *given[0][axis + 1 :])]
 
 
 def _split(node: ir.Node, known: Known) -> Shapes:

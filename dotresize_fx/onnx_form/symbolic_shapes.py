@@ -94,8 +94,8 @@ class SymbolicShapes:
             step = int(given[3][0]) if len(given) > 3 and given[3] else 1
             return read[start : stop if abs(stop) < OPEN else None : step]
         if node.op_type == "ConstantOfShape":
-            given = node.attributes.get("value")
-            filling = 0 if given is None else given.as_tensor().numpy().reshape(-1)[0]
+            stated = node.attributes.get("value")
+            filling = 0 if stated is None else stated.as_tensor().numpy().reshape(-1)[0]
             few = len(read) == 1 and isinstance(read[0], int) and read[0] <= LONGEST
             return (int(filling),) * int(read[0]) if few else None
         rest = [self.known(value) for value in node.inputs[1:]]

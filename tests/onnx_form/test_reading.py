@@ -39,7 +39,7 @@ REFUSED = {
     }""",
     "it is split into heads or reshaped": """(float[batch, 8] x) => (float[batch, 8] y) {
         f = MatMul(x, "up.weight")
-        g, u = Split <num_outputs = 2> (f)
+        g, u = Split <axis = 1, num_outputs = 2> (f)
         s = Sigmoid(g)
         h = Mul(s, u)
         y = MatMul(h, "half.weight")
