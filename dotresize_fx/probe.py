@@ -46,7 +46,8 @@ def reader_change(region: Region, statistics: RegionStatistics, found: RegionMap
     down = over_heads(region, found.down, weight.shape[1])
     kept = down.T @ statistics.gram @ down
     ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
-    return down @ torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T) - weight.T
+    fitted: torch.Tensor = torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T)
+    return down @ fitted - weight.T
 
 
 class Probe:

@@ -40,5 +40,5 @@ def _value(array: np.ndarray[Any, Any], kind: ir.DataType | None, device: str) -
 def from_runtime(value: RuntimeValue) -> torch.Tensor:
     """An output of the model as a tensor on the CPU."""
     if value.element_type() == int(ir.DataType.BFLOAT16):
-        return torch.from_dlpack(value._ortvalue).clone()
+        return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
     return torch.from_numpy(value.numpy())
