@@ -31,11 +31,16 @@ COLUMNS = ("batch", "new", "cached", "way", "ms", "to primitives", "difference")
 
 @dataclass(frozen=True)
 class Heads:
-    """Of queries and of keys and values, and the size of each."""
+    """Of queries and of keys and values; ``size`` of queries and keys, ``value`` of values."""
 
     queries: int
     pairs: int
     size: int
+    value: int
+
+    def of(self, side: str) -> int:
+        """The size on the side named so."""
+        return self.value if "value" in side else self.size
 
 
 def model(way: str, heads: Heads, dtype: np.dtype[Any]) -> onnx.ModelProto:
@@ -54,7 +59,7 @@ def model(way: str, heads: Heads, dtype: np.dtype[Any]) -> onnx.ModelProto:
         return outputs[0]
 
     def repeated(side: str) -> str:
-        split = add("Reshape", [side, number([0, 0, heads.pairs, heads.size])], f"{side}_split")
+        split = add("Reshape", [side, number([0, 0, heads.pairs, heads.of(side)])], f"{side}_split")
         first = add("Transpose", [split], f"{side}_first", perm=[0, 2, 1, 3])
         present = add("Concat", [f"past_{side}", first], f"present_{side}", axis=2)
         opened = add("Unsqueeze", [present, number([2])], f"{side}_opened")
@@ -62,7 +67,7 @@ def model(way: str, heads: Heads, dtype: np.dtype[Any]) -> onnx.ModelProto:
         ends = [add("Gather", [shape, number(places)], f"{side}_{places[0]}") for places in ([0, 1], [2, 3])]
         wide = add("Concat", [ends[0], number([heads.queries // heads.pairs]), ends[1]], f"{side}_wide", axis=0)
         expanded = add("Expand", [opened, wide], f"{side}_expanded")
-        return add("Reshape", [expanded, number([0, heads.queries, -1, heads.size])], f"{side}_all")
+        return add("Reshape", [expanded, number([0, heads.queries, -1, heads.of(side)])], f"{side}_all")
 
     own = {"num_heads": heads.queries, "kv_num_heads": heads.pairs}
     if way == "Attention":
@@ -93,11 +98,11 @@ def model(way: str, heads: Heads, dtype: np.dtype[Any]) -> onnx.ModelProto:
         mixed = add("MatMul", [add("Softmax", [scores], "shares", axis=-1), repeated("value")], "mixed")
         add("Reshape", [add("Transpose", [mixed], "mixed_back", perm=[0, 2, 1, 3]), number([0, 0, -1])], "out")
     widths = {"query": heads.queries, "key": heads.pairs, "value": heads.pairs}
-    cache = {name: ["batch", heads.pairs, "cached", heads.size] for name in ("past_key", "past_value")}
-    given = {name: ["batch", "new", count * heads.size] for name, count in widths.items()} | cache
+    cache = {name: ["batch", heads.pairs, "cached", heads.of(name)] for name in ("past_key", "past_value")}
+    given = {name: ["batch", "new", count * heads.of(name)] for name, count in widths.items()} | cache
     given["bias"] = ["batch", 1, "new", "all"]
-    results = {"out": ["batch", "new", heads.queries * heads.size]}
-    results |= {name: ["batch", heads.pairs, "all", heads.size] for name in ("present_key", "present_value")}
+    results = {"out": ["batch", "new", heads.queries * heads.value]}
+    results |= {name: ["batch", heads.pairs, "all", heads.of(name)] for name in ("present_key", "present_value")}
     sides = [
         [helper.make_tensor_value_info(name, element, shape) for name, shape in values.items()]
         for values in (given, results)
@@ -111,8 +116,8 @@ def inputs_of(heads: Heads, case: Sequence[int], dtype: np.dtype[Any]) -> Arrays
     batch, new, cached = case
     draw = np.random.default_rng(0).standard_normal
     given = {"query": draw((batch, new, heads.queries * heads.size))}
-    given |= {name: draw((batch, new, heads.pairs * heads.size)) for name in ("key", "value")}
-    given |= {name: draw((batch, heads.pairs, cached, heads.size)) for name in ("past_key", "past_value")}
+    given |= {name: draw((batch, new, heads.pairs * heads.of(name))) for name in ("key", "value")}
+    given |= {name: draw((batch, heads.pairs, cached, heads.of(name))) for name in ("past_key", "past_value")}
     seen = np.arange(new + cached) <= np.arange(new)[:, None] + cached
     given["bias"] = np.broadcast_to(np.where(seen, 0.0, -1e4), (batch, 1, new, new + cached))
     return {name: np.ascontiguousarray(value.astype(dtype)) for name, value in given.items()}
@@ -147,6 +152,7 @@ class Bound:
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("QUERIES", "KV", "SIZE"))
+    parser.add_argument("--value-size", type=int, help="where it is not SIZE")
     parser.add_argument("--case", type=int, nargs=3, action="append", metavar=("BATCH", "NEW", "CACHED"))
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--device", choices=tuple(PROVIDERS), default="cpu")
@@ -160,7 +166,8 @@ def main() -> None:
     arguments = parse()
     if arguments.device == "cuda":
         onnxruntime.preload_dlls()
-    heads, dtype = Heads(*arguments.heads), np.dtype(arguments.dtype)
+    heads = Heads(*arguments.heads, arguments.value_size or arguments.heads[-1])
+    dtype = np.dtype(arguments.dtype)
     print(f"{heads}, {dtype}, {PROVIDERS[arguments.device]}, ONNX Runtime {onnxruntime.__version__}\n")
     line(COLUMNS)
     line(["---"] * len(COLUMNS))

@@ -158,7 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--basis", default="shared", help="of the residual stream: shared, or one a sublayer with adapters (shared)"
     )
-    export.add_argument("--head-sizes", help="free, or equal: query, key and value heads of one size (free)")
+    export.add_argument(
+        "--head-sizes",
+        help="free, or equal: query, key and value heads of one size, as CUDA's want (free)",
+    )
     export.add_argument(
         "--uniform", action="store_true", default=None, help="one width in all layers for what is cut of a kind"
     )

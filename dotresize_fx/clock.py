@@ -13,17 +13,20 @@ from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.width_plan import WidthPlan
 from dotresize_fx.workload import Workload
 
-# Plans that are tried on the clock: what the kernels alone predict, and two that are corrected by what was measured.
-TRIALS = 3
+# Plans that are tried on the clock: what the kernels alone predict, and others that are corrected by what was measured.
+TRIALS = 5
+# A plan that is faster than asked for by no more than this share of the dense latency loses little for it.
+CLOSE = 0.02
 # (share of the dense latency, and the ends of its 95 % interval)
 Measured = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan, the share of the dense latency that the kernels predict for it, and the measured one."""
+    """A plan, the share of the dense latency that it was to be predicted at, and is, and the measured one."""
 
     plan: WidthPlan
+    aim: float
     predicted: float
     measured: Measured
 
@@ -85,8 +88,9 @@ class Clock:
     def settle(self, plan: Callable[[float], WidthPlan]) -> WidthPlan:
         """The plan of the least loss that meets the target when it is measured.
 
-        ``plan`` gives the widths whose predicted share of the dense latency is at most what it is asked for. What a
-        plan really saves is a part of what its kernels predict; the next one is asked for accordingly more, or less.
+        ``plan`` gives the widths whose predicted share of the dense latency is at most what it is asked for, its aim.
+        What a plan really saves is a part of what its kernels predict; the next one is asked for accordingly more, or
+        less, and once one met the target and one missed it for what lies between the two.
 
         Raises:
             TargetLatencyError: none was measured at the target, not within noise either.
@@ -102,14 +106,13 @@ class Clock:
                 break
             if any(trial.plan.widths == found.widths for trial in self.trials):
                 break
-            trial = Trial(found, self.predicted(found.widths), self.rehearse(found.widths))
-            self.trials.append(trial)
-            value, _, high = trial.measured
-            if value <= self.target <= high or value >= 1 or trial.predicted >= 1:
+            self.trials.append(Trial(found, aim, self.predicted(found.widths), self.rehearse(found.widths)))
+            value, _, high = self.trials[-1].measured
+            if value <= self.target <= max(high, value + CLOSE):
                 break
-            aim = 1 - (1 - self.target) * (1 - trial.predicted) / (1 - value)
-            if aim >= 1 or aim <= 0:
+            if (following := self._next_aim()) is None:
                 break
+            aim = following
         met = [trial for trial in self.trials if trial.measured[1] <= self.target]
         if not met:
             value, low, high = min(trial.measured for trial in self.trials)
@@ -122,6 +125,29 @@ class Clock:
             return min(met, key=lambda trial: trial.measured[0]).plan
         # The slowest of them lost least.
         return max(under, key=lambda trial: trial.measured[0]).plan
+
+    def _next_aim(self) -> float | None:
+        """What the next plan is to be predicted at; None where no other could be better."""
+        assert self.target is not None
+        last = self.trials[-1]
+        missed = min((trial for trial in self.trials if trial.measured[0] > self.target), key=_aim, default=None)
+        slow = missed.aim if missed else 1.0
+        met = max(
+            (trial for trial in self.trials if trial.measured[0] <= self.target and trial.aim < slow),
+            key=_aim,
+            default=None,
+        )
+        if missed and met:
+            share = (self.target - met.measured[0]) / (missed.measured[0] - met.measured[0])
+            return met.aim + min(max(share, 0.25), 0.6) * (missed.aim - met.aim)
+        if last.measured[0] >= 1 or last.predicted >= 1:
+            return None
+        aim = 1 - (1 - self.target) * (1 - last.predicted) / (1 - last.measured[0])
+        return aim if 0 < aim < 1 else None
+
+
+def _aim(trial: Trial) -> float:
+    return trial.aim
 
 
 def rising(values: Sequence[float]) -> list[float]:

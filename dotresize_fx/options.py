@@ -155,6 +155,7 @@ class Options:
                 f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
                 f"choose --regions from {', '.join(takes)}"
             )
+        self._settle_head_sizes()
         self._check_clock()
         if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
             raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
@@ -194,13 +195,22 @@ class Options:
             for name in ("ratio", "cost"):
                 if name in given and getattr(self, name) != "weights":  # that is what is settled below
                     raise UsageError(f"--target-latency says how much goes, so --{name} cannot be given beside it")
-        for name in PLANNED.keys() - given:
+        for name in PLANNED.keys() - given - {"head_sizes"}:
             object.__setattr__(self, name, PLANNED[name])
         if self.target_latency is not None:
             object.__setattr__(self, "ratio", None)
             return
         assert self.ratio is not None
         check_ratio(self.ratio)
+
+    def _settle_head_sizes(self) -> None:
+        """ONNX Runtime's fast attentions on CUDA take heads of one size, a multiple of 8; others take 2.5 times as long
+        (fp16, 16 sequences of 512 tokens on an H100: benchmarks/attention_ops.py).
+        """
+        if self.head_sizes is not None or self.plan is not None:
+            return
+        both = {RegionKind.QUERY_KEY, RegionKind.VALUE} <= set(self.kinds)
+        object.__setattr__(self, "head_sizes", "equal" if self.target == "cuda" and both else PLANNED["head_sizes"])
 
     def _check_clock(self) -> None:
         """What does not go with widths that are planned by the clock."""

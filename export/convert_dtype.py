@@ -29,13 +29,18 @@ ROOTS = {"Sqrt", "Reciprocal"}
 # What computes each number from those at its place, or moves it: exact where all that read it are.
 LIGHT = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Neg", "Abs", "Max", "Min", "Clip", "Unsqueeze", "Squeeze"}
 LIGHT |= {"Expand", "Reshape", "Transpose", "Concat", "Slice", "Tanh", "Identity"}
+# What reads a residual stream; some add to it as well.
+NORMS = {"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
+NORMS |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 
 
-def convert_dtype(source: Path, folder: Path, dtype: str) -> Path:
+def convert_dtype(source: Path, folder: Path, dtype: str, *, exact_stream: bool = False) -> Path:
     """Write the float32 file ``source`` into ``folder`` in ``dtype``, a key of HALF; returns model.onnx's path.
 
     Norms (but for the gain), softmax with what is added to its scores, and rotary angles stay in float32. Float inputs
     and outputs become float16; with bfloat16, which numpy and so ONNX Runtime's Python lack, they stay float32.
+    ``exact_stream`` keeps the residual stream in float32 too, for casts around every sublayer: in some models it grows
+    by hundreds and shrinks again, and what was rounded in between is then large beside what is left.
 
     Raises:
         UsageError: the graph has a loop or a branch, whose bodies are not converted, or a value of unknown type.
@@ -43,14 +48,14 @@ def convert_dtype(source: Path, folder: Path, dtype: str) -> Path:
     model = onnx_ir.load(source)
     if any(value.type is None for node in model.graph for value in node.outputs):
         ShapeInferencePass()(model)
-    _Conversion(model.graph, dtype).run()
+    _Conversion(model.graph, dtype, exact_stream).run()
     path = folder / ONNX_FILE
     onnx_ir.save(model, path, external_data=WEIGHTS_FILE)
     return path
 
 
 class _Conversion:
-    def __init__(self, graph: onnx_ir.Graph, dtype: str) -> None:
+    def __init__(self, graph: onnx_ir.Graph, dtype: str, exact_stream: bool) -> None:
         self.graph, self.name, self.half = graph, dtype, HALF[dtype]
         self.outer = self.half if dtype == "float16" else FLOAT
         for node in graph:
@@ -59,7 +64,7 @@ class _Conversion:
             for value in node.outputs:
                 if not isinstance(value.type, onnx_ir.TensorType) and value.uses():
                     raise UsageError(f"--dtype {dtype}: nothing tells the type of {value.name}: leave it out")
-        self.exact = self._exact_nodes()
+        self.exact = self._exact_nodes(exact_stream)
         self.casts: dict[tuple[onnx_ir.Value, onnx_ir.DataType], onnx_ir.Value] = {}
 
     def run(self) -> None:
@@ -85,8 +90,10 @@ class _Conversion:
                 inner.name, inner.shape = name, value.shape
                 self.graph.outputs[index] = inner
 
-    def _exact_nodes(self) -> set[onnx_ir.Node]:
+    def _exact_nodes(self, exact_stream: bool) -> set[onnx_ir.Node]:
         exact = {node for node in self.graph if node.op_type in EXACT}
+        if exact_stream:
+            exact |= self._stream()
         exact |= {reader for node in exact if node.op_type in ROOTS for reader in _readers(node, ("Mul", "Div"))}
         pending = [node for node in exact if node.op_type in ANGLES]
         while pending:  # everything that an angle is made of
@@ -101,6 +108,16 @@ class _Conversion:
             if light and readers and all(reader in exact for reader in readers):
                 exact.add(node)
         return exact
+
+    def _stream(self) -> set[onnx_ir.Node]:
+        """Norms, and sums of two activations that one of them, however it is spelled, or the next such sum reads."""
+        found = {node for node in self.graph if node.op_type in NORMS}
+        for node in reversed(self.graph):
+            added = node.op_type == "Add" and all(value and value.const_value is None for value in node.inputs)
+            readers = {use.node for value in node.outputs for use in value.uses()}
+            if added and any(reader in found or reader.op_type in ("Pow", "ReduceMean") for reader in readers):
+                found.add(node)
+        return found
 
     def _values(self) -> Iterator[onnx_ir.Value]:
         yield from self.graph.inputs

@@ -85,8 +85,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         notes += ("this ONNX Runtime has no CUDA: latencies are those of the CPU",)
     if other is not None:
         with progress.stage(f"write {other.name}"):
-            other.write("slim", slim.path)
-            other.verify(verification_cases(result))
+            other.write_slim(slim.path, lambda: verification_cases(result))
             notes += other.notes
     written = None
     if checkpoint:
@@ -105,7 +104,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
             result.loaded.model, result.captured, result.dense, work, options.target
         )
         if other is not None:
-            other.write("dense", dense_path)
+            other.write_dense(dense_path)
     with progress.stage("measure latency"):
         inputs = {name: value.numpy() for name, value in latency_inputs(result).items()}
         timed = {"dense": dense_path, "slim": slim.path} | (other.paths if other else {})

@@ -139,6 +139,25 @@ def test_plans_are_corrected_by_what_is_measured(kept: float) -> None:
     assert high > 0
 
 
+def test_between_a_plan_that_met_and_one_that_missed_others_are_tried() -> None:
+    """Kernels that say nothing of a jump: below 0.85 predicted, models are faster by 0.15 at once."""
+    regions = ffns([512, 512])
+    seconds = {region.name: torch.arange(513).double() / 512 for region in regions}
+    losses = {region.name: torch.arange(512, -1, -1).double() ** 2 for region in regions}
+    clock = clock_of(seconds, 0.9)
+
+    def rehearse(widths: Mapping[str, int]) -> Measured:
+        predicted = clock.predicted(widths)
+        return exact(predicted - 0.1 if predicted < 0.85 else predicted + 0.05)
+
+    clock.rehearse = rehearse
+    plan = clock.settle(planner(clock, regions, losses))
+    chosen = next(trial for trial in clock.trials if trial.plan == plan)
+    first_that_met = next(trial for trial in clock.trials if trial.measured[0] <= 0.9)
+    assert first_that_met.predicted < chosen.predicted < 0.85 + 1e-9
+    assert chosen.measured[0] <= 0.9
+
+
 def test_what_no_plan_reaches_is_said_with_the_best() -> None:
     regions = ffns([64])
     seconds = {regions[0].name: torch.arange(65).double() / 64}

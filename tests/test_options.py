@@ -119,6 +119,13 @@ def test_costs_and_head_sizes() -> None:
     assert refusal(head_sizes="odd") == "--head-sizes odd: choose one of equal, free"
 
 
+def test_head_sizes_of_cuda_are_equal_where_both_are_cut() -> None:
+    assert Options(target="cuda").head_sizes == "equal"
+    assert Options(target="cuda", head_sizes="free").head_sizes == "free"
+    assert Options(target="cuda", regions=("ffn",)).head_sizes == "free"
+    assert Options(target="cuda", regions=("value",)).head_sizes == "free"
+
+
 def test_equal_head_sizes_need_both_widths_of_a_head() -> None:
     for regions in ((), ("attention",), ("value", "query_key"), ("kv_heads",), ("ffn", "residual")):
         assert Options(head_sizes="equal", regions=regions).regions == regions

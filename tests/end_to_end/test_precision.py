@@ -15,6 +15,7 @@ import pytest
 import dotresize_fx
 from dotresize_fx.compiler import SlimResult
 from dotresize_fx.errors import MissingExtraError
+from dotresize_fx.export import precision
 from dotresize_fx.export.onnx_session import CUDA, OnnxModel
 
 HALF = onnx.TensorProto.FLOAT16
@@ -75,6 +76,18 @@ def test_float16_is_half_as_large_and_computes_the_same(
     assert text.code == 0, text.stderr
     timed = here("bench", exported("llama")[0], out, "--workload", "prompt=8,decode=2", "--runs", 2, "--quiet")
     assert timed.code == 0, timed.stderr
+
+
+def test_what_rounds_too_coarsely_is_written_with_an_exact_stream(
+    saved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(precision.TOLERANCES, "float16", 1e-6)  # which no float16 reaches
+    _, report = saved("llama", dtype="float16")
+    check = precisions(report)[1]["verification"]
+    assert 1e-6 < check["max_abs_difference"] <= check["tolerance"] < 5e-2
+    notes = " ".join(report["notes"])
+    assert "its residual stream stays float32" in notes
+    assert "it amplifies rounding" in notes
 
 
 def test_float16_of_an_encoder(saved: Callable[..., Any]) -> None:

@@ -34,9 +34,11 @@ NORM = """ g (float[b, 4] x) => (float[b, 4] y)
 }"""
 
 
-def convert(text: str, folder: Path, dtype: str = "float16") -> tuple[onnx.ModelProto, Path]:
+def convert(
+    text: str, folder: Path, dtype: str = "float16", *, exact_stream: bool = False
+) -> tuple[onnx.ModelProto, Path]:
     onnx.save(onnx.parser.parse_model(HEAD + text), folder / "float32.onnx")
-    path = convert_dtype(folder / "float32.onnx", folder, dtype)
+    path = convert_dtype(folder / "float32.onnx", folder, dtype, exact_stream=exact_stream)
     onnx.checker.check_model(str(path), full_check=True)  # types inferred all through
     return onnx.load(path), path
 
@@ -65,6 +67,35 @@ def test_a_norm_is_float32_but_for_its_gain(tmp_path: Path) -> None:
         x = scale * np.array([[1, 2, -3, 4]], np.float32)
         expected = x / np.sqrt((x**2).mean() + 1e-6) * [1, 2, 3, 4]
         np.testing.assert_allclose(OnnxModel(path)({"x": x})[0], expected, rtol=3e-3)  # three roundings of 2**-11
+
+
+STREAM = """ g (float[b, 4] x) => (float[b, 4] y)
+<float[4, 4] weight = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}, float[4] bias = {0, 0, 0, 1},
+ float[4] gain = {1, 1, 1, 1}>
+{
+    one = LayerNormalization(x, gain)
+    product = MatMul(one, weight)
+    first = Add(product, bias)
+    stream = Add(x, first)
+    two = LayerNormalization(stream, gain)
+    second = MatMul(two, weight)
+    last = Add(stream, second)
+    y = LayerNormalization(last, gain)
+}"""
+
+
+def test_a_residual_stream_is_rounded_or_not(tmp_path: Path) -> None:
+    """Sums of the stream and the norms that read them; products stay as they are."""
+    for exact in (False, True):
+        model, _ = convert(STREAM, tmp_path, exact_stream=exact)
+        kinds = {
+            v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(model).graph.value_info
+        }
+        wanted = TensorProto.FLOAT if exact else TensorProto.FLOAT16
+        assert {kinds[name] for name in ("one", "two", "stream", "last")} == {wanted}
+        assert {kinds[name] for name in ("product", "second")} == {TensorProto.FLOAT16}
+        # With its bias a product is added where it is read.
+        assert kinds["first"] == wanted
 
 
 def test_scores_are_float32_with_the_mask_that_is_added(tmp_path: Path) -> None:
