@@ -63,12 +63,13 @@ def _sized(form: str) -> Callable[[ir.Node], dict[str, Any]]:
         stated = stated_sizes(node.inputs[1])
         if stated is None or len(stated) > _rank(node.outputs[0]):
             return {}
-        # An Expand may state fewer sizes than its input has axes; a Reshape's 0 is the input's size there.
+        # An Expand may state fewer sizes than its input has axes; its 1 is the input's size there, as is a Reshape's 0.
         shape = sizes_of(node.outputs[0]) or ()
         known = zip(shape[len(shape) - len(stated) :], stated, strict=True)
         if any(size is None and isinstance(actual, int) for actual, size in known):
             return {}  # it is computed, and nobody knows what from
-        sizes = [None] * (len(shape) - len(stated)) + [size or None for size in stated]
+        of_input = 1 if form == "expand" else 0
+        sizes = [None] * (len(shape) - len(stated)) + [None if size == of_input else size for size in stated]
         return {"form": form, "sizes": tuple(sizes)}
 
     return read

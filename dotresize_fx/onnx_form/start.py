@@ -10,6 +10,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.cache_names import POSITIONS
+from dotresize_fx.onnx_form.attention_ops import past_heads
 
 _PAST = re.compile(r"^past(_key_values)?[._]")
 _PRESENT = re.compile(r"^present(_key_values)?[._]")
@@ -35,7 +36,8 @@ def at_start(value: ir.Value, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
     """What an input is that was not given.
 
     Positions are counted along the mask (batch, length), where there is one, else along the first input of integers.
-    A cache is empty along every free axis but the first, the batch.
+    A cache is empty along every free axis but the first, the batch; the number and the size of its heads, where the
+    file only names them, are those that its attention has.
 
     Raises:
         KeyError: the input has to be given.
@@ -51,5 +53,6 @@ def at_start(value: ir.Value, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
         return places.clamp_min(0).to(dtype)
     if name == TYPES:
         return torch.zeros_like(ids, dtype=dtype)
-    sizes = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+    heads = dict(zip((1, 3), past_heads(value) or (0, 0), strict=True))
+    sizes = [size if isinstance(size, int) else heads.get(axis, 0) for axis, size in enumerate(value.shape or ())]
     return torch.zeros([len(ids), *sizes[1:]], dtype=dtype)
