@@ -13,10 +13,10 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from dotresize_fx.cache_names import PAST
 from dotresize_fx.device import compute_device
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
+from dotresize_fx.export.genai_config import GENAI_FILE, follow_heads
 from dotresize_fx.export.match_rows import linear_rows, region_rows
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
@@ -30,7 +30,7 @@ from dotresize_fx.export.write_onnx import Stated, check_written, write_onnx
 from dotresize_fx.fidelity import compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
-from dotresize_fx.onnx_form.start import is_past
+from dotresize_fx.onnx_form.start import cache_heads, is_past
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
@@ -54,7 +54,7 @@ from dotresize_fx.task import reads_text
 
 # What lies beside a model and goes with it, as it is.
 COMPANIONS = (
-    *("config.json", "generation_config.json", "genai_config.json", "preprocessor_config.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
@@ -91,9 +91,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     run = _slimmed(name, work, options, progress)
     with progress.stage("write ONNX"):
         path = write_onnx(run.slimmed, run.stated, _timed(run), folder)
-        for companion in COMPANIONS:
-            if (file := run.path.with_name(companion)).is_file():
-                shutil.copyfile(file, folder / companion)
+        beside = _copy_beside(run, folder)
         write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path)
@@ -109,10 +107,13 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     peak = peak_rss_bytes()
     with progress.stage("measure latency"):
         gc.collect()
-        fed = OnnxExecution(run.graphs.given).completed(_timed(run))
+        sides = {"dense": run.graphs.given, "slim": run.slimmed.graph}
+        fed = {side: OnnxExecution(graph).completed(_timed(run)) for side, graph in sides.items()}
+        inputs = {name: value.numpy() for name, value in fed["slim"].items() if not is_past(name)}
         # An empty cache is each side's own: its heads may differ.
-        inputs = {name: value.numpy() for name, value in fed.items() if not name.startswith(PAST)}
-        latency = measure_latency({"dense": run.path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
+        own = {side: {n: value.numpy() for n, value in given.items() if is_past(n)} for side, given in fed.items()}
+        models = {"dense": run.path, "slim": path}
+        latency = measure_latency(models, inputs, runs=LATENCY_RUNS, work=work, own=own)
     length = MACS_LENGTH if reads_text(run.prepared.task) else next(iter(_timed(run).values())).shape[-1]
     figures = Figures(
         dense=side_figures(run.slimmed.dense, latency["dense"], onnx_size(run.path), length),
@@ -123,7 +124,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         peak_export_bytes=peak,
         peak_runtime_bytes=max((side.peak_rss_bytes or 0 for side in latency.values()), default=0) or None,
     )
-    report = _report(run, figures, folder, (*run.prepared.notes, *run.slimmed.notes, *notes, *said))
+    report = _report(run, figures, folder, (*run.prepared.notes, *run.slimmed.notes, *beside, *notes, *said))
     write_report(report, folder)
     return report
 
@@ -167,6 +168,18 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         device=device,
     )
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
+    """What lies beside the dense file; notes."""
+    for companion in COMPANIONS:
+        if (file := run.path.with_name(companion)).is_file():
+            shutil.copyfile(file, folder / companion)
+    if not (config := run.path.with_name(GENAI_FILE)).is_file():
+        return ()
+    inputs = run.slimmed.graph.model.graph.inputs
+    heads = {cache_heads(value) for value in inputs if is_past(str(value.name))}
+    return tuple(note for note in (follow_heads(config, heads, folder),) if note)
 
 
 def _on_disk(model: ir.Model, path: Path, work: Path) -> ir.Model:

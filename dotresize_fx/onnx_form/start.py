@@ -53,6 +53,17 @@ def at_start(value: ir.Value, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
         return places.clamp_min(0).to(dtype)
     if name == TYPES:
         return torch.zeros_like(ids, dtype=dtype)
-    heads = dict(zip((1, 3), past_heads(value) or (0, 0), strict=True))
-    sizes = [size if isinstance(size, int) else heads.get(axis, 0) for axis, size in enumerate(value.shape or ())]
+    sizes = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+    if len(sizes) == 4:
+        sizes[1::2] = cache_heads(value)
     return torch.zeros([len(ids), *sizes[1:]], dtype=dtype)
+
+
+def cache_heads(past: ir.Value) -> tuple[int, int]:
+    """The number and the size of the heads of a cache, (batch, heads, length, size); 0 where they are not known."""
+    known = past_heads(past) or (0, 0)
+    heads, size = (
+        size if isinstance(size, int) else other
+        for size, other in zip(list(past.shape or (0,) * 4)[1::2], known, strict=True)
+    )
+    return heads, size
