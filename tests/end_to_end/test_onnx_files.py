@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import dotresize_fx
 from dotresize_fx.errors import UsageError, VerificationError
 from dotresize_fx.export import prove_onnx
 from dotresize_fx.export.onnx_session import OnnxModel
+from dotresize_fx.passes import slim_onnx_graph
 from dotresize_fx.passes.prove_exactness import redraw_parameters
 
 VOCABULARY, WIDTH, INNER = 300, 16, 64
@@ -254,15 +256,33 @@ def test_a_network_without_a_region(here: Callable[..., Any], tmp_path: Path) ->
 def test_a_file_that_is_not_what_was_solved_for_is_found_out(
     monkeypatch: pytest.MonkeyPatch, slim: Callable[..., Any], model: Path
 ) -> None:
-    """The proof must fail where a reader's weight is not the one that was fitted."""
+    """The proof must fail where a weight of the file is not the one that the graph was left with."""
     write = prove_onnx.padded_weights
 
     def spoilt(slimmed: Any) -> Any:
         found = write(slimmed)
-        name = next(iter(found))
-        return {**found, name: found[name] * 1.01}
+        name = next(iter(found.weights))
+        return replace(found, weights={**found.weights, name: found.weights[name] * 1.01})
 
     monkeypatch.setattr(prove_onnx, "padded_weights", spoilt)
     ended, out = slim(model)
     assert ended.code == VerificationError.exit_code
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("side", ["writers", "readers"])
+def test_a_wrong_fold_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, slim: Callable[..., Any], model: Path, side: str
+) -> None:
+    """The graph's weights have to be the products of the file's and of the maps that were solved for."""
+    fold = slim_onnx_graph.apply_map
+
+    def spoilt(graph: Any, region: Any, *rest: Any) -> None:
+        fold(graph, region, *rest)
+        op = graph.op(getattr(region, side)[-1])
+        graph.set_weight(op, graph.weight(op) * 1.001)
+
+    monkeypatch.setattr(slim_onnx_graph, "apply_map", spoilt)
+    ended, out = slim(model)
+    assert (ended.code, "was not folded into what was solved for" in ended.stderr) == (10, True), ended.stderr
     assert not out.exists()
