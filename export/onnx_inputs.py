@@ -12,9 +12,10 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.calibration import CalibrationData, load_text, prepare_data
-from dotresize_fx.errors import CalibrationError, OnnxRuntimeError, UsageError
+from dotresize_fx.errors import CalibrationError, DotresizeError, OnnxRuntimeError, UnknownOpError, UsageError
 from dotresize_fx.export.capture_module import predicted_ids, samples_apart
 from dotresize_fx.export.check_text import check_length
+from dotresize_fx.export.onnx_session import UNKNOWN
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.graph import Kind
@@ -27,6 +28,8 @@ from dotresize_fx.program_inputs import Inputs, InputSpec, ProgramInputs
 from dotresize_fx.task import Task
 
 IDS = "input_ids"
+# What ONNX Runtime says of an op that it has no kernel for on this device.
+NOT_HERE = "Could not find an implementation for"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 
 
@@ -126,6 +129,7 @@ def _of_arrays(graph: OnnxGraph, execution: OnnxExecution, options: Options, dev
 
     notes: tuple[str, ...] = ()
     try:
+        _check_numbers(run(sample)[0], names)
         if inputs.batch and not samples_apart(run, sample, inputs):
             notes = ("the first axis of the inputs is no axis of samples: batches are kept whole",)
             inputs = ProgramInputs(inputs.specs)
@@ -211,12 +215,20 @@ def _try(execution: OnnxExecution, prepared: OnnxData) -> None:
         answers = execution.outputs(largest)[0]
     except OnnxRuntimeError as error:
         raise _refused(error, "the data", largest) from error
+    _check_numbers(answers, prepared.data.description)
+
+
+def _check_numbers(answers: torch.Tensor, names: str) -> None:
     if answers.isnan().any():
-        raise CalibrationError(
-            f"{prepared.data.description}: the model puts out NaN on it: it overflows, or this is no input of it"
+        raise CalibrationError(f"{names}: the model puts out NaN on it: it overflows, or this is no input of it")
+
+
+def _refused(error: Exception, names: str, batch: Inputs) -> DotresizeError:
+    """What a failed run says: of the model, where this ONNX Runtime lacks what it is made of, or of the data."""
+    if any(words in str(error) for words in (*UNKNOWN, NOT_HERE)):
+        return UnknownOpError(
+            f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; take a newer one, or "
+            "--device cuda for what it has there alone"
         )
-
-
-def _refused(error: Exception, names: str, batch: Inputs) -> CalibrationError:
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
     return CalibrationError(f"{names}: the model does not take {shapes}: {first_line(error)}")

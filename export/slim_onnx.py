@@ -6,7 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import onnx_ir as ir
 import torch
 
 from dotresize_fx.device import compute_device
-from dotresize_fx.errors import UsageError
+from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
 from dotresize_fx.export.genai_config import GENAI_FILE, follow_heads
+from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.match_rows import linear_rows, region_rows
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
@@ -26,6 +27,7 @@ from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.weight_files import file_sha256
+from dotresize_fx.export.why_nothing import quantised_linears, why_nothing
 from dotresize_fx.export.write_onnx import Stated, check_written, write_onnx
 from dotresize_fx.fidelity import compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.onnx_form.execution import OnnxExecution
@@ -33,6 +35,7 @@ from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.start import cache_heads, is_past
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.choose_regions import SWEPT
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, slim_onnx_graph
 from dotresize_fx.plan_file import read_plan, write_plan
@@ -85,7 +88,8 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         UsageError: an option asks for what an ONNX file cannot give.
         ModelNotFoundError, BadWeightsError: see :func:`load_onnx`.
         CalibrationError: see :func:`prepare_onnx_data`.
-        NothingToSlimError, SolverError: see :func:`slim_onnx_graph`.
+        NothingToSlimError: no width can be cut; the message says why.
+        SolverError: see :func:`slim_onnx_graph`.
         VerificationError: what was written is not what was solved for.
     """
     run = _slimmed(name, work, options, progress)
@@ -141,11 +145,15 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
             model.graph.sort()
         stated = Stated.by(path)
-        given = OnnxGraph(model)
     with progress.stage("find regions"):
+        model, inlined = inline_crossed(model) if options.ratio != 0 or plan is not None else (model, ())
+        given = OnnxGraph(model)
         canonical = given.copy()
         canonicalise(canonical, check=options.check)
         graphs = OnnxGraphs(given, canonical, find_regions(canonical))
+    if options.ratio != 0 and not any(graphs.matches.of_kind(*SWEPT)):
+        why = why_nothing(model, graphs.matches)
+        raise NothingToSlimError(f"{path.name}: no region matched: {why}; `dotresize-fx inspect` shows all of it")
     device = compute_device(options)
     with progress.stage("read calibration inputs"):
         prepared = prepare_onnx_data(given, path, options, device)
@@ -167,6 +175,9 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         plan=plan,
         device=device,
     )
+    if quantised := quantised_linears(graphs.matches):
+        inlined += (f"{quantised} linears with quantised weights were left alone",)
+    slimmed = replace(slimmed, notes=(*inlined, *slimmed.notes))
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
 
 

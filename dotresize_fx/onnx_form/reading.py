@@ -76,6 +76,11 @@ class OnnxReading(Graph):
         """Nodes that the view shows only as part of an attention -> the product that ends it."""
         return {node: found.mixing for found in self._attentions.values() for node in found.inside}
 
+    @property
+    def parts_of_attentions(self) -> list[ir.Node]:
+        """The nodes that the view shows only as part of an attention."""
+        return list(self._inside)
+
     def changed(self) -> None:
         super().changed()
         for name in ("_values", "_order", "_owners", "_attentions", "_inside"):
