@@ -317,13 +317,13 @@ def export(
     if is_onnx_source(name):
         from dotresize_fx.export.slim_onnx import slim_onnx_file
 
-        with OutputFolder(out, force) as folder:
+        with OutputFolder(out, force, name) as folder:
             return slim_onnx_file(name, folder.partial, folder.work, options, progress)
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()
         require_runtime(options)
-        with OutputFolder(out, force) as folder:
+        with OutputFolder(out, force, name) as folder:
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
             )

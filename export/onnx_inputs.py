@@ -137,7 +137,10 @@ def _of_arrays(graph: OnnxGraph, execution: OnnxExecution, options: Options, dev
         positions = _positions(graph, execution, inputs, sample)
     except OnnxRuntimeError as error:
         raise _refused(error, names, sample) from error
-    data = prepare_inputs(files, inputs, positions, names, device)
+    try:
+        data = prepare_inputs(files, inputs, positions, names, device)
+    except CalibrationError as error:
+        raise CalibrationError("; ".join([str(error), *notes])) from error
     return OnnxData(data, inputs, "logits" if predicts else "outputs", predicts, notes)
 
 

@@ -221,6 +221,12 @@ def _attention(node: ir.Node, known: Known) -> Shapes:
     return [(*query[:2], value[2] // shared * heads)]
 
 
+def _packed_product(node: ir.Node, known: Known) -> Shapes:
+    """Of a weight packed in blocks, which says its size in attributes."""
+    source, width = sizes_of(node.inputs[0]), int(attribute(node, "N", 0))
+    return [(*source[:-1], width)] if source and width else []
+
+
 def _gather(node: ir.Node, known: Known) -> Shapes:
     source, places = (sizes_of(value) for value in node.inputs[:2])
     if not source or places is None:
@@ -278,5 +284,6 @@ RULES: dict[str, Callable[[ir.Node, Known], Shapes]] = {
     "Split": _split,
     "Slice": _slice,
     "Gather": _gather,
+    **dict.fromkeys(("MatMulNBits", "MatMulBnb4"), _packed_product),
     **dict.fromkeys(("Attention", "MultiHeadAttention", "GroupQueryAttention"), _attention),
 }
