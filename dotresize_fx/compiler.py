@@ -240,6 +240,8 @@ def _check_kind(options: Options, given: bool, batches: Sequence[Given] | None) 
     Raises:
         UsageError: text for a model that reads other inputs, or the other way round.
     """
+    if options.tokenizer is not None:
+        raise UsageError("--tokenizer is for ONNX files: any other model has its own or reads no text: leave it out")
     if given and options.calibration:
         raise UsageError("--calibration is text, which a module or a program does not read: give --calibration-data")
     if not given and options.calibration_data:

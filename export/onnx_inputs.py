@@ -48,23 +48,28 @@ class OnnxData:
 
 
 def prepare_onnx_data(graph: OnnxGraph, path: Path, options: Options, device: str = "cpu") -> OnnxData:
-    """Arrays of ``--calibration-data``, or text for a tokenizer that lies beside the file.
+    """Arrays of ``--calibration-data``, or text for ``--tokenizer``, or one that lies beside the file.
 
     Raises:
         CalibrationError: the data is not what the model reads, or it does not take it, or puts out NaN on it.
         UsageError: neither data nor a tokenizer is there, or both data and text are given.
     """
     execution = OnnxExecution(graph, device)
-    has_tokenizer = any((path.parent / name).is_file() for name in TOKENIZERS)
+    folder = options.tokenizer or path.parent
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    if options.tokenizer is not None and not has_tokenizer:
+        raise UsageError(f"--tokenizer {folder}: no folder with a tokenizer's files: give one with a tokenizer.json")
     if options.calibration_data:
-        if options.calibration:
-            raise UsageError("--calibration and --calibration-data: give one of the two")
+        if options.calibration or options.tokenizer:
+            text = "--calibration" if options.calibration else "--tokenizer"
+            raise UsageError(f"{text} and --calibration-data: text or arrays calibrate, give one of the two")
         prepared = _of_arrays(graph, execution, options, device)
     elif has_tokenizer:
-        prepared = _of_text(graph, execution, path, options, device)
+        prepared = _of_text(graph, execution, path, folder, options, device)
     else:
         raise UsageError(
-            f"{path.name} calibrates on inputs of its own: give --calibration-data, or put its tokenizer beside it"
+            f"{path.name} calibrates on inputs of its own: give --calibration-data, or for text --tokenizer FOLDER, or "
+            "put its tokenizer beside it"
         )
     _try(execution, prepared)
     return prepared
@@ -152,7 +157,9 @@ def _positions(graph: OnnxGraph, execution: OnnxExecution, inputs: ProgramInputs
     return max(1, rows_of(graph, execution, sample, linear.inputs[0].name) // inputs.samples(sample))
 
 
-def _of_text(graph: OnnxGraph, execution: OnnxExecution, path: Path, options: Options, device: str) -> OnnxData:
+def _of_text(
+    graph: OnnxGraph, execution: OnnxExecution, path: Path, folder: Path, options: Options, device: str
+) -> OnnxData:
     import transformers
 
     inputs = _described(graph, None)
@@ -162,9 +169,9 @@ def _of_text(graph: OnnxGraph, execution: OnnxExecution, path: Path, options: Op
     text = load_text(options.calibration)
     try:
         with quiet_libraries():
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever its parsers raise
-        raise UsageError(f"the tokenizer beside {path.name} cannot be read: {first_line(error)}") from error
+        raise UsageError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     sample = _some_text(inputs, 2, 8)

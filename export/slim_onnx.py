@@ -182,10 +182,11 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
 
 
 def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
-    """What lies beside the dense file; notes."""
-    for companion in COMPANIONS:
-        if (file := run.path.with_name(companion)).is_file():
-            shutil.copyfile(file, folder / companion)
+    """What lies beside the dense file, or with its tokenizer; notes."""
+    for source in (run.path.parent, run.options.tokenizer):
+        for companion in COMPANIONS:
+            if source is not None and (file := source / companion).is_file():
+                shutil.copyfile(file, folder / companion)
     if not (config := run.path.with_name(GENAI_FILE)).is_file():
         return ()
     inputs = run.slimmed.graph.model.graph.inputs

@@ -151,7 +151,7 @@ class Piece:
         )
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised: whether a length is taken is tried out
         provider = "CUDAExecutionProvider" if self._execution.device == "cuda" else "CPUExecutionProvider"
         return runtime.InferenceSession(proto.SerializeToString(), options, providers=[provider])
 

@@ -171,13 +171,15 @@ def test_weights_beside_the_file_stay_beside_it(slim: Callable[..., Any], model:
     assert (ended.code, "cut off" in ended.stderr) == (4, True)
 
 
-def test_text_calibrates_where_a_tokenizer_lies_beside_the_file(
-    slim: Callable[..., Any], model: Path, tmp_path: Path, tiny_tokenizer: Any, few_tokens: list[str]
+@pytest.mark.parametrize("beside", [True, False])
+def test_text_calibrates_where_there_is_a_tokenizer(
+    slim: Callable[..., Any], model: Path, tmp_path: Path, tiny_tokenizer: Any, few_tokens: list[str], beside: bool
 ) -> None:
     (folder := tmp_path / "with tokenizer").mkdir()
     (folder / "model.onnx").write_bytes(model.read_bytes())
     tiny_tokenizer(folder)
-    ended, out = slim(folder / "model.onnx", "--ratio", "0.25", *few_tokens)
+    given = (folder / "model.onnx",) if beside else (model, "--tokenizer", folder)
+    ended, out = slim(*given, "--ratio", "0.25", *few_tokens)
     assert ended.code == 0, ended.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["model"]["task"] == "decoder"
@@ -188,7 +190,8 @@ def test_text_calibrates_where_a_tokenizer_lies_beside_the_file(
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ((), 2, "give --calibration-data, or put its tokenizer beside it"),
+        ((), 2, "give --calibration-data, or for text --tokenizer FOLDER"),
+        (("--tokenizer", "nowhere"), 2, "--tokenizer nowhere: no folder with a tokenizer's files"),
         (("--effort", "best"), 2, "--effort best: not for an ONNX file"),
         (("--quantize", "int8"), 2, "--quantize int8: not for an ONNX file"),
         (("--regions", "residual", "--calibration-data", "DATA"), 2, "the residual stream of an ONNX file"),
