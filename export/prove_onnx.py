@@ -18,7 +18,6 @@ from dotresize_fx.export.onnx_runtime import Comparison, compare_outputs
 from dotresize_fx.gram import padding_input
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
-from dotresize_fx.onnx_form.region_sums import Overrides
 from dotresize_fx.onnx_form.start import MASK
 from dotresize_fx.passes.region_ends import tables_of
 from dotresize_fx.passes.slim_onnx_graph import SlimmedOnnx
@@ -35,15 +34,15 @@ RELATIVE_FLOAT32 = 1e-4
 
 @dataclass(frozen=True)
 class Twin:
-    """``weights`` stand in for the dense graph's constants, by name; of ``outputs``, a cache's, the slim file has these
-    places along these axes alone.
+    """``graph`` is the dense one with other weights; of ``outputs``, a cache's, the slim file has these places along
+    these axes alone.
     """
 
-    weights: Overrides
+    graph: OnnxGraph
     outputs: Mapping[str, tuple[tuple[int, torch.Tensor], ...]]
 
 
-def padded_weights(slimmed: SlimmedOnnx) -> Twin | None:
+def padded_twin(slimmed: SlimmedOnnx) -> Twin | None:
     """The dense graph with zeros in place of what was cut; None where the cuts have no form of dense width."""
     dense, slim = slimmed.dense, slimmed.graph
     cut = {entry.region.name: entry for entry in slimmed.swept if entry.width < entry.region.width}
@@ -53,7 +52,7 @@ def padded_weights(slimmed: SlimmedOnnx) -> Twin | None:
         return None
     if any(len(places.unique()) < len(places) for places in kept.values()):
         return None
-    found: Overrides = {}
+    twin = dense.copy()
     for name in dict.fromkeys(name for region in changed for name in (*region.writers, *region.readers)):
         old, new = dense.op(name), slim.op(name)
         weight, bias = slim.weight(new), slim.bias(new)
@@ -63,19 +62,17 @@ def padded_weights(slimmed: SlimmedOnnx) -> Twin | None:
                 bias = None if bias is None else _padded(bias, 0, entry.region, kept[entry.region.name])
             if name in entry.region.readers:
                 weight = _padded(weight, 1, entry.region, kept[entry.region.name])
-        owned = [value for value in (old.weight, old.bias) if value is not None]
-        if (bias is None) != (old.bias is None) or any(len(dense.users(value)) > 1 for value in owned):
+        if (bias is None) != (old.bias is None):
             return None
-        assert old.weight is not None
-        found[old.weight.name] = dense.as_stored(old, weight)
-        if bias is not None and old.bias is not None:
-            found[old.bias.name] = bias
+        twin.set_weight(twin.op(name), weight)
+        if bias is not None:
+            twin.set_bias(twin.op(name), bias)
     outputs: dict[str, tuple[tuple[int, torch.Tensor], ...]] = {}
     for name, entry in cut.items():
         axis = 1 if entry.region.kind is RegionKind.HEADS else 3
         for output in entry.region.layout.cache if entry.region.layout is not None else ():
             outputs[output] = (*outputs.get(output, ()), (axis, kept[name]))
-    return Twin(found, outputs)
+    return Twin(twin, outputs)
 
 
 def _places(entry: SweptRegion, pairs: torch.Tensor | None) -> torch.Tensor:
@@ -107,9 +104,9 @@ def verify_onnx(
     Raises:
         VerificationError: something differs by more, or is NaN on one side alone.
     """
-    twin = padded_weights(slimmed)
+    twin = padded_twin(slimmed)
     slim = slimmed.graph
-    run = OnnxExecution(slim).whole() if twin is None else OnnxExecution(slimmed.dense).whole(twin.weights)
+    run = OnnxExecution(slim if twin is None else twin.graph).whole()
     taken = {} if twin is None else twin.outputs
     feeds = OnnxExecution(slim)
     relative = max((RELATIVE.get(dtype, RELATIVE_FLOAT32) for dtype in _dtypes(slim)), default=RELATIVE_FLOAT32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,14 +259,15 @@ def test_a_file_that_is_not_what_was_solved_for_is_found_out(
     monkeypatch: pytest.MonkeyPatch, slim: Callable[..., Any], model: Path
 ) -> None:
     """The proof must fail where a weight of the file is not the one that the graph was left with."""
-    write = prove_onnx.padded_weights
+    write = prove_onnx.padded_twin
 
     def spoilt(slimmed: Any) -> Any:
         found = write(slimmed)
-        name = next(iter(found.weights))
-        return replace(found, weights={**found.weights, name: found.weights[name] * 1.01})
+        op = found.graph.op(slimmed.swept[0].region.readers[0])
+        found.graph.set_weight(op, found.graph.weight(op) * 1.01)
+        return found
 
-    monkeypatch.setattr(prove_onnx, "padded_weights", spoilt)
+    monkeypatch.setattr(prove_onnx, "padded_twin", spoilt)
     ended, out = slim(model)
     assert ended.code == VerificationError.exit_code
     assert not out.exists()
