@@ -222,7 +222,8 @@ def _feeds(session: Any, seed: int = 0, rows: int = 3, length: int = 7) -> dict[
     for item in session.get_inputs():
         dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}[item.type]
         if item.name.startswith("past"):
-            feeds[item.name] = np.zeros((rows, item.shape[1], 0, item.shape[3]), dtype)
+            size = item.shape[3] if isinstance(item.shape[3], int) else 16  # GenAI's builder names it
+            feeds[item.name] = np.zeros((rows, item.shape[1], 0, size), dtype)
         elif item.name == "attention_mask":
             feeds[item.name] = np.ones((rows, length), dtype)
             feeds[item.name][0, :3] = 0
