@@ -6,7 +6,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from dotresize_fx.onnx_form.kinds import bodies
+from dotresize_fx.onnx_form.form import bodies
 from dotresize_fx.regions import MatchReport
 
 LINEARS = ("MatMul", "Gemm")

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dotresize_fx.onnx_form.linears import attribute
-from dotresize_fx.onnx_form.shape_rules import sizes_of
+from dotresize_fx.onnx_form.sizes import sizes_of
 
 MICROSOFT = "com.microsoft"
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from dotresize_fx.onnx_form.axes import axes
 from dotresize_fx.onnx_form.constants import constant, integers
 from dotresize_fx.onnx_form.linears import attribute
-from dotresize_fx.onnx_form.shape_rules import sizes_of, slices, split_sizes
+from dotresize_fx.onnx_form.shape_rules import slices, split_sizes
+from dotresize_fx.onnx_form.sizes import sizes_of
 
 
 def axes_form(node: ir.Node, index: int = 0) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from onnx import helper
 
 from dotresize_fx.errors import MissingExtraError, OnnxRuntimeError, OutOfMemoryError
+from dotresize_fx.onnx_form.form import bodies
 from dotresize_fx.onnx_form.gram_nodes import ROW_MASK, GramNodes, Sums
-from dotresize_fx.onnx_form.kinds import bodies
 from dotresize_fx.onnx_form.runtime_values import RuntimeValue, constant_to_runtime, to_runtime
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from dotresize_fx.graph import Kind
-from dotresize_fx.onnx_form.kinds import Form, has_second_output, read_form
+from dotresize_fx.onnx_form.form import Form, has_second_output
+from dotresize_fx.onnx_form.kinds import read_form
 from dotresize_fx.onnx_form.shape_rules import RULES
 
 # Ops of ONNX Runtime's own that hand their first input's shape on and that ONNX's inference does not know.

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 
 from dotresize_fx.onnx_form.edits import OnnxEditor
-from dotresize_fx.onnx_form.shape_rules import sizes_of
+from dotresize_fx.onnx_form.sizes import sizes_of
 
 
 def normalise_views(graph: ir.Graph, editor: OnnxEditor) -> list[str]:
