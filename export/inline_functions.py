@@ -73,8 +73,8 @@ def _crossed(graph: OnnxGraph, regions: Iterable[Region]) -> set[ir.OperatorIden
 
 def _callers(model: ir.Model, keys: set[ir.OperatorIdentifier]) -> set[ir.OperatorIdentifier]:
     """Those functions, and those that call them."""
-    found, before = set(keys), set()
-    while found != before:
-        before = set(found)
+    found, count = set(keys), 0
+    while len(found) > count:
+        count = len(found)
         found |= {key for key, function in model.functions.items() if any(n.op_identifier() in found for n in function)}
     return found

@@ -50,7 +50,7 @@ def padded_twin(slimmed: SlimmedOnnx) -> Twin | None:
     kept = {name: _places(entry, slimmed.pairs.get(name)) for name, entry in cut.items()}
     if any(tables_of(dense, entry.region) for entry in cut.values()):
         return None
-    if any(len(places.unique()) < len(places) for places in kept.values()):
+    if any(len(set(places.tolist())) < len(places) for places in kept.values()):
         return None
     twin = dense.copy()
     for name in dict.fromkeys(name for region in changed for name in (*region.writers, *region.readers)):

@@ -49,10 +49,10 @@ def unpack_heads(graph: ir.Graph, editor: OnnxEditor, node: ir.Node) -> None:
         )
         for role, n in zip(("query", "key", "value"), sizes, strict=True)
     ]
-    inputs, attributes = [source], {"axis": -1, "split": sizes}
+    attributes: dict[str, int | list[int]] = {"axis": -1} if modern else {"axis": -1, "split": sizes}
+    inputs = [source]
     if modern:
-        stated = editor.add_initializer(f"{node.outputs[0].name}_sizes", torch.tensor(sizes))
-        inputs, attributes = [source, stated], {"axis": -1}
+        inputs.append(editor.add_initializer(f"{node.outputs[0].name}_sizes", torch.tensor(sizes)))
     split = ir.node("Split", inputs, attributes, outputs=parts, name=f"{node.outputs[0].name}_split")
     graph.insert_before(node, split)
     for place, part in enumerate(parts):
