@@ -218,6 +218,12 @@ def _parser() -> argparse.ArgumentParser:
         help="for a .pt2 or .onnx: an .npz of arrays named as the model's inputs, samples along the first axis, or a "
         "folder of such files, repeatable; 80 %% of the samples calibrate, the last 20 %% measure",
     )
+    export.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        type=Path,
+        help="for an .onnx that reads text: where its tokenizer is (beside it)",
+    )
     export.add_argument("--calibration-tokens", type=int, metavar="N", help="(24576; 98304 for an encoder)")
     export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
     export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")

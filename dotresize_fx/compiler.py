@@ -240,6 +240,8 @@ def _check_kind(options: Options, given: bool, batches: Sequence[Given] | None) 
     Raises:
         UsageError: text for a model that reads other inputs, or the other way round.
     """
+    if options.tokenizer is not None:
+        raise UsageError("--tokenizer is for ONNX files: any other model has its own or reads no text: leave it out")
     if given and options.calibration:
         raise UsageError("--calibration is text, which a module or a program does not read: give --calibration-data")
     if not given and options.calibration_data:
@@ -317,13 +319,13 @@ def export(
     if is_onnx_source(name):
         from dotresize_fx.export.slim_onnx import slim_onnx_file
 
-        with OutputFolder(out, force) as folder:
+        with OutputFolder(out, force, name) as folder:
             return slim_onnx_file(name, folder.partial, folder.work, options, progress)
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()
         require_runtime(options)
-        with OutputFolder(out, force) as folder:
+        with OutputFolder(out, force, name) as folder:
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
             )

@@ -74,7 +74,8 @@ class Options:
     also distils end to end for ``heal_minutes`` (or for ``heal_steps``, whatever the clock says), on calibration text
     and ``self_tokens`` tokens that the dense model itself writes (None: as many as pay on this device), in all
     processes that torchrun started. ``heal_checkpoint`` is a folder to go on from. ``calibration`` are files of text,
-    ``calibration_data`` .npz files or folders of them, for modules and programs. ``basis``: "shared" cuts the residual
+    ``calibration_data`` .npz files or folders of them, for modules, programs and ONNX files. ``tokenizer``: the folder
+    of an ONNX file's tokenizer, where it is not beside it. ``basis``: "shared" cuts the residual
     stream in one basis for all layers; "sublayer" gives each sublayer its own, with a k x k adapter on each skip, and
     so also takes post-norm models. ``checkpoint``: a Hugging Face checkpoint will be wanted too, so what no stock model
     can hold is refused. ``formats``
@@ -115,6 +116,7 @@ class Options:
     multiple: int | None = None
     calibration: tuple[Path, ...] = ()
     calibration_data: tuple[Path, ...] = ()
+    tokenizer: Path | None = None
     calibration_tokens: int | None = None
     sequence_length: int = SEQUENCE_LENGTH
     evaluation_tokens: int = 8_192

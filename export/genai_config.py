@@ -12,6 +12,10 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 
 GENAI_FILE = "genai_config.json"
+UNEQUAL_HEADS = (
+    f"no {GENAI_FILE}: ONNX Runtime GenAI wants keys and values of one size, and as many heads, in all layers; "
+    "--head-sizes equal --uniform, or --regions ffn, leave that"
+)
 
 
 def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) -> str:
@@ -21,10 +25,7 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
     """
     shapes = {tuple(graph.node(name).meta["val"].shape)[1::2] for name in graph.caches.values()}
     if len(shapes) > 1:
-        return (
-            f"no {GENAI_FILE}: ONNX Runtime GenAI wants keys and values of one size, and as many heads, in all layers; "
-            "--head-sizes equal --uniform, or --regions ffn, leave that"
-        )
+        return UNEQUAL_HEADS
     ((heads, size),) = shapes
     text = config.get_text_config()
     try:
@@ -71,6 +72,25 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
         },
     }
     (folder / GENAI_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return ""
+
+
+def follow_heads(config: Path, heads: set[tuple[int, int]], folder: Path) -> str:
+    """Copy a model's genai_config.json into ``folder`` with the heads, (number, size), that its caches have now.
+
+    Returns why not, else empty.
+    """
+    if len(heads) > 1:
+        return UNEQUAL_HEADS
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        decoder = content["model"]["decoder"]
+        groups = decoder["num_attention_heads"] // decoder["num_key_value_heads"]
+    except (ValueError, KeyError, TypeError, ZeroDivisionError):
+        return f"no {GENAI_FILE}: what lies beside the model does not say its heads"
+    for count, size in heads:
+        decoder |= {"num_attention_heads": count * groups, "num_key_value_heads": count, "head_size": size}
+    (folder / GENAI_FILE).write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     return ""
 
 

@@ -12,9 +12,10 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.calibration import CalibrationData, load_text, prepare_data
-from dotresize_fx.errors import CalibrationError, OnnxRuntimeError, UsageError
+from dotresize_fx.errors import CalibrationError, DotresizeError, OnnxRuntimeError, UnknownOpError, UsageError
 from dotresize_fx.export.capture_module import predicted_ids, samples_apart
 from dotresize_fx.export.check_text import check_length
+from dotresize_fx.export.onnx_session import UNKNOWN
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.graph import Kind
@@ -27,6 +28,8 @@ from dotresize_fx.program_inputs import Inputs, InputSpec, ProgramInputs
 from dotresize_fx.task import Task
 
 IDS = "input_ids"
+# What ONNX Runtime says of an op that it has no kernel for on this device.
+NOT_HERE = "Could not find an implementation for"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 
 
@@ -45,23 +48,28 @@ class OnnxData:
 
 
 def prepare_onnx_data(graph: OnnxGraph, path: Path, options: Options, device: str = "cpu") -> OnnxData:
-    """Arrays of ``--calibration-data``, or text for a tokenizer that lies beside the file.
+    """Arrays of ``--calibration-data``, or text for ``--tokenizer``, or one that lies beside the file.
 
     Raises:
         CalibrationError: the data is not what the model reads, or it does not take it, or puts out NaN on it.
         UsageError: neither data nor a tokenizer is there, or both data and text are given.
     """
     execution = OnnxExecution(graph, device)
-    has_tokenizer = any((path.parent / name).is_file() for name in TOKENIZERS)
+    folder = options.tokenizer or path.parent
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    if options.tokenizer is not None and not has_tokenizer:
+        raise UsageError(f"--tokenizer {folder}: no folder with a tokenizer's files: give one with a tokenizer.json")
     if options.calibration_data:
-        if options.calibration:
-            raise UsageError("--calibration and --calibration-data: give one of the two")
+        if options.calibration or options.tokenizer:
+            text = "--calibration" if options.calibration else "--tokenizer"
+            raise UsageError(f"{text} and --calibration-data: text or arrays calibrate, give one of the two")
         prepared = _of_arrays(graph, execution, options, device)
     elif has_tokenizer:
-        prepared = _of_text(graph, execution, path, options, device)
+        prepared = _of_text(graph, execution, path, folder, options, device)
     else:
         raise UsageError(
-            f"{path.name} calibrates on inputs of its own: give --calibration-data, or put its tokenizer beside it"
+            f"{path.name} calibrates on inputs of its own: give --calibration-data, or for text --tokenizer FOLDER, or "
+            "put its tokenizer beside it"
         )
     _try(execution, prepared)
     return prepared
@@ -126,6 +134,7 @@ def _of_arrays(graph: OnnxGraph, execution: OnnxExecution, options: Options, dev
 
     notes: tuple[str, ...] = ()
     try:
+        _check_numbers(run(sample)[0], names)
         if inputs.batch and not samples_apart(run, sample, inputs):
             notes = ("the first axis of the inputs is no axis of samples: batches are kept whole",)
             inputs = ProgramInputs(inputs.specs)
@@ -133,7 +142,10 @@ def _of_arrays(graph: OnnxGraph, execution: OnnxExecution, options: Options, dev
         positions = _positions(graph, execution, inputs, sample)
     except OnnxRuntimeError as error:
         raise _refused(error, names, sample) from error
-    data = prepare_inputs(files, inputs, positions, names, device)
+    try:
+        data = prepare_inputs(files, inputs, positions, names, device)
+    except CalibrationError as error:
+        raise CalibrationError("; ".join([str(error), *notes])) from error
     return OnnxData(data, inputs, "logits" if predicts else "outputs", predicts, notes)
 
 
@@ -145,7 +157,9 @@ def _positions(graph: OnnxGraph, execution: OnnxExecution, inputs: ProgramInputs
     return max(1, rows_of(graph, execution, sample, linear.inputs[0].name) // inputs.samples(sample))
 
 
-def _of_text(graph: OnnxGraph, execution: OnnxExecution, path: Path, options: Options, device: str) -> OnnxData:
+def _of_text(
+    graph: OnnxGraph, execution: OnnxExecution, path: Path, folder: Path, options: Options, device: str
+) -> OnnxData:
     import transformers
 
     inputs = _described(graph, None)
@@ -155,9 +169,9 @@ def _of_text(graph: OnnxGraph, execution: OnnxExecution, path: Path, options: Op
     text = load_text(options.calibration)
     try:
         with quiet_libraries():
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path.parent, local_files_only=True)
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever its parsers raise
-        raise UsageError(f"the tokenizer beside {path.name} cannot be read: {first_line(error)}") from error
+        raise UsageError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     sample = _some_text(inputs, 2, 8)
@@ -211,12 +225,20 @@ def _try(execution: OnnxExecution, prepared: OnnxData) -> None:
         answers = execution.outputs(largest)[0]
     except OnnxRuntimeError as error:
         raise _refused(error, "the data", largest) from error
+    _check_numbers(answers, prepared.data.description)
+
+
+def _check_numbers(answers: torch.Tensor, names: str) -> None:
     if answers.isnan().any():
-        raise CalibrationError(
-            f"{prepared.data.description}: the model puts out NaN on it: it overflows, or this is no input of it"
+        raise CalibrationError(f"{names}: the model puts out NaN on it: it overflows, or this is no input of it")
+
+
+def _refused(error: Exception, names: str, batch: Inputs) -> DotresizeError:
+    """What a failed run says: of the model, where this ONNX Runtime lacks what it is made of, or of the data."""
+    if any(words in str(error) for words in (*UNKNOWN, NOT_HERE)):
+        return UnknownOpError(
+            f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; take a newer one, or "
+            "--device cuda for what it has there alone"
         )
-
-
-def _refused(error: Exception, names: str, batch: Inputs) -> CalibrationError:
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
     return CalibrationError(f"{names}: the model does not take {shapes}: {first_line(error)}")

@@ -28,7 +28,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 Array = np.ndarray[Any, Any]
 # What ONNX Runtime says of a file that is newer than itself, or made for another.
-_UNKNOWN = (
+UNKNOWN = (
     "is not a registered function/op",
     "No Op registered for",
     "onnx opset versions",
@@ -112,7 +112,7 @@ def open_session(
     except Exception as error:  # its exceptions share no base class but Exception
         if _no_room(error):
             raise run_failed(path, error) from error
-        if any(words in str(error) for words in _UNKNOWN):
+        if any(words in str(error) for words in UNKNOWN):
             raise UnknownOpError(
                 f"this ONNX Runtime does not know all that {path} is made of: {first_line(error)}; take a newer one"
             ) from error

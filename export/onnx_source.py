@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError
+from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.passes.canonicalise import canonicalise
@@ -31,8 +32,9 @@ def analyse_onnx(name: Path | str, progress: Progress, *, check: bool = False) -
         ModelNotFoundError, BadWeightsError: see :func:`load_onnx`.
     """
     with progress.stage("load"):
-        graph = OnnxGraph(load_onnx(name))
+        model = load_onnx(name)
     with progress.stage("find regions"):
+        graph = OnnxGraph(inline_crossed(model)[0])
         canonicalise(graph, check=check)
         return graph, find_regions(graph)
 
@@ -75,9 +77,9 @@ def _external(model: onnx_ir.Model) -> Iterator[onnx_ir.ExternalTensor]:
 def _check(path: Path, tensor: onnx_ir.ExternalTensor) -> None:
     folder = path.parent.resolve()
     file = folder / tensor.location
-    if not file.resolve().is_relative_to(folder):
+    if Path(tensor.location).is_absolute() or not file.resolve().is_relative_to(folder):
         raise ModelNotFoundError(
-            f"{path} keeps {tensor.name} in {tensor.location}, outside its folder, which is not read: "
+            f"{path} keeps {tensor.name} in {tensor.location}, outside its folder or a whole path, which is not read: "
             "save it with its data beside it"
         )
     if not file.is_file():

@@ -29,18 +29,19 @@ class OutputFolder:
     will hold and ``work`` for intermediate files, which is removed in any case. Leaving without an exception
     renames ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the
     parents made for OUT. With ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new
-    one is complete.
+    one is complete. ``source`` is the model, where that is a file or folder.
 
     Raises:
         OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
-            (with it), is or holds the current or the home folder, is a mount point, or cannot be written; on
-            leaving, also when the disk was full.
+            (with it), is or holds the model or the current or the home folder, is a mount point, or cannot be
+            written; on leaving, also when the disk was full.
     """
 
-    def __init__(self, out: Path | str, force: bool = False) -> None:
+    def __init__(self, out: Path | str, force: bool = False, source: Path | str | None = None) -> None:
         # Resolved, so that a link to a folder stays a link and a later chdir changes nothing.
         self.out = Path(out).resolve()
         self._force = force
+        self._source = Path(source).resolve() if source is not None and Path(source).exists() else None
         self._pid = os.getpid()
         self._made_parents: list[Path] = []
         self.partial = self._beside("partial")
@@ -89,6 +90,8 @@ class OutputFolder:
         kept = (Path.cwd(), Path(os.path.expanduser("~")))  # not Path.home(): it raises where there is none
         if not out.name or any(place == out or out in place.parents for place in kept):
             raise OutputError(f"{out} is or holds the current or the home folder: give the name of a new folder")
+        if self._source is not None and (self._source == out or out in self._source.parents):
+            raise OutputError(f"{out} is or holds the model itself: give the name of a new folder")
         if not out.exists():
             return
         if not out.is_dir():

@@ -7,6 +7,7 @@ untouched but for such weights, must put out what the slim file does: only the o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from dotresize_fx.export.onnx_runtime import Comparison, compare_outputs
 from dotresize_fx.gram import padding_input
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
-from dotresize_fx.onnx_form.region_sums import Overrides
 from dotresize_fx.onnx_form.start import MASK
 from dotresize_fx.passes.region_ends import tables_of
 from dotresize_fx.passes.slim_onnx_graph import SlimmedOnnx
 from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.sweep import SweptRegion
 
 TWIN = "the dense file with zeros in place of what was cut"
 WITHOUT_TWIN = "the graph that it was written from"
@@ -29,46 +30,68 @@ Inputs = Mapping[str, torch.Tensor]
 # Of the largest output, by dtype of the weights: sums in another order.
 RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 RELATIVE_FLOAT32 = 1e-4
-# Kinds whose numbers stand in a row, head by head; others have tables or scales that go with a size.
-PADDED = (RegionKind.FFN, RegionKind.VALUE)
 
 
-def padded_weights(slimmed: SlimmedOnnx) -> Overrides | None:
-    """What stands in for the dense graph's constants, by name; None where the cuts have no form of dense width."""
+@dataclass(frozen=True)
+class Twin:
+    """``graph`` is the dense one with other weights; of ``outputs``, a cache's, the slim file has these places along
+    these axes alone.
+    """
+
+    graph: OnnxGraph
+    outputs: Mapping[str, tuple[tuple[int, torch.Tensor], ...]]
+
+
+def padded_twin(slimmed: SlimmedOnnx) -> Twin | None:
+    """The dense graph with zeros in place of what was cut; None where the cuts have no form of dense width."""
     dense, slim = slimmed.dense, slimmed.graph
     cut = {entry.region.name: entry for entry in slimmed.swept if entry.width < entry.region.width}
     changed = [entry.region for entry in slimmed.swept if entry.method != "kept"]
-    if any(entry.region.kind not in PADDED for entry in cut.values()):
+    kept = {name: _places(entry, slimmed.pairs.get(name)) for name, entry in cut.items()}
+    if any(tables_of(dense, entry.region) for entry in cut.values()):
         return None
-    found: Overrides = {}
+    if any(len(set(places.tolist())) < len(places) for places in kept.values()):
+        return None
+    twin = dense.copy()
     for name in dict.fromkeys(name for region in changed for name in (*region.writers, *region.readers)):
         old, new = dense.op(name), slim.op(name)
         weight, bias = slim.weight(new), slim.bias(new)
         for entry in cut.values():
             if name in entry.region.writers:
-                weight = _padded(weight, 0, entry.region, entry.width)
-                bias = None if bias is None else _padded(bias, 0, entry.region, entry.width)
+                weight = _padded(weight, 0, entry.region, kept[entry.region.name])
+                bias = None if bias is None else _padded(bias, 0, entry.region, kept[entry.region.name])
             if name in entry.region.readers:
-                weight = _padded(weight, 1, entry.region, entry.width)
-        owned = [value for value in (old.weight, old.bias) if value is not None]
-        if (bias is None) != (old.bias is None) or any(len(dense.users(value)) > 1 for value in owned):
+                weight = _padded(weight, 1, entry.region, kept[entry.region.name])
+        if (bias is None) != (old.bias is None):
             return None
-        assert old.weight is not None
-        found[old.weight.name] = dense.as_stored(old, weight)
-        if bias is not None and old.bias is not None:
-            found[old.bias.name] = bias
-    if any(tables_of(dense, entry.region) for entry in cut.values()):
-        return None
-    return found
+        twin.set_weight(twin.op(name), weight)
+        if bias is not None:
+            twin.set_bias(twin.op(name), bias)
+    outputs: dict[str, tuple[tuple[int, torch.Tensor], ...]] = {}
+    for name, entry in cut.items():
+        axis = 1 if entry.region.kind is RegionKind.HEADS else 3
+        for output in entry.region.layout.cache if entry.region.layout is not None else ():
+            outputs[output] = (*outputs.get(output, ()), (axis, kept[name]))
+    return Twin(twin, outputs)
 
 
-def _padded(tensor: torch.Tensor, axis: int, region: Region, width: int) -> torch.Tensor:
-    """Zeros behind each head's ``width`` numbers along an axis, up to the region's width."""
-    size = list(tensor.shape)
-    heads = size[axis] // width
-    parted = tensor.reshape(*size[:axis], heads, width, *size[axis + 1 :])
-    zeros = parted.new_zeros(*size[:axis], heads, region.width - width, *size[axis + 1 :])
-    return torch.cat([parted, zeros], axis + 1).reshape(*size[:axis], heads * region.width, *size[axis + 1 :])
+def _places(entry: SweptRegion, pairs: torch.Tensor | None) -> torch.Tensor:
+    """Which of the dense width's numbers are what is left: the first, but of rotary pairs those with their angles."""
+    if pairs is None:
+        return torch.arange(entry.width)
+    return torch.cat([pairs, pairs + entry.region.width // 2])
+
+
+def _padded(tensor: torch.Tensor, axis: int, region: Region, places: torch.Tensor) -> torch.Tensor:
+    """Zeros along an axis in each head, or as whole heads, up to the region's width."""
+    size, width = list(tensor.shape), len(places)
+    heads = region.kind is RegionKind.HEADS
+    rest = size[axis] // width
+    parts, whole = ((width, rest), (region.width, rest)) if heads else ((rest, width), (rest, region.width))
+    parted = tensor.reshape(*size[:axis], *parts, *size[axis + 1 :])
+    found = parted.new_zeros(*size[:axis], *whole, *size[axis + 1 :])
+    found.index_copy_(axis if heads else axis + 1, places, parted)
+    return found.reshape(*size[:axis], rest * region.width, *size[axis + 1 :])
 
 
 def verify_onnx(
@@ -81,9 +104,10 @@ def verify_onnx(
     Raises:
         VerificationError: something differs by more, or is NaN on one side alone.
     """
-    overrides = padded_weights(slimmed)
+    twin = padded_twin(slimmed)
     slim = slimmed.graph
-    run = OnnxExecution(slim if overrides is None else slimmed.dense).whole(overrides)
+    run = OnnxExecution(slim if twin is None else twin.graph).whole()
+    taken = {} if twin is None else twin.outputs
     feeds = OnnxExecution(slim)
     relative = max((RELATIVE.get(dtype, RELATIVE_FLOAT32) for dtype in _dtypes(slim)), default=RELATIVE_FLOAT32)
     if not slimmed.untouched:
@@ -92,7 +116,7 @@ def verify_onnx(
     def cases() -> Iterator[tuple[dict[str, Any], list[Any]]]:
         for batch in batches:
             found = zip(feeds.results, run(batch), strict=True)
-            expected = [_at_width(output, slim.shape_of(name)).numpy() for name, output in found]
+            expected = [_taken(output, taken.get(name, ())).numpy() for name, output in found]
             yield {name: value.numpy() for name, value in feeds.completed(batch).items()}, expected
 
     masked = all(padding_input(batch) is not None for batch in batches)
@@ -100,17 +124,18 @@ def verify_onnx(
     allowed = relative * max(comparison.max_abs_expected, 1e-6)
     if not comparison.max_abs_difference <= allowed:
         raise VerificationError(
-            f"the slim ONNX differs from {WITHOUT_TWIN if overrides is None else TWIN} by "
+            f"the slim ONNX differs from {WITHOUT_TWIN if twin is None else TWIN} by "
             f"{comparison.max_abs_difference:.2e} (tolerance {allowed:.0e}): nothing was written; please report this "
             "model"
         )
-    return comparison, allowed, (f"verified against {WITHOUT_TWIN if overrides is None else TWIN}",)
+    return comparison, allowed, (f"verified against {WITHOUT_TWIN if twin is None else TWIN}",)
 
 
-def _at_width(output: torch.Tensor, shape: Sequence[int | str]) -> torch.Tensor:
+def _taken(output: torch.Tensor, places: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """Of a cache whose heads were cut, without the zeros."""
-    size = shape[-1] if len(shape) == output.ndim and output.ndim else None
-    return output[..., :size] if isinstance(size, int) else output
+    for axis, chosen in places:
+        output = output.index_select(axis, chosen)
+    return output
 
 
 @torch.no_grad()

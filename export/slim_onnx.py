@@ -6,17 +6,18 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from dotresize_fx.cache_names import PAST
 from dotresize_fx.device import compute_device
-from dotresize_fx.errors import UsageError
+from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
+from dotresize_fx.export.genai_config import GENAI_FILE, follow_heads
+from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.match_rows import linear_rows, region_rows
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
@@ -26,13 +27,15 @@ from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.weight_files import file_sha256
+from dotresize_fx.export.why_nothing import quantised_linears, why_nothing
 from dotresize_fx.export.write_onnx import Stated, check_written, write_onnx
 from dotresize_fx.fidelity import compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
-from dotresize_fx.onnx_form.start import is_past
+from dotresize_fx.onnx_form.start import cache_heads, is_past
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.choose_regions import SWEPT
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, slim_onnx_graph
 from dotresize_fx.plan_file import read_plan, write_plan
@@ -54,7 +57,7 @@ from dotresize_fx.task import reads_text
 
 # What lies beside a model and goes with it, as it is.
 COMPANIONS = (
-    *("config.json", "generation_config.json", "genai_config.json", "preprocessor_config.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "chat_template.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
@@ -85,15 +88,14 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         UsageError: an option asks for what an ONNX file cannot give.
         ModelNotFoundError, BadWeightsError: see :func:`load_onnx`.
         CalibrationError: see :func:`prepare_onnx_data`.
-        NothingToSlimError, SolverError: see :func:`slim_onnx_graph`.
+        NothingToSlimError: no width can be cut; the message says why.
+        SolverError: see :func:`slim_onnx_graph`.
         VerificationError: what was written is not what was solved for.
     """
     run = _slimmed(name, work, options, progress)
     with progress.stage("write ONNX"):
         path = write_onnx(run.slimmed, run.stated, _timed(run), folder)
-        for companion in COMPANIONS:
-            if (file := run.path.with_name(companion)).is_file():
-                shutil.copyfile(file, folder / companion)
+        beside = _copy_beside(run, folder)
         write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path)
@@ -109,10 +111,13 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     peak = peak_rss_bytes()
     with progress.stage("measure latency"):
         gc.collect()
-        fed = OnnxExecution(run.graphs.given).completed(_timed(run))
+        sides = {"dense": run.graphs.given, "slim": run.slimmed.graph}
+        fed = {side: OnnxExecution(graph).completed(_timed(run)) for side, graph in sides.items()}
+        inputs = {name: value.numpy() for name, value in fed["slim"].items() if not is_past(name)}
         # An empty cache is each side's own: its heads may differ.
-        inputs = {name: value.numpy() for name, value in fed.items() if not name.startswith(PAST)}
-        latency = measure_latency({"dense": run.path, "slim": path}, inputs, runs=LATENCY_RUNS, work=work)
+        own = {side: {n: value.numpy() for n, value in given.items() if is_past(n)} for side, given in fed.items()}
+        models = {"dense": run.path, "slim": path}
+        latency = measure_latency(models, inputs, runs=LATENCY_RUNS, work=work, own=own)
     length = MACS_LENGTH if reads_text(run.prepared.task) else next(iter(_timed(run).values())).shape[-1]
     figures = Figures(
         dense=side_figures(run.slimmed.dense, latency["dense"], onnx_size(run.path), length),
@@ -123,7 +128,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         peak_export_bytes=peak,
         peak_runtime_bytes=max((side.peak_rss_bytes or 0 for side in latency.values()), default=0) or None,
     )
-    report = _report(run, figures, folder, (*run.prepared.notes, *run.slimmed.notes, *notes, *said))
+    report = _report(run, figures, folder, (*run.prepared.notes, *run.slimmed.notes, *beside, *notes, *said))
     write_report(report, folder)
     return report
 
@@ -140,11 +145,15 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
             model.graph.sort()
         stated = Stated.by(path)
-        given = OnnxGraph(model)
     with progress.stage("find regions"):
+        model, inlined = inline_crossed(model) if options.ratio != 0 or plan is not None else (model, ())
+        given = OnnxGraph(model)
         canonical = given.copy()
         canonicalise(canonical, check=options.check)
         graphs = OnnxGraphs(given, canonical, find_regions(canonical))
+    if options.ratio != 0 and not any(graphs.matches.of_kind(*SWEPT)):
+        why = why_nothing(model, graphs.matches)
+        raise NothingToSlimError(f"{path.name}: no region matched: {why}; `dotresize-fx inspect` shows all of it")
     device = compute_device(options)
     with progress.stage("read calibration inputs"):
         prepared = prepare_onnx_data(given, path, options, device)
@@ -166,7 +175,23 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         plan=plan,
         device=device,
     )
+    if quantised := quantised_linears(graphs.matches):
+        inlined += (f"{quantised} linears with quantised weights were left alone",)
+    slimmed = replace(slimmed, notes=(*inlined, *slimmed.notes))
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
+    """What lies beside the dense file, or with its tokenizer; notes."""
+    for source in (run.path.parent, run.options.tokenizer):
+        for companion in COMPANIONS:
+            if source is not None and (file := source / companion).is_file():
+                shutil.copyfile(file, folder / companion)
+    if not (config := run.path.with_name(GENAI_FILE)).is_file():
+        return ()
+    inputs = run.slimmed.graph.model.graph.inputs
+    heads = {cache_heads(value) for value in inputs if is_past(str(value.name))}
+    return tuple(note for note in (follow_heads(config, heads, folder),) if note)
 
 
 def _on_disk(model: ir.Model, path: Path, work: Path) -> ir.Model:

@@ -54,9 +54,11 @@ def measure_latency(
     provider: str = CPU,
     budget: float = 60.0,
     work: Path | None = None,
+    own: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> dict[str, Latency]:
     """Time ``models`` on the same ``inputs`` in turns, all sessions open; inputs and outputs stay on the device.
 
+    ``own`` are inputs of one model alone, by its name: a cache whose heads are no longer of one size.
     ``threads`` defaults to one a physical core. Once ``budget`` seconds are spent no further round starts,
     except that every model runs 5 times at least (``runs`` times where that is fewer). ``work`` is for the
     inputs' files (default: the system's temporary folder). Caches are empty. Raises as :func:`compare_outputs` does.
@@ -69,8 +71,9 @@ def measure_latency(
         children = {}
         for name, path in models.items():
             child = children[name] = stack.enter_context(RuntimeChild(work))
-            store_arrays(child.folder / "inputs.npz", list(inputs.values()))
-            fed = {"file": "inputs.npz", "inputs": list(inputs)}
+            given = {**inputs, **(own or {}).get(name, {})}
+            store_arrays(child.folder / "inputs.npz", list(given.values()))
+            fed = {"file": "inputs.npz", "inputs": list(given)}
             child.ask("open", model=str(Path(path).resolve()), threads=count, provider=provider, **fed)
         turns = take_turns(children, runs=runs, warmup=warmup, budget=budget)
     shape: tuple[int, ...] = next((array.shape for array in inputs.values()), ())

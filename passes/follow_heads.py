@@ -229,6 +229,11 @@ class _Back:
             self._states(op, axis, last)
             self.repeated, self.way.groups = True, whole(before[axis + 1])
             return True
+        single = before == (*after[: axis + 1], *after[axis + 2 :]) and after[axis + 1] == 1
+        if self.repeated and self.way.groups > 1 and single:  # an axis of one, which an expand behind it fills
+            self._states(op, axis, last)
+            self.repeated = False
+            return True
         if self.repeated and joins(after, before, axis):  # they were only counted in two parts
             self._states(op, axis, last)
             self.repeated, self.way.groups, self.way.in_place = False, 1, COUNTED_TWICE

@@ -15,6 +15,7 @@ from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
 from dotresize_fx.onnx_form.sweep import OnnxSweep
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
+from dotresize_fx.passes.check_folded import check_folded, mapped_ends
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
@@ -23,6 +24,7 @@ from dotresize_fx.passes.plan_widths import plan_widths
 from dotresize_fx.passes.slim_graph import cut_or_refitted, too_few_tokens, what_was_refused, what_went
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
+from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import MatchReport, Region, RegionKind
 from dotresize_fx.solvers import solvers_for
 from dotresize_fx.sweep import SweptRegion
@@ -45,7 +47,8 @@ class OnnxGraphs:
 class SlimmedOnnx:
     """A slim graph, the dense one that was edited into it, what was cut, and notes for the report.
 
-    ``untouched`` says that the dense one is the file's own, of which nothing beside the cut was rewritten.
+    ``untouched`` says that the dense one is the file's own, of which nothing beside the cut was rewritten. ``pairs``:
+    by region which rotary pairs are left, see :class:`RegionMap`.
     """
 
     graph: OnnxGraph
@@ -54,6 +57,7 @@ class SlimmedOnnx:
     swept: tuple[SweptRegion, ...] = ()
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
+    pairs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def slim_onnx_graph(
@@ -73,6 +77,7 @@ def slim_onnx_graph(
         NothingToSlimError: nothing can be cut, or not by that much.
         SolverError: activations are infinite or NaN.
         UsageError: the plan is for another model, or the residual stream is asked for.
+        VerificationError: what was folded is not what was solved for.
     """
     if options.ratio == 0 and plan is None:
         return SlimmedOnnx(graphs.given.copy(), graphs.given, True, notes=("ratio 0: nothing was cut",))
@@ -104,11 +109,11 @@ def slim_onnx_graph(
     if not untouched:
         notes += ("what is cut is spelled in parts of other ops: these were rewritten, exactly, to be cut",)
     slimmed = dense.copy()
-    swept = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
+    swept, pairs = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:
         notes += what_went(cost, options, 1 - cost.total(slimmed) / total)
-    return SlimmedOnnx(slimmed, dense, untouched, tuple(swept), chosen, notes)
+    return SlimmedOnnx(slimmed, dense, untouched, tuple(swept), chosen, notes, pairs)
 
 
 def _refuse_stream(options: Options, plan: WidthPlan | None, matches: MatchReport) -> None:
@@ -159,12 +164,21 @@ def _sweep(
     progress: Progress,
     task: str,
     device: str,
-) -> list[SweptRegion]:
+) -> tuple[list[SweptRegion], dict[str, torch.Tensor]]:
+    pairs: dict[str, torch.Tensor] = {}
+
+    def apply(region: Region, found: RegionMap) -> None:
+        ends = mapped_ends(slimmed, region, found)
+        apply_map(slimmed, region, found, options.check)
+        check_folded(slimmed, region, ends)
+        if found.pairs is not None:
+            pairs[region.name] = found.pairs.cpu()
+
     sweep = OnnxSweep(
         dense,
         slimmed,
         batches,
-        lambda region, found: apply_map(slimmed, region, found, options.check),
+        apply,
         refit=options.method != "magnitude",
         pull=PULL if predicts_tokens(task) else ENCODER_PULL,
         device=device,
@@ -177,4 +191,4 @@ def _sweep(
                 swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
             for _ in together:
                 step()
-    return swept
+    return swept, pairs

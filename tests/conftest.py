@@ -34,7 +34,7 @@ def pytest_collection_finish() -> None:
 VOCAB = 300  # 256 bytes, three special tokens, and some that no text produces
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_tokenizer() -> Callable[[Path], Any]:
     """``tiny_tokenizer(folder)`` saves and returns a byte-level tokenizer (a token a byte)."""
 

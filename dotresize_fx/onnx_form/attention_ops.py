@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dotresize_fx.onnx_form.linears import attribute
-from dotresize_fx.onnx_form.shape_rules import sizes_of
+from dotresize_fx.onnx_form.sizes import sizes_of
 
 MICROSOFT = "com.microsoft"
 
@@ -80,6 +80,21 @@ def cache_of(node: ir.Node, output: ir.Value) -> ir.Value | None:
     if known is None or index not in (1, 2) or len(node.inputs) <= known.past[index - 1]:
         return None
     return node.inputs[known.past[index - 1]]
+
+
+def past_heads(past: ir.Value) -> tuple[int, int] | None:
+    """How many heads, and of which size, the attention that reads a cache has; None where that is not known."""
+    for use in past.uses():
+        node, known = use.node, _OPS.get((use.node.domain, use.node.op_type))
+        if known is None or use.idx not in known.past:
+            continue
+        query, whole = (int(attribute(node, known.heads[place], 0)) for place in (0, -1))
+        packed = node.inputs[1] is None  # keys and values stand behind the queries
+        sizes = sizes_of(node.inputs[0 if packed else 1 + known.past.index(use.idx)])
+        count = query + 2 * whole if packed else whole
+        if sizes is not None and len(sizes) == 3 and isinstance(sizes[2], int) and count and sizes[2] % count == 0:
+            return whole, sizes[2] // count
+    return None
 
 
 def read_rotary_op(node: ir.Node) -> tuple[tuple[ir.Value, ...], dict[str, Any]] | None:

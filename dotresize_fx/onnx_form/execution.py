@@ -16,7 +16,7 @@ import torch
 from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.piece import Environment, Piece, reads_of
 from dotresize_fx.onnx_form.runtime_values import from_runtime, to_runtime
-from dotresize_fx.onnx_form.start import at_start
+from dotresize_fx.onnx_form.start import at_start, is_past
 
 # Constants of so many bytes are fed; smaller ones are sizes, axes and numbers that the runtime wants to see.
 FED = 2048
@@ -64,6 +64,12 @@ class OnnxExecution:
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
         """An environment with the graph's inputs."""
         return {name: to_runtime(tensor, self.device) for name, tensor in self.completed(inputs).items()}
+
+    def empty_cache(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
+        """The graph's caches, where they are not given."""
+        given = {str(value.name): value for value in self.model.graph.inputs if is_past(str(value.name))}
+        empty = {name: at_start(value, inputs) for name, value in given.items() if name not in inputs}
+        return {name: to_runtime(tensor, self.device) for name, tensor in empty.items()}
 
     def completed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All inputs of the graph: a cache that is not given is empty, see :func:`at_start`."""

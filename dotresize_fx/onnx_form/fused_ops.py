@@ -15,6 +15,7 @@ from dotresize_fx.onnx_form.constants import is_weight
 from dotresize_fx.onnx_form.edits import OnnxEditor
 from dotresize_fx.onnx_form.linears import is_linear
 from dotresize_fx.onnx_form.packed_attention import holds_weights, put_attention_together, take_attention_apart
+from dotresize_fx.onnx_form.packed_heads import UNPACKED, pack_heads, packs_heads, unpack_heads
 
 DOMAIN = "com.microsoft"
 # In a node's meta: the output's name of the fused op that it was a part of, and for its last part the node itself.
@@ -46,12 +47,15 @@ def take_apart(model: ir.Model) -> int:
     if fused:
         editor = OnnxEditor(model)
         for node in fused:
-            _Apart(model, editor, node).run()
+            if packs_heads(node):
+                unpack_heads(model.graph, editor, node)
+            else:
+                _Apart(model, editor, node).run()
     return len(fused)
 
 
 def _is_fused(node: ir.Node) -> bool:
-    return _is_skip_norm(node) or _is_biased_gelu(node) or holds_weights(node)
+    return _is_skip_norm(node) or _is_biased_gelu(node) or holds_weights(node) or packs_heads(node)
 
 
 def _is_skip_norm(node: ir.Node) -> bool:
@@ -153,6 +157,8 @@ def put_together(model: ir.Model) -> int:
             joined += _join_gelu(node, whole)
         else:
             joined += put_attention_together(model.graph, node, whole)
+    for node in [node for node in model.graph if UNPACKED in node.meta]:
+        joined += pack_heads(model.graph, node)
     return joined
 
 

@@ -16,9 +16,9 @@ from dotresize_fx.graph import Kind, Op, Value
 from dotresize_fx.onnx_form.axes import declared_width
 from dotresize_fx.onnx_form.constants import constant
 from dotresize_fx.onnx_form.folding import fold_constants
+from dotresize_fx.onnx_form.form import Form
 from dotresize_fx.onnx_form.fused_ops import RMS_NORM_OPSET, put_together
 from dotresize_fx.onnx_form.heads import HeadEdits
-from dotresize_fx.onnx_form.kinds import Form
 from dotresize_fx.onnx_form.linears import (
     BIASED,
     slots,

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from dotresize_fx.onnx_form.axes import axes
 from dotresize_fx.onnx_form.constants import constant, integers
 from dotresize_fx.onnx_form.linears import attribute
-from dotresize_fx.onnx_form.shape_rules import sizes_of, slices, split_sizes
+from dotresize_fx.onnx_form.shape_rules import slices, split_sizes
+from dotresize_fx.onnx_form.sizes import sizes_of
 
 
 def axes_form(node: ir.Node, index: int = 0) -> dict[str, Any]:
@@ -63,12 +64,13 @@ def _sized(form: str) -> Callable[[ir.Node], dict[str, Any]]:
         stated = stated_sizes(node.inputs[1])
         if stated is None or len(stated) > _rank(node.outputs[0]):
             return {}
-        # An Expand may state fewer sizes than its input has axes; a Reshape's 0 is the input's size there.
+        # An Expand may state fewer sizes than its input has axes; its 1 is the input's size there, as is a Reshape's 0.
         shape = sizes_of(node.outputs[0]) or ()
         known = zip(shape[len(shape) - len(stated) :], stated, strict=True)
         if any(size is None and isinstance(actual, int) for actual, size in known):
             return {}  # it is computed, and nobody knows what from
-        sizes = [None] * (len(shape) - len(stated)) + [size or None for size in stated]
+        of_input = 1 if form == "expand" else 0
+        sizes = [None] * (len(shape) - len(stated)) + [None if size == of_input else size for size in stated]
         return {"form": form, "sizes": tuple(sizes)}
 
     return read

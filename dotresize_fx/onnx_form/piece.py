@@ -11,8 +11,8 @@ import torch
 from onnx import helper
 
 from dotresize_fx.errors import MissingExtraError, OnnxRuntimeError, OutOfMemoryError
+from dotresize_fx.onnx_form.form import bodies
 from dotresize_fx.onnx_form.gram_nodes import ROW_MASK, GramNodes, Sums
-from dotresize_fx.onnx_form.kinds import bodies
 from dotresize_fx.onnx_form.runtime_values import RuntimeValue, constant_to_runtime, to_runtime
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Piece:
         )
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised: whether a length is taken is tried out
         provider = "CUDAExecutionProvider" if self._execution.device == "cuda" else "CPUExecutionProvider"
         return runtime.InferenceSession(proto.SerializeToString(), options, providers=[provider])
 

@@ -13,8 +13,9 @@ from dotresize_fx.onnx_form.attention import SpelledAttention, spelled_attention
 from dotresize_fx.onnx_form.caches import find_caches
 from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
 from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
+from dotresize_fx.onnx_form.form import Form, bodies
 from dotresize_fx.onnx_form.fused_ops import take_apart
-from dotresize_fx.onnx_form.kinds import Form, bodies, read_form, shown_outputs
+from dotresize_fx.onnx_form.kinds import read_form, shown_outputs
 from dotresize_fx.onnx_form.linears import (
     Slot,
     is_part_of_linear,
@@ -75,6 +76,11 @@ class OnnxReading(Graph):
     def _inside(self) -> dict[ir.Node, ir.Node]:
         """Nodes that the view shows only as part of an attention -> the product that ends it."""
         return {node: found.mixing for found in self._attentions.values() for node in found.inside}
+
+    @property
+    def parts_of_attentions(self) -> list[ir.Node]:
+        """The nodes that the view shows only as part of an attention."""
+        return list(self._inside)
 
     def changed(self) -> None:
         super().changed()

@@ -10,6 +10,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 from dotresize_fx.cache_names import POSITIONS
+from dotresize_fx.onnx_form.attention_ops import past_heads
 
 _PAST = re.compile(r"^past(_key_values)?[._]")
 _PRESENT = re.compile(r"^present(_key_values)?[._]")
@@ -35,7 +36,8 @@ def at_start(value: ir.Value, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
     """What an input is that was not given.
 
     Positions are counted along the mask (batch, length), where there is one, else along the first input of integers.
-    A cache is empty along every free axis but the first, the batch.
+    A cache is empty along every free axis but the first, the batch; the number and the size of its heads, where the
+    file only names them, are those that its attention has.
 
     Raises:
         KeyError: the input has to be given.
@@ -52,4 +54,16 @@ def at_start(value: ir.Value, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
     if name == TYPES:
         return torch.zeros_like(ids, dtype=dtype)
     sizes = [size if isinstance(size, int) else 0 for size in value.shape or ()]
+    if len(sizes) == 4:
+        sizes[1::2] = cache_heads(value)
     return torch.zeros([len(ids), *sizes[1:]], dtype=dtype)
+
+
+def cache_heads(past: ir.Value) -> tuple[int, int]:
+    """The number and the size of the heads of a cache, (batch, heads, length, size); 0 where they are not known."""
+    known = past_heads(past) or (0, 0)
+    heads, size = (
+        size if isinstance(size, int) else other
+        for size, other in zip(list(past.shape or (0,) * 4)[1::2], known, strict=True)
+    )
+    return heads, size

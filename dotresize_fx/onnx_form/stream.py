@@ -44,6 +44,12 @@ class OnnxStream:
         self.position = stop
         return kept
 
+    def go_on_in(self, execution: OnnxExecution, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """From the same position in the edited graph, whose cache may have other heads."""
+        self.execution = execution
+        for environment, batch in zip(self.environments, batches, strict=True):
+            environment.update(execution.empty_cache(batch))
+
     def piece(
         self,
         stop: int,

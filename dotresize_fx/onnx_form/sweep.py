@@ -45,6 +45,7 @@ class OnnxSweep:
         device: str = "cpu",
     ) -> None:
         self.slim_graph, self.apply, self.refit, self.pull, self.device = slim, apply, refit, pull, device
+        self.batches = batches
         self.masks = [padding_mask(batch) for batch in batches]
         self.dense, self.slim = (
             OnnxStream(execution, [execution.start(batch) for batch in batches], self.masks)
@@ -81,7 +82,7 @@ class OnnxSweep:
         if found is None:
             return SweptRegion(region, width, name, error)
         self.apply(region, found)
-        self.slim.execution = OnnxExecution(self.slim_graph, self.device)
+        self.slim.go_on_in(OnnxExecution(self.slim_graph, self.device), self.batches)
         return SweptRegion(region, width, name, error, found.notes)
 
     def _gather(self, inputs: OnnxRegion, extra: Sequence[Environment]) -> Sums:

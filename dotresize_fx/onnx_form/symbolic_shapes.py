@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from dotresize_fx.onnx_form.constants import integers
 from dotresize_fx.onnx_form.linears import attribute
-from dotresize_fx.onnx_form.shape_rules import OPEN, RULES, Size, Sizes, quotient, set_sizes, sizes_of, total
+from dotresize_fx.onnx_form.shape_rules import OPEN, RULES
+from dotresize_fx.onnx_form.sizes import Size, Sizes, quotient, set_sizes, sizes_of, total
 
 LONGEST = 16  # of the vectors that are followed: shapes
 HANDED_ON = ("Cast", "Identity", "Squeeze", "Unsqueeze")

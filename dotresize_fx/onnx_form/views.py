@@ -6,12 +6,12 @@ import onnx_ir as ir
 import torch
 
 from dotresize_fx.onnx_form.edits import OnnxEditor
-from dotresize_fx.onnx_form.shape_rules import sizes_of
+from dotresize_fx.onnx_form.sizes import sizes_of
 
 
 def normalise_views(graph: ir.Graph, editor: OnnxEditor) -> list[str]:
     """See :meth:`dotresize_fx.graph.Graph.normalise_views`."""
-    changed = []
+    changed = _undo(graph)
     for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
         source, name = _turned(node), node.outputs[0].name
         if source is not None and not node.outputs[0].is_graph_output():
@@ -23,6 +23,20 @@ def normalise_views(graph: ir.Graph, editor: OnnxEditor) -> list[str]:
             _join_heads_first(editor, node)
             changed.append(f"{name}: heads joined first")
     return changed
+
+
+def _undo(graph: ir.Graph) -> list[str]:
+    """Let what reads a Reshape that takes the one before it back read what that one read."""
+    undone = []
+    for node in [node for node in graph if node.op_type == "Reshape" and node.domain == ""]:
+        first, output = _before(node, "Reshape"), node.outputs[0]
+        source = None if first is None else first.inputs[0]
+        shape = sizes_of(source)
+        if source is None or not shape or shape != sizes_of(output) or output.is_graph_output() or not output.uses():
+            continue
+        output.replace_all_uses_with(source)
+        undone.append(f"{output.name}: taken apart and put together again")
+    return undone
 
 
 def _joins_twice(node: ir.Node) -> bool:

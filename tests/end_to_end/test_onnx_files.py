@@ -17,6 +17,7 @@ import dotresize_fx
 from dotresize_fx.errors import UsageError, VerificationError
 from dotresize_fx.export import prove_onnx
 from dotresize_fx.export.onnx_session import OnnxModel
+from dotresize_fx.passes import slim_onnx_graph
 from dotresize_fx.passes.prove_exactness import redraw_parameters
 
 VOCABULARY, WIDTH, INNER = 300, 16, 64
@@ -169,13 +170,15 @@ def test_weights_beside_the_file_stay_beside_it(slim: Callable[..., Any], model:
     assert (ended.code, "cut off" in ended.stderr) == (4, True)
 
 
-def test_text_calibrates_where_a_tokenizer_lies_beside_the_file(
-    slim: Callable[..., Any], model: Path, tmp_path: Path, tiny_tokenizer: Any, few_tokens: list[str]
+@pytest.mark.parametrize("beside", [True, False])
+def test_text_calibrates_where_there_is_a_tokenizer(
+    slim: Callable[..., Any], model: Path, tmp_path: Path, tiny_tokenizer: Any, few_tokens: list[str], beside: bool
 ) -> None:
     (folder := tmp_path / "with tokenizer").mkdir()
     (folder / "model.onnx").write_bytes(model.read_bytes())
     tiny_tokenizer(folder)
-    ended, out = slim(folder / "model.onnx", "--ratio", "0.25", *few_tokens)
+    given = (folder / "model.onnx",) if beside else (model, "--tokenizer", folder)
+    ended, out = slim(*given, "--ratio", "0.25", *few_tokens)
     assert ended.code == 0, ended.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["model"]["task"] == "decoder"
@@ -186,7 +189,8 @@ def test_text_calibrates_where_a_tokenizer_lies_beside_the_file(
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ((), 2, "give --calibration-data, or put its tokenizer beside it"),
+        ((), 2, "give --calibration-data, or for text --tokenizer FOLDER"),
+        (("--tokenizer", "nowhere"), 2, "--tokenizer nowhere: no folder with a tokenizer's files"),
         (("--effort", "best"), 2, "--effort best: not for an ONNX file"),
         (("--quantize", "int8"), 2, "--quantize int8: not for an ONNX file"),
         (("--regions", "residual", "--calibration-data", "DATA"), 2, "the residual stream of an ONNX file"),
@@ -254,15 +258,34 @@ def test_a_network_without_a_region(here: Callable[..., Any], tmp_path: Path) ->
 def test_a_file_that_is_not_what_was_solved_for_is_found_out(
     monkeypatch: pytest.MonkeyPatch, slim: Callable[..., Any], model: Path
 ) -> None:
-    """The proof must fail where a reader's weight is not the one that was fitted."""
-    write = prove_onnx.padded_weights
+    """The proof must fail where a weight of the file is not the one that the graph was left with."""
+    write = prove_onnx.padded_twin
 
     def spoilt(slimmed: Any) -> Any:
         found = write(slimmed)
-        name = next(iter(found))
-        return {**found, name: found[name] * 1.01}
+        op = found.graph.op(slimmed.swept[0].region.readers[0])
+        found.graph.set_weight(op, found.graph.weight(op) * 1.01)
+        return found
 
-    monkeypatch.setattr(prove_onnx, "padded_weights", spoilt)
+    monkeypatch.setattr(prove_onnx, "padded_twin", spoilt)
     ended, out = slim(model)
     assert ended.code == VerificationError.exit_code
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("side", ["writers", "readers"])
+def test_a_wrong_fold_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, slim: Callable[..., Any], model: Path, side: str
+) -> None:
+    """The graph's weights have to be the products of the file's and of the maps that were solved for."""
+    fold = slim_onnx_graph.apply_map
+
+    def spoilt(graph: Any, region: Any, *rest: Any) -> None:
+        fold(graph, region, *rest)
+        op = graph.op(getattr(region, side)[-1])
+        graph.set_weight(op, graph.weight(op) * 1.001)
+
+    monkeypatch.setattr(slim_onnx_graph, "apply_map", spoilt)
+    ended, out = slim(model)
+    assert (ended.code, "was not folded into what was solved for" in ended.stderr) == (10, True), ended.stderr
     assert not out.exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dotresize_fx.graph import Graph
-from dotresize_fx.onnx_form.shape_rules import broadcast, quotient, total
+from dotresize_fx.onnx_form.sizes import broadcast, quotient, total
 from dotresize_fx.passes.fold_constants import FoldConstants
 
 pytest.importorskip("onnxruntime")

@@ -47,6 +47,10 @@ CASES: dict[tuple[str, str], dict[str, int]] = {
     ("bert", "ort-half"): {"ffn": 1, **HEADS},
     ("gpt2", "ort-half"): ALL,
     ("llama", "half"): ALL,
+    ("gpt2", "hf"): ALL,
+    ("bert", "hf-fused"): {"ffn": 1, **HEADS},
+    ("llama", "hf-fused"): ALL,
+    ("llama", "genai"): {"ffn": 1, "residual": 1, "kv_heads": 1},  # its attention wants heads of one size
 }
 
 
@@ -75,7 +79,17 @@ def test_maps_that_the_regions_admit_change_nothing(
         assert difference(first_output(wrong.fused_model()), expected) >= broken, region
 
 
-@pytest.mark.parametrize(("kind", "way"), [("bert", "ort"), ("llama", "ort"), ("llama", "cpu"), ("bert", "cpu")])
+FUSED = [
+    ("bert", "ort"),
+    ("llama", "ort"),
+    ("llama", "cpu"),
+    ("bert", "cpu"),
+    ("llama", "hf-fused"),
+    ("llama", "genai"),
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), FUSED)
 def test_fused_ops_are_put_together_as_they_were(exported: Any, kind: str, way: str) -> None:
     def listed(model: ir.Model) -> list[Any]:
         return [
