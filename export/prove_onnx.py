@@ -54,7 +54,7 @@ def padded_weights(slimmed: SlimmedOnnx) -> Overrides | None:
         if (bias is None) != (old.bias is None) or any(len(dense.users(value)) > 1 for value in owned):
             return None
         assert old.weight is not None
-        found[old.weight.name] = dense.as_stored(old, weight)
+        found[old.weight.name] = dense.as_stored(old, weight).contiguous()  # as it is fed
         if bias is not None and old.bias is not None:
             found[old.bias.name] = bias
     if any(tables_of(dense, entry.region) for entry in cut.values()):
