@@ -187,7 +187,7 @@ def compare(ways: BothWays) -> SlimmedOnnx:
         program = ways.of_program(method="obs")
     widths = {name: program.plan.widths[names[name]] for name in names if names[name] in program.plan.widths}
     with given(maps, names):
-        followed = ways.of_file(WidthPlan(widths), method="obs", ratio=None)
+        followed = ways.of_file(WidthPlan(widths), method="obs")
     away = difference(runs(program.graph), first_output(followed.graph), list(ways.data.evaluation)[:4])
     row("same supports: outputs differ by", "", f"{away:.1e}", f"<= {SAME_OUTPUTS:.0e}", away <= SAME_OUTPUTS)
     return file
