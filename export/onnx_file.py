@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
+from dotresize_fx.export.inline_weights import without_weights
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.report.contents import REPORT_FILE
 
@@ -62,8 +63,8 @@ def task_of(folder: Path) -> str:
 
 def onnx_size(path: Path) -> int:
     """Bytes of the .onnx file and its external data."""
-    model = onnx.load(path, load_external_data=False)
-    return sum(file.stat().st_size for file in (path, *_external_sizes(path, model)))
+    model = without_weights(path)
+    return sum(file.stat().st_size for file in {path, *_external_sizes(path, model)})
 
 
 def _external_sizes(path: Path, model: onnx.ModelProto) -> dict[Path, int]:

@@ -18,8 +18,9 @@ from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
 from dotresize_fx.export.genai_config import GENAI_FILE, follow_heads
 from dotresize_fx.export.inline_functions import inline_crossed
+from dotresize_fx.export.inline_weights import move_out
 from dotresize_fx.export.match_rows import linear_rows, region_rows
-from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE, onnx_size
+from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.onnx_source import load_onnx
@@ -28,7 +29,7 @@ from dotresize_fx.export.prove_onnx import verify_onnx
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.export.why_nothing import quantised_linears, why_nothing
-from dotresize_fx.export.write_onnx import Stated, check_written, write_onnx
+from dotresize_fx.export.write_onnx import LARGE, Stated, check_written, write_onnx
 from dotresize_fx.fidelity import compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
@@ -61,8 +62,6 @@ COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
-# Files of so many bytes are not held in memory.
-SPOOLED = 2**26
 # Of held-out inputs so many batches are compared, beside one sample alone.
 VERIFIED_BATCHES = 2
 
@@ -94,7 +93,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     """
     run = _slimmed(name, work, options, progress)
     with progress.stage("write ONNX"):
-        path = write_onnx(run.slimmed, run.stated, _timed(run), folder)
+        path = write_onnx(run.slimmed, run.stated, _timed(run), folder, work)
         beside = _copy_beside(run, folder)
         write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
@@ -141,7 +140,7 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
     torch.manual_seed(options.seed)
     path = Path(name) / ONNX_FILE if Path(name).is_dir() else Path(name)
     with progress.stage("load"):
-        model = _on_disk(load_onnx(path), path, work)
+        model = load_onnx(_on_disk(path, work))
         if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
             model.graph.sort()
         stated = Stated.by(path)
@@ -194,13 +193,15 @@ def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
     return tuple(note for note in (follow_heads(config, heads, folder),) if note)
 
 
-def _on_disk(model: ir.Model, path: Path, work: Path) -> ir.Model:
-    """Of a large file with its weights inside, a copy with them beside it: a parsed message is copied at every read."""
-    if path.stat().st_size < SPOOLED:
-        return model
-    (folder := work / "spooled").mkdir()
-    ir.save(model, folder / ONNX_FILE, external_data=WEIGHTS_FILE)
-    return load_onnx(folder / ONNX_FILE)
+def _on_disk(path: Path, work: Path) -> Path:
+    """Of a large file with its weights inside, a copy with them beside it, which are then read when they are wanted."""
+    if path.is_file() and path.stat().st_size >= LARGE:
+        (folder := work / "spooled").mkdir()
+        try:
+            return move_out(path, folder)
+        except ValueError:  # loading it says what is wrong
+            shutil.rmtree(folder)
+    return path
 
 
 def _is_sorted(model: ir.Model) -> bool:

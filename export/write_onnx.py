@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from dotresize_fx.errors import VerificationError
+from dotresize_fx.export.inline_weights import move_in, without_weights
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.onnx_form.execution import OnnxExecution
@@ -18,6 +20,8 @@ from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.start import is_cache
 from dotresize_fx.passes.slim_onnx_graph import Inputs, SlimmedOnnx
 
+# Weights of so many bytes inside a file are not held in memory.
+LARGE = 2**26
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 INLINE_AT_MOST = 2**31 - 2**27
 # A norm before ONNX had one of that kind.
@@ -37,19 +41,19 @@ class Stated:
     @classmethod
     def by(cls, path: Path) -> Stated:
         """What the file says."""
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = without_weights(path).graph
         kinds = {info.name: info.type for info in graph.value_info}
         return cls(
             frozenset(name for name, kind in kinds.items() if kind.WhichOneof("value")),
             frozenset(name for name, kind in kinds.items() if kind.tensor_type.HasField("shape")),
-            any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in graph.initializer),
+            any(_location(tensor) not in ("", path.name) for tensor in graph.initializer),
         )
 
 
-def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Path) -> Path:
+def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Path, work: Path) -> Path:
     """``model.onnx``, with its weights beside it where the file had that or where they are too large for one file.
 
-    ``sample`` are small inputs, run to see which sizes are others now.
+    ``sample`` are small inputs, run to see which sizes are others now; ``work`` a folder for what is moved on.
     """
     _correct_shapes(slimmed, sample)
     model = slimmed.graph.copy().fused_model()  # of which what was fused is told no more
@@ -57,11 +61,25 @@ def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Pat
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     path = folder / ONNX_FILE
     beside = stated.external or size > INLINE_AT_MOST
-    if not beside:
-        ir.external_data.load_to_model(model)  # what was spooled
+    moved = size >= LARGE and not beside  # as one message it would be held twice
+    if not (beside or moved):
+        ir.external_data.load_to_model(model)
+    if moved:
+        (work / "written").mkdir()
     with _as_stated(model, stated):
-        ir.save(model, path, external_data=WEIGHTS_FILE if beside else None)
+        saved = work / "written" / ONNX_FILE if moved else path
+        ir.save(model, saved, external_data=WEIGHTS_FILE if beside or moved else None)
+    if moved:
+        move_in(saved, path)
+        shutil.rmtree(saved.parent)
     return path
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    """The file that a tensor's data is in; nothing where it holds that itself."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return ""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
 
 
 def _correct_shapes(slimmed: SlimmedOnnx, sample: Inputs) -> None:
@@ -123,7 +141,7 @@ def check_written(dense: Path, slim: Path) -> tuple[str, ...]:
         raise VerificationError(
             f"the slim ONNX does not pass onnx.checker: {said}: nothing was written; please report this model"
         )
-    (first, second) = (onnx.load(path, load_external_data=False).graph for path in (dense, slim))
+    first, second = (without_weights(path).graph for path in (dense, slim))
     for kind in ("input", "output"):
         old, new = ([_declared(value) for value in getattr(graph, kind)] for graph in (first, second))
         if old != new:
@@ -146,11 +164,11 @@ def _declared(value: onnx.ValueInfoProto) -> bytes:
 
 def _said_of(path: Path) -> str:
     """What onnx.checker has against a file; empty where nothing. Large weights are declared as inputs to it."""
-    model = onnx.load(path, load_external_data=False)
+    model = without_weights(path)
     kept = []
     named = {value.name for value in model.graph.input}
     for tensor in model.graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.ByteSize() <= LOOKED_INTO:
+        if not _location(tensor) and tensor.ByteSize() <= LOOKED_INTO:
             kept.append(tensor)
         elif tensor.name not in named:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))

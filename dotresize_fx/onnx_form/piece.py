@@ -70,6 +70,13 @@ class Piece:
         self._made = {str(output.name) for node in self._nodes for output in node.outputs if output.name}
         self._session: Any = None
 
+    def takes(self, overrides: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a run may be given these weights in place of the graph's: all are fed, and of the same shape."""
+        return all(
+            name in self._weights and list(self._weights[name].shape()) == list(tensor.shape)
+            for name, tensor in overrides.items()
+        )
+
     def _is_gone(self, name: str, available: frozenset[str] | None) -> bool:
         """Whether an earlier node gave it, and nothing kept it: an edit let later nodes read it."""
         return available is not None and name not in available and self._execution.position(name) >= 0
@@ -88,13 +95,15 @@ class Piece:
         environment: Environment,
         mask: torch.Tensor | None = None,
         extra: Mapping[str, RuntimeValue] | None = None,
+        overrides: Mapping[str, RuntimeValue] | None = None,
     ) -> tuple[Environment, Sums]:
         """(the outputs, what was summed). ``mask`` (batch, length) is not 0 at rows that count; None: all do.
 
-        ``extra`` are values that the sums read beside the graph's own.
+        ``extra`` are values that the sums read beside the graph's own, ``overrides`` stand in for weights of which
+        it :meth:`takes` others.
         """
         given = {**environment, **(extra or {})}
-        fed = {name: given[name] for name in self._read} | self._weights
+        fed = {name: given[name] for name in self._read} | self._weights | dict(overrides or {})
         if self._sums is not None:
             row_mask = torch.ones(1) if mask is None else (mask.reshape(-1) != 0).float()
             fed[ROW_MASK] = to_runtime(row_mask, self._execution.device)
@@ -152,6 +161,8 @@ class Piece:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4  # what fails is raised: whether a length is taken is tried out
+        # A session runs a few batches: looking for fusions takes longer than they save.
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         provider = "CUDAExecutionProvider" if self._execution.device == "cuda" else "CPUExecutionProvider"
         return runtime.InferenceSession(proto.SerializeToString(), options, providers=[provider])
 

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
 from dotresize_fx.head_maps import at_dense_width, over_heads
+from dotresize_fx.onnx_form.answers import OnnxAnswers
 from dotresize_fx.onnx_form.execution import OnnxExecution
-from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.piece import Piece
 from dotresize_fx.onnx_form.region_sums import ENTERED, READ, OnnxRegion, Overrides, add_to
+from dotresize_fx.onnx_form.runtime_values import to_runtime
 from dotresize_fx.onnx_form.stream import OnnxStream
 from dotresize_fx.probe import probed_width, reader_change
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import disjoint, priced
 from dotresize_fx.solvers import CURVES, solvers_for
-from dotresize_fx.task import predicts_tokens
 
-_DENSE = "dotresize_fx.dense"
+# Sessions that probes share: each begins so far in front of a region at most, of the whole graph.
+SESSIONS = 32
 
 
 def measure_onnx_curves(
@@ -45,12 +46,13 @@ def measure_onnx_curves(
     """
     shaping, pricing = disjoint(batches, task, rows)
     execution = OnnxExecution(graph, device)
-    answer = execution.results[0]
+    answers = OnnxAnswers(execution, task)
     shapes = _stream(execution, shaping, ())
-    prices = _stream(execution, pricing, (answer,))
-    whole = execution.piece(0, len(execution.nodes), [answer])
-    dense = [{_DENSE: whole.run(environment)[0][answer]} for environment in prices.environments]
+    prices = _stream(execution, pricing, (answers.name,))
+    dense = answers.of(prices)
+    stop = 1 + execution.position(answers.name)
     curves: dict[str, torch.Tensor] = {}
+    piece: Piece | None = None
     for region in regions:
         inputs = OnnxRegion(graph, region)
         start = inputs.start(execution)
@@ -58,11 +60,16 @@ def measure_onnx_curves(
         statistics = _statistics(inputs, shapes)
         curve = CURVES[region.kind](region, statistics)
         width = probed_width(region)
-        prices.advance(max(start, prices.position))
+        if piece is None or start - prices.position > len(execution.nodes) // SESSIONS:
+            prices.advance(max(start, prices.position))
+            piece = prices.piece(stop, [], answers.lost())
         overrides = _probe(inputs, statistics, width)
-        nodes = loss_nodes(answer, task, pooled=len(graph.shape_of(answer)) == 3)
+        probed, given = piece, {name: to_runtime(tensor, device) for name, tensor in overrides.items()}
+        if not piece.takes(overrides):
+            probed, given = prices.piece(stop, [], answers.lost(), overrides), {}
         lost = count = 0.0
-        for _, found in prices.sums(len(execution.nodes), nodes, (), overrides, dense):
+        for i, environment in enumerate(prices.environments):
+            _, found = probed.run(environment, prices.masks[i], dense[i], given)
             lost += float(found["lost"])
             count += float(found["count"])
         curves[region.name] = priced(curve, width, max(lost, 0.0) / max(count, 1))
@@ -99,53 +106,3 @@ def _probe(inputs: OnnxRegion, statistics: RegionStatistics, width: int) -> Over
         for op in inputs.writers
     }
     return inputs.mapped_writers(found, written)
-
-
-def loss_nodes(answer: str, task: str, *, pooled: bool) -> GramNodes:
-    """Sums ``lost`` and ``count`` of what ``answer`` loses against the dense one fed beside it.
-
-    Of a decoder KL(dense || cut), of an encoder 1 - cosine of the embeddings (``pooled``: means over the tokens), of
-    other outputs |cut - dense|² / |dense|² of all rows.
-    """
-    nodes = GramNodes()
-    if task == "encoder":
-        _cosine_lost(nodes, answer, pooled)
-        return nodes
-    dense, counted = nodes.rows(_DENSE)
-    cut, _ = nodes.rows(answer)
-    number = nodes.node("ReduceSum", [nodes.node("Cast", [counted], to=1)], keepdims=0)
-    nodes.take("count", number)
-    if predicts_tokens(task):
-        first, second = (nodes.node("LogSoftmax", [rows], axis=1) for rows in (dense, cut))
-        away = nodes.node("Mul", [nodes.node("Exp", [first]), nodes.node("Sub", [first, second])])
-        nodes.take("lost", nodes.node("ReduceSum", [nodes.node("Cast", [away], to=11)], keepdims=0))
-        return nodes
-    error = nodes.square(nodes.node("Sub", [cut, dense]))
-    share = nodes.node("Div", [error, nodes.node("Add", [nodes.square(dense), nodes.constant(np.float64(1e-300))])])
-    nodes.take("lost", nodes.node("Mul", [share, nodes.node("Cast", [number], to=11)]))
-    return nodes
-
-
-def _cosine_lost(nodes: GramNodes, answer: str, pooled: bool) -> None:
-    """Products alone: sums along an axis are spelled in other ways from opset to opset."""
-    embedded = [_embeddings(nodes, value) if pooled else nodes.flat(value) for value in (_DENSE, answer)]
-    vectors = [nodes.node("Cast", [value], to=11) for value in embedded]
-    first, second = (nodes.node("LpNormalization", [value], axis=-1, p=2) for value in vectors)
-    together = nodes.node("ReduceSum", [nodes.node("Mul", [first, second])], keepdims=0)
-    count = nodes.node("Gather", [nodes.node("Shape", [first]), nodes.constant(np.int64(0))], axis=0)
-    count = nodes.node("Cast", [count], to=11)
-    nodes.take("count", count)
-    nodes.take("lost", nodes.node("Sub", [count, together]))
-
-
-def _embeddings(nodes: GramNodes, value: str) -> str:
-    """(batch, width): the sum over the real rows of each sequence, whose direction is the mean's."""
-    rows, _ = nodes.rows(value)
-    shaped = nodes.node("Reshape", [rows, nodes.node("Shape", [value])])
-    length = nodes.node("Gather", [nodes.node("Shape", [value]), nodes.constant(np.array([1]))], axis=0)
-    ones = nodes.node("Expand", [nodes.constant(np.ones((1, 1), np.float32)), _sizes(nodes, length)])
-    return nodes.node("Flatten", [nodes.node("MatMul", [ones, shaped])], axis=1)
-
-
-def _sizes(nodes: GramNodes, length: str) -> str:
-    return nodes.node("Concat", [nodes.constant(np.array([1])), length], axis=0)

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from dotresize_fx import probe
 from dotresize_fx.errors import NothingToSlimError, SolverError, UsageError
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.onnx_form import answers
+from dotresize_fx.onnx_form.answers import OnnxAnswers
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
@@ -82,7 +85,12 @@ def batches() -> list[Mapping[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def both() -> tuple[FxGraph, OnnxGraphs]:
-    module = redraw_parameters(Deep().eval())
+    return traced(Deep())
+
+
+def traced(model: nn.Module) -> tuple[FxGraph, OnnxGraphs]:
+    """The canonical program of a model, its parameters drawn anew, and the matched ONNX graph."""
+    module = redraw_parameters(model.eval())
     sample = (torch.ones(2, 6, dtype=torch.int64), torch.ones(2, 6, dtype=torch.int64))
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     program = FxGraph(torch.export.export(module, sample, dynamic_shapes=(free, free)))
@@ -162,6 +170,21 @@ def test_curves_are_those_of_the_torch_program(both: tuple[FxGraph, OnnxGraphs],
         finite = one.isfinite()
         assert torch.equal(finite, other.isfinite())
         assert torch.allclose(one[finite], other[finite], rtol=PRICES_AGREE, atol=1e-9)
+
+
+def test_of_a_large_vocabulary_the_likeliest_tokens_are_scored(batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Deep()
+    model.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    program, graphs = traced(model)
+    for module in (probe, answers):
+        monkeypatch.setattr(module, "SHORTLIST", VOCABULARY // 4)
+    expected = measure_curves(program, ffns(find_regions(program)), batches, task="decoder")
+    arguments = graphs.given, ffns(graphs.matches), batches
+    found = measure_onnx_curves(*arguments, task="decoder", rows=lambda batch: batch["input_ids"].numel())
+    for one, other in zip(expected.values(), found.values(), strict=True):
+        finite = one.isfinite()
+        assert torch.allclose(one[finite], other[finite], rtol=PRICES_AGREE, atol=1e-9)
+    assert OnnxAnswers(OnnxExecution(graphs.given), "decoder").head is not None
 
 
 def test_a_ratio_is_met_and_measured(both: tuple[FxGraph, OnnxGraphs], batches: Any) -> None:
