@@ -20,6 +20,7 @@ from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.fit_rotary_tables import fit_rotary_tables
 from dotresize_fx.export.flatten_heads import flatten_heads
 from dotresize_fx.export.fuse_attention import OPSET, fuse_attention, mark_grouped_queries
+from dotresize_fx.export.fuse_rotary import fuse_rotary
 from dotresize_fx.export.fuse_skip_norms import fuse_skip_norms
 from dotresize_fx.export.given_program import export_given, ready_to_emit
 from dotresize_fx.export.nodewise_program import NodewiseProgram
@@ -68,7 +69,7 @@ def _fused(model: torch.nn.Module, captured: Captured, graph: FxGraph, target: s
     mark_grouped_queries(ready)
     config = OnnxConfig(dynamic=True, ort_fusions=target, opset_version=OPSET)
     exported: onnx_ir.Model = export_given(OnnxExporter, config, model, captured, NodewiseProgram.of(ready.program))
-    for rewrite in (fuse_attention, fit_rotary_tables, flatten_heads, fuse_skip_norms):
+    for rewrite in (fuse_rotary, fuse_attention, fit_rotary_tables, flatten_heads, fuse_skip_norms):
         rewrite(exported)
     RemoveUnusedNodesPass()(exported)
     return exported

@@ -21,13 +21,13 @@ Array = np.ndarray[Any, Any]
 class CaseComparison:
     """One case: the largest |actual - expected| over all outputs, and the largest finite |expected|.
 
-    The difference is infinite where either side holds a NaN or the shapes differ. ``max_relative_difference`` is the
-    worst output's, with its own largest |expected| as scale.
+    The difference is infinite where either side holds a NaN or the shapes differ. ``relative_differences`` are each
+    output's, with its own largest |expected| as scale.
     """
 
     max_abs_difference: float
     max_abs_expected: float
-    max_relative_difference: float
+    relative_differences: tuple[float, ...]
     shapes: tuple[tuple[int, ...], ...]
     expected_shapes: tuple[tuple[int, ...], ...]
 
@@ -46,8 +46,9 @@ class Comparison:
         return max(case.max_abs_difference for case in self.cases)
 
     @property
-    def max_relative_difference(self) -> float:
-        return max(case.max_relative_difference for case in self.cases)
+    def relative_differences(self) -> tuple[float, ...]:
+        """Of each output the largest of all cases."""
+        return tuple(map(max, zip(*(case.relative_differences for case in self.cases), strict=True)))
 
     @property
     def max_abs_expected(self) -> float:
@@ -97,7 +98,7 @@ def compare_outputs(
         CaseComparison(
             case["max_abs_difference"],
             case["max_abs_expected"],
-            case["max_relative_difference"],
+            tuple(case["relative_differences"]),
             tuple(tuple(shape) for shape in case["shapes"]),
             tuple(tuple(shape) for shape in case["expected_shapes"]),
         )

@@ -87,7 +87,7 @@ def _compare(request: dict[str, Any]) -> dict[str, Any]:
             {
                 "max_abs_difference": max(difference for difference, _ in pairs),
                 "max_abs_expected": max(scale for _, scale in pairs),
-                "max_relative_difference": max(gap / scale if scale else gap for gap, scale in pairs),
+                "relative_differences": [gap / scale if scale else gap for gap, scale in pairs],
                 "shapes": [list(array.shape) for array in actual],
                 "expected_shapes": [list(array.shape) for array in expected],
             }

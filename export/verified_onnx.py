@@ -66,7 +66,7 @@ def _verified(
     found = compare_outputs(path, verification_cases(result), work, mask=mask_name(result))
     allowed, notes = result.options.tolerance, ()
     if found.max_abs_difference > allowed:
-        noise, _ = rounding_noise(result)
+        noise = rounding_noise(result)
         allowed = max(allowed, ROUNDINGS * noise)
         notes = (
             f"the slim model amplifies rounding: weights moved by their last bit move its outputs by {noise:.1e}, "

@@ -14,7 +14,7 @@ import pytest
 
 import dotresize_fx
 from dotresize_fx.compiler import SlimResult
-from dotresize_fx.errors import MissingExtraError
+from dotresize_fx.errors import MissingExtraError, VerificationError
 from dotresize_fx.export import precision
 from dotresize_fx.export.onnx_session import CUDA, OnnxModel
 
@@ -82,12 +82,24 @@ def test_what_rounds_too_coarsely_is_written_with_an_exact_stream(
     saved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(precision.TOLERANCES, "float16", 1e-6)  # which no float16 reaches
-    _, report = saved("llama", dtype="float16")
-    check = precisions(report)[1]["verification"]
-    assert 1e-6 < check["max_abs_difference"] <= check["tolerance"] < 5e-2
-    notes = " ".join(report["notes"])
-    assert "its residual stream stays float32" in notes
-    assert "it amplifies rounding" in notes
+    with pytest.raises(VerificationError, match=r"in float16 differs .* of an output's largest number") as refused:
+        saved("llama", dtype="float16", target="cpu")
+    assert refused.value.exit_code == 10
+    streams = []
+
+    def departs(self: precision.Precision, cases: precision.Cases) -> float:
+        streams.append(self._exact_stream)
+        return 0.0 if self._exact_stream else 1.0
+
+    monkeypatch.setattr(precision.Precision, "_departure", departs)
+    out, report = saved("llama", dtype="float16", target="cpu")
+    assert streams == [False, True]
+    assert "its residual stream stays float32" in " ".join(report["notes"])
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    norms = [node for node in model.graph.node if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert norms
+    assert all(kinds[node.input[0]] == onnx.TensorProto.FLOAT for node in norms)
 
 
 def test_float16_of_an_encoder(saved: Callable[..., Any]) -> None:

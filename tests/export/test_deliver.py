@@ -15,12 +15,10 @@ def test_rounding_noise_is_small_and_grows_with_the_outputs(save_tiny_model: Any
     result = dotresize_fx.slim(
         str(save_tiny_model(tmp_path / "model")), 0.2, calibration_tokens=256, sequence_length=32, evaluation_tokens=64
     )
-    noise, share = rounding_noise(result)
+    noise = rounding_noise(result)
     # A well-conditioned tiny model with logits below one: a few last bits.
     assert 0 < noise < 1e-5
-    assert 0 < share < 1e-4
-    assert rounding_noise(result, torch.float16)[1] > 1e3 * share  # a last bit of float16 is 2**13 of float32's
     head = next(name for name in result.slim.program.state_dict if "lm_head" in name)
     weight = result.slim.program.state_dict[head]
     result.slim.program.state_dict[head] = torch.nn.Parameter(weight * 1e4, requires_grad=False)
-    assert rounding_noise(result)[0] > 1e3 * noise
+    assert rounding_noise(result) > 1e3 * noise
