@@ -14,7 +14,7 @@ $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt '.[cpu,test,check]'
 	touch $@
 
-# A plain install, not an editable one: mypy finds the mapped folders only so.
+# A plain install, not an editable one: mypy finds the mapped folders only so, and not from here, where the core alone is.
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	rm -rf build
@@ -31,7 +31,7 @@ test: check
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p dotresize_fx
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p dotresize_fx
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

@@ -98,4 +98,5 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _size(tensor: onnx.TensorProto) -> int:
     whole: int = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     bits = _PACKED.get(onnx.TensorProto.DataType.Name(tensor.data_type), whole)
-    return ceil(prod(tensor.dims) * bits / 8)
+    size: int = ceil(prod(tensor.dims) * bits / 8)
+    return size

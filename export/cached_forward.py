@@ -65,11 +65,11 @@ class CachedForward:
             layers = found.past_key_values.layers
             return {"logits": found.logits, "present": [{"key": each.keys, "value": each.values} for each in layers]}
 
-        model.forward = forward  # type: ignore[method-assign]
+        model.forward = forward
         try:
             yield
         finally:
-            model.forward = original  # type: ignore[method-assign]
+            model.forward = original
 
 
 def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -138,10 +138,10 @@ def _check_sizes(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor 
     """Tell torch.export which sizes are the same, which named dimensions cannot (a mask as long as past and length)."""
     past = layers[0]["key"].shape[2]
     for tensor in (tensor for layer in layers for tensor in layer.values()):
-        torch._check(tensor.shape[0] == ids.shape[0])
-        torch._check(tensor.shape[2] == past)
-    torch._check(mask.shape[0] == ids.shape[0])
-    torch._check(mask.shape[1] == past + ids.shape[1])
+        torch._check(tensor.shape[0] == ids.shape[0])  # type: ignore[no-untyped-call]
+        torch._check(tensor.shape[2] == past)  # type: ignore[no-untyped-call]
+    torch._check(mask.shape[0] == ids.shape[0])  # type: ignore[no-untyped-call]
+    torch._check(mask.shape[1] == past + ids.shape[1])  # type: ignore[no-untyped-call]
     if positions is not None:
-        torch._check(positions.shape[0] == ids.shape[0])
-        torch._check(positions.shape[1] == ids.shape[1])
+        torch._check(positions.shape[0] == ids.shape[0])  # type: ignore[no-untyped-call]
+        torch._check(positions.shape[1] == ids.shape[1])  # type: ignore[no-untyped-call]

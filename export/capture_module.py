@@ -105,7 +105,11 @@ def _traced(model: torch.nn.Module, sample: Sample) -> tuple[torch.export.Export
         lengths = range(1, value.ndim if plain else 2 if value.ndim == 3 else 1)
         wanted[name] = [0] * (value.ndim > 0 and (len(value) == rows or plain)) + list(lengths)
     refusals: list[Exception] = []
-    tried = (wanted, {name: [axis for axis in axes if axis == 0] for name, axes in wanted.items()}, {})
+    tried: tuple[dict[str, list[int]], ...] = (
+        wanted,
+        {name: [axis for axis in axes if axis == 0] for name, axes in wanted.items()},
+        {},
+    )
     for axes in tried:
         try:
             program, metadata = trace(model, sample, _shapes(sample, axes))

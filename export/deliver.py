@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import gc
-import time
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from dotresize_fx.cost import count_cost
 from dotresize_fx.export.checkpoint import write_checkpoint
@@ -18,12 +14,12 @@ from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.formats import write_formats
 from dotresize_fx.export.genai_config import write_genai_config
 from dotresize_fx.export.latency_target import prove_target
-from dotresize_fx.export.match_rows import linear_rows, region_rows
 from dotresize_fx.export.onnx_file import onnx_size
 from dotresize_fx.export.onnx_session import CUDA, require_onnx_runtime
 from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.precision import Precision, provider_of, require_runtime
+from dotresize_fx.export.run_report import run_report
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.trials import (
     latency_inputs,
@@ -33,7 +29,6 @@ from dotresize_fx.export.trials import (
     verification_inputs,
 )
 from dotresize_fx.export.verified_onnx import write_verified
-from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.graph import Graph
 from dotresize_fx.plan_file import write_plan
 from dotresize_fx.report.contents import (
@@ -44,8 +39,6 @@ from dotresize_fx.report.contents import (
     Report,
     SideFigures,
 )
-from dotresize_fx.report.given_options import given_options
-from dotresize_fx.report.provenance import package_versions, this_machine
 from dotresize_fx.report.write import write_report
 from dotresize_fx.task import reads_text
 
@@ -54,8 +47,6 @@ if TYPE_CHECKING:
 
 MACS_LENGTH = 512
 PLAN_FILE = "plan.json"
-# What a model that reads no text was not asked.
-TEXT_OPTIONS = ("calibration", "calibration_tokens", "sequence_length", "evaluation_tokens", "latency_length")
 LATENCY_RUNS = 20
 
 
@@ -106,9 +97,9 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         if other is not None:
             other.write_dense(dense_path)
     with progress.stage("measure latency"):
-        inputs = {name: value.numpy() for name, value in latency_inputs(result).items()}
+        fed = {name: value.numpy() for name, value in latency_inputs(result).items()}
         timed = {"dense": dense_path, "slim": slim.path} | (other.paths if other else {})
-        latency = measure_latency(timed, inputs, runs=LATENCY_RUNS, work=work, provider=provider_of(options))
+        latency = measure_latency(timed, fed, runs=LATENCY_RUNS, work=work, provider=provider_of(options))
         if not reads_text(result.task):  # only of a text the second axis is sure to be its length
             latency = {side: replace(found, length=None) for side, found in latency.items()}
     target = None
@@ -136,7 +127,19 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         peak_export_bytes=peak_export,
         peak_runtime_bytes=max((peak for peak in peaks if peak is not None), default=None),
     )
-    report = _report(result, figures, folder, notes)
+    report = run_report(
+        ModelSource(name=model_name(result.loaded), description=result.loaded.source, task=result.task),
+        options,
+        result.matches,
+        result.swept,
+        figures,
+        folder,
+        cache=result.captured.cache is not None,
+        inputs_sha256={**result.loaded.sha256, **result.data.sha256},
+        notes=notes,
+        progress=progress,
+        started=result.started,
+    )
     write_report(report, folder)
     return report
 
@@ -150,34 +153,4 @@ def side_figures(graph: Graph, latency: Latency, size: int, length: int) -> Side
         block_macs_per_token=cost.block_macs_per_token,
         file_bytes=size,
         latency=latency,
-    )
-
-
-def _report(result: SlimResult, figures: Figures, folder: Path, notes: tuple[str, ...]) -> Report:
-    left_out = {"seed"} if reads_text(result.task) else {"seed", *TEXT_OPTIONS}
-    options = given_options({key: value for key, value in asdict(result.options).items() if key not in left_out})
-    seconds = {**result.progress.seconds, "total": time.perf_counter() - result.started}
-    return Report(
-        tool_version=version("dotresize-fx"),
-        packages=package_versions(),
-        machine=this_machine(torch.get_num_threads()),
-        model=ModelSource(
-            name=model_name(result.loaded),
-            description=result.loaded.source,
-            task=result.task,
-        ),
-        options=options,
-        seed=result.options.seed,
-        cache=result.captured.cache is not None,
-        inputs_sha256={**result.loaded.sha256, **result.data.sha256},
-        outputs_sha256={
-            file.relative_to(folder).as_posix(): file_sha256(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        },
-        regions=region_rows(result.matches, result.swept),
-        linears=linear_rows(result.matches),
-        figures=figures,
-        stage_seconds=seconds,
-        notes=notes,
     )

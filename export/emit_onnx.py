@@ -79,8 +79,13 @@ def _name_sizes(graph: onnx_ir.Graph) -> None:
     """Free sizes by what they are, as Optimum calls them, in place of the tracer's numbers."""
     names: dict[str, str] = {}
     for value in graph.inputs:
-        wanted = FREE_SIZES[value.name.partition(".")[0]]
+        wanted = FREE_SIZES[str(value.name).partition(".")[0]]
         for axis, name in wanted.items():
-            names.setdefault(str(value.shape[axis]), name)
+            names.setdefault(str(_sizes(value)[axis]), name)
     for value in (*graph.inputs, *graph.outputs):
-        value.shape = onnx_ir.Shape([names.get(str(size), size) for size in value.shape])
+        value.shape = onnx_ir.Shape([names.get(str(size), size) for size in _sizes(value)])
+
+
+def _sizes(value: onnx_ir.Value) -> onnx_ir.Shape:
+    assert value.shape is not None  # the exporter states those of every input and output
+    return value.shape

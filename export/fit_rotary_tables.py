@@ -28,7 +28,7 @@ def fit_rotary_tables(model: onnx_ir.Model) -> int:
                 fitted[table] = written.op("Expand", [table, size])
                 batches = rotated.shape[0] if rotated.shape is not None else None
                 fitted[table].shape = onnx_ir.Shape([batches, *table.shape[1:]])
-                fitted[table].dtype = table.dtype
+                fitted[table].type = table.type
                 graph.insert_before(node, written.nodes)
             node.replace_input_with(index, fitted[table])
     return len(fitted)

@@ -64,10 +64,11 @@ def _flatten(graph: onnx_ir.Graph, node: onnx_ir.Node, squeezed: dict[onnx_ir.Va
     out = outputs[0]
     if where is not None:
         condition, zero, _ = where.inputs
+        assert condition is not None
         if condition not in squeezed:
             squeezed[condition] = written.op("Squeeze", [condition, _numbers(written, [1])])
-            squeezed[condition].dtype = condition.dtype
-        out.shape, out.dtype = result.shape, result.dtype
+            squeezed[condition].type = condition.type
+        out.shape, out.type = result.shape, result.type
         out = written.op("Where", [squeezed[condition], zero, out])
     for old, new in zip((result, *node.outputs[1:]), (out, *outputs[1:]), strict=True):
         replace_value(old, new)
@@ -129,5 +130,5 @@ def _only_reader(value: onnx_ir.Value) -> onnx_ir.Node | None:
 
 def _numbers(written: tape.Tape, numbers: list[int]) -> onnx_ir.Value:
     name = "numbers_" + "_".join(map(str, numbers))
-    known = written.graph_like.initializers if written.graph_like is not None else {}
+    known = written.graph_like.initializers if isinstance(written.graph_like, onnx_ir.Graph) else {}
     return known[name] if name in known else written.initializer(onnx_ir.tensor(numbers, name=name), name=name)

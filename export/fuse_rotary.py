@@ -50,7 +50,7 @@ def fuse_rotary(model: onnx_ir.Model) -> int:
                 picked[table] = written.op(
                     "Gather", [table.full, indices], attributes={"axis": 2}, metadata_props=where
                 )
-                picked[table].dtype = table.full.dtype
+                picked[table].type = table.full.type
                 picked[table].shape = onnx_ir.Shape([*table.full.shape[:2], len(table.pairs)])  # type: ignore[index]
             tables.append(picked[table])
         out = written.op("RotaryEmbedding", [x, *tables], metadata_props=where)

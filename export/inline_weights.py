@@ -44,7 +44,8 @@ def without_weights(path: Path) -> onnx.ModelProto:
     Raises:
         ValueError: it is no ONNX file, or cut off.
     """
-    return onnx.ModelProto.FromString(_small(path, None))
+    model: onnx.ModelProto = onnx.ModelProto.FromString(_small(path, None))
+    return model
 
 
 def move_in(path: Path, target: Path) -> None:

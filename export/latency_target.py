@@ -186,7 +186,8 @@ def model_seconds(path: Path, workload: Workload, where: Where) -> float:
     """
     if where.provider == CUDA:
         (turns,) = measure_workload([path], workload, where, DENSE_RUNS, Progress(quiet=True))
-        return min(turns.prompt) + sum(min(taken) for taken in zip(*turns.tokens, strict=True))
+        least: float = min(turns.prompt) + sum(min(taken) for taken in zip(*turns.tokens, strict=True))
+        return least
     (model,) = open_models([path])
 
     def fastest(tokens: int, past: int) -> float:

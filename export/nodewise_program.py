@@ -43,7 +43,8 @@ class NodewiseProgram(ExportedProgram):
 
     def run_decompositions(self, decomp_table: Table | None = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         if decomp_table is None or args or kwargs or not self._decompose(decomp_table):
-            return super().run_decompositions(decomp_table, *args, **kwargs)  # type: ignore[arg-type]
+            decomposed: ExportedProgram = super().run_decompositions(decomp_table, *args, **kwargs)
+            return decomposed
         return self
 
     def _decompose(self, table: Table) -> bool:
@@ -128,7 +129,7 @@ def _put(graph: torch.fx.Graph, node: torch.fx.Node, part: torch.fx.Graph) -> to
     """The nodes of ``part`` in place of ``node``; returns what stands for it now."""
     given = dict(zip(part.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     with graph.inserting_before(node):
-        result = graph.graph_copy(part, given)  # type: ignore[arg-type]
+        result = graph.graph_copy(part, given)
     assert isinstance(result, torch.fx.Node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)

@@ -7,6 +7,6 @@ import onnx_ir
 
 def replace_value(old: onnx_ir.Value, new: onnx_ir.Value) -> None:
     """Let ``new`` be what ``old`` was: read by the same nodes, put out by the graph, with its name, shape and type."""
-    new.shape, new.dtype, name = old.shape, old.dtype, old.name
+    new.shape, new.type, name = old.shape, old.type, old.name
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name, new.name = f"{name}_replaced", name

@@ -63,8 +63,9 @@ def _real(array: np.ndarray[Any, Any], mask: np.ndarray[Any, Any] | None) -> np.
     if mask is None:
         return array
     if array.ndim == 4 and (array.shape[0], array.shape[2]) == mask.shape:
-        return array.swapaxes(1, 2)[mask]
-    return array if array.shape[: mask.ndim] != mask.shape else array[mask]
+        array = array.swapaxes(1, 2)
+    real: np.ndarray[Any, Any] = array if array.shape[: mask.ndim] != mask.shape else array[mask]
+    return real
 
 
 def _compare(request: dict[str, Any]) -> dict[str, Any]:

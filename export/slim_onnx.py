@@ -6,8 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,22 +14,22 @@ import torch
 
 from dotresize_fx.device import compute_device
 from dotresize_fx.errors import NothingToSlimError, UsageError
-from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, TEXT_OPTIONS, side_figures
+from dotresize_fx.export.deliver import LATENCY_RUNS, MACS_LENGTH, PLAN_FILE, side_figures
+from dotresize_fx.export.fidelity_figures import fidelity_figures
 from dotresize_fx.export.genai_config import GENAI_FILE, follow_heads
 from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.inline_weights import move_out
-from dotresize_fx.export.match_rows import linear_rows, region_rows
 from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
 from dotresize_fx.export.onnx_session import require_onnx_runtime
 from dotresize_fx.export.onnx_source import load_onnx
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
+from dotresize_fx.export.run_report import run_report
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.export.why_nothing import quantised_linears, why_nothing
 from dotresize_fx.export.write_onnx import LARGE, Stated, check_written, write_onnx
-from dotresize_fx.fidelity import compare_answers, compare_decoders, mean_cosine
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.start import cache_heads, is_past
@@ -51,8 +50,6 @@ from dotresize_fx.report.contents import (
     Report,
     Verification,
 )
-from dotresize_fx.report.given_options import given_options
-from dotresize_fx.report.provenance import package_versions, this_machine
 from dotresize_fx.report.write import write_report
 from dotresize_fx.task import reads_text
 
@@ -127,7 +124,19 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         peak_export_bytes=peak,
         peak_runtime_bytes=max((side.peak_rss_bytes or 0 for side in latency.values()), default=0) or None,
     )
-    report = _report(run, figures, folder, (*run.prepared.notes, *run.slimmed.notes, *beside, *notes, *said))
+    report = run_report(
+        _source(run),
+        run.options,
+        run.graphs.matches,
+        run.slimmed.swept,
+        figures,
+        folder,
+        cache=any(is_past(str(value.name)) for value in run.graphs.given.model.graph.inputs),
+        inputs_sha256={run.path.name: file_sha256(run.path), **run.prepared.data.sha256},
+        notes=(*run.prepared.notes, *run.slimmed.notes, *beside, *notes, *said),
+        progress=run.progress,
+        started=run.started,
+    )
     write_report(report, folder)
     return report
 
@@ -252,60 +261,19 @@ def _timed(run: _Run) -> Inputs:
 def _fidelity(run: _Run, step: Callable[[], None]) -> DecoderFidelity | EncoderFidelity | OutputFidelity:
     """The slim graph against the dense one on what did not calibrate."""
     dense, slim = (OnnxExecution(graph).whole(first=True) for graph in (run.graphs.given, run.slimmed.graph))
-    data, task = run.prepared.data, run.prepared.task
-
-    def batches() -> object:
-        for batch in data.evaluation:
-            yield batch
-            step()
-
-    runs = (lambda batch: dense(batch)[0].float()), (lambda batch: slim(batch)[0].float())
-    if task == "encoder":
-        cosine, count = mean_cosine(*runs, batches())  # type: ignore[arg-type]
-        return EncoderFidelity(text=data.description, count=count, mean_cosine=cosine)
-    if task == "outputs":
-        found = compare_answers(*runs, batches())  # type: ignore[arg-type]
-        return OutputFidelity(
-            data=data.description,
-            count=found.count,
-            relative_error=found.relative_error,
-            mean_cosine=found.mean_cosine,
-        )
-    figures = compare_decoders(*runs, batches(), run.prepared.predicts)  # type: ignore[arg-type]
-    return DecoderFidelity(
-        text=data.description,
-        tokens=figures.tokens,
-        dense_perplexity=figures.dense_perplexity,
-        slim_perplexity=figures.slim_perplexity,
-        top1_agreement=figures.top1_agreement,
-        kl_to_dense=figures.kl_to_dense,
+    prepared = run.prepared
+    return fidelity_figures(
+        lambda batch: dense(batch)[0].float(),
+        lambda batch: slim(batch)[0].float(),
+        prepared.data,
+        prepared.task,
+        prepared.predicts,
+        step,
     )
 
 
-def _report(run: _Run, figures: Figures, folder: Path, notes: tuple[str, ...]) -> Report:
-    task = run.prepared.task
-    left_out = {"seed"} if reads_text(task) else {"seed", *TEXT_OPTIONS}
+def _source(run: _Run) -> ModelSource:
     model = run.graphs.given.model
     made = " ".join(part for part in (model.producer_name, model.producer_version) if part)
-    return Report(
-        tool_version=version("dotresize-fx"),
-        packages=package_versions(),
-        machine=this_machine(torch.get_num_threads()),
-        model=ModelSource(
-            name=run.path.name, description=f"ONNX file {run.path.name}{f' of {made}' if made else ''}", task=task
-        ),
-        options=given_options({key: value for key, value in asdict(run.options).items() if key not in left_out}),
-        seed=run.options.seed,
-        cache=any(is_past(str(value.name)) for value in model.graph.inputs),
-        inputs_sha256={run.path.name: file_sha256(run.path), **run.prepared.data.sha256},
-        outputs_sha256={
-            file.relative_to(folder).as_posix(): file_sha256(file)
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        },
-        regions=region_rows(run.graphs.matches, run.slimmed.swept),
-        linears=linear_rows(run.graphs.matches),
-        figures=figures,
-        stage_seconds={**run.progress.seconds, "total": time.perf_counter() - run.started},
-        notes=notes,
-    )
+    described = f"ONNX file {run.path.name}{f' of {made}' if made else ''}"
+    return ModelSource(name=run.path.name, description=described, task=run.prepared.task)

@@ -9,7 +9,8 @@ import torch
 
 from dotresize_fx.export.cached_runs import continued, onnx_inputs, prompt_inputs, splits
 from dotresize_fx.export.capture_module import untraced_samples
-from dotresize_fx.fidelity import Inputs, Run, compare_answers, compare_decoders, mean_cosine
+from dotresize_fx.export.fidelity_figures import fidelity_figures
+from dotresize_fx.fidelity import Run
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.gram import padding_input
 from dotresize_fx.report.contents import DecoderFidelity, EncoderFidelity, OutputFidelity
@@ -114,33 +115,11 @@ def measure_fidelity(
 ) -> DecoderFidelity | EncoderFidelity | OutputFidelity:
     """Slim program, or ``run``, against dense program on what did not calibrate; ``step`` is called once a batch."""
     dense, slim = Execution(result.dense), Execution(result.slim)
-
-    def first(execution: Execution, batch: Inputs) -> torch.Tensor:
-        return execution.outputs(batch)[0]
-
-    def batches() -> Iterator[Inputs]:
-        for batch in result.data.evaluation:
-            yield batch
-            step()
-
-    runs = (lambda batch: first(dense, batch)), run or (lambda batch: first(slim, batch))
-    if result.task == "encoder":
-        cosine, count = mean_cosine(*runs, batches())
-        return EncoderFidelity(text=result.data.description, count=count, mean_cosine=cosine)
-    if result.task == "outputs":
-        found = compare_answers(*runs, batches())
-        return OutputFidelity(
-            data=result.data.description,
-            count=found.count,
-            relative_error=found.relative_error,
-            mean_cosine=found.mean_cosine,
-        )
-    figures = compare_decoders(*runs, batches(), ids_name(result))
-    return DecoderFidelity(
-        text=result.data.description,
-        tokens=figures.tokens,
-        dense_perplexity=figures.dense_perplexity,
-        slim_perplexity=figures.slim_perplexity,
-        top1_agreement=figures.top1_agreement,
-        kl_to_dense=figures.kl_to_dense,
+    return fidelity_figures(
+        lambda batch: dense.outputs(batch)[0],
+        run or (lambda batch: slim.outputs(batch)[0]),
+        result.data,
+        result.task,
+        ids_name(result),
+        step,
     )

@@ -64,7 +64,8 @@ def _verified(
     result: SlimResult, path: Path, target: str, work: Path
 ) -> tuple[Verification, float, int | None, tuple[str, ...]]:
     found = compare_outputs(path, verification_cases(result), work, mask=mask_name(result))
-    allowed, notes = result.options.tolerance, ()
+    allowed = result.options.tolerance
+    notes: tuple[str, ...] = ()
     if found.max_abs_difference > allowed:
         noise = rounding_noise(result)
         allowed = max(allowed, ROUNDINGS * noise)

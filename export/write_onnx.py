@@ -159,7 +159,8 @@ def _declared(value: onnx.ValueInfoProto) -> bytes:
     if is_cache(value.name) and len(sizes) == 4:
         for axis in (1, 3):
             sizes[axis].Clear()
-    return copied.SerializeToString()
+    written: bytes = copied.SerializeToString()
+    return written
 
 
 def _said_of(path: Path) -> str:

@@ -108,8 +108,17 @@ class Walk:
             raise Escape("a parameter that is combined with it is used elsewhere too")
         normed = {value for value, behind in self.values.items() if behind}
         self.check(ordered, normed)
-        found = ClosedDimension(self.width, set(self.values), normed, **ordered, tables=list(self.tables))
-        found.places = self.places
+        found = ClosedDimension(
+            self.width,
+            set(self.values),
+            normed,
+            writers=ordered["writers"],
+            readers=ordered["readers"],
+            norms=ordered["norms"],
+            crossed=ordered["crossed"],
+            tables=list(self.tables),
+            places=self.places,
+        )
         return found
 
     def check(self, ends: dict[str, list[Op]], normed: set[Value]) -> None:
