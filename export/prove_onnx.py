@@ -7,14 +7,14 @@ untouched but for such weights, must put out what the slim file does: only the o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dotresize_fx.errors import VerificationError
-from dotresize_fx.export.onnx_runtime import Comparison, compare_outputs
+from dotresize_fx.export.onnx_runtime import compare_outputs
 from dotresize_fx.gram import padding_input
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
@@ -22,9 +22,10 @@ from dotresize_fx.onnx_form.start import MASK
 from dotresize_fx.passes.region_ends import tables_of
 from dotresize_fx.passes.slim_onnx_graph import SlimmedOnnx
 from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.report.contents import Verification
 from dotresize_fx.sweep import SweptRegion
 
-TWIN = "the dense file with zeros in place of what was cut"
+TWIN = "the dense file with zeros for what was cut"
 WITHOUT_TWIN = "the graph that it was written from"
 Inputs = Mapping[str, torch.Tensor]
 # Of the largest output, by dtype of the weights: sums in another order.
@@ -96,8 +97,8 @@ def _padded(tensor: torch.Tensor, axis: int, region: Region, places: torch.Tenso
 
 def verify_onnx(
     given: OnnxGraph, slimmed: SlimmedOnnx, path: Path, batches: Sequence[Inputs], work: Path
-) -> tuple[Comparison, float, tuple[str, ...]]:
-    """The slim file in ONNX Runtime on these inputs: (comparison, what is allowed, notes).
+) -> Verification:
+    """The slim file in ONNX Runtime on these inputs.
 
     Where the file's graph, ``given``, was rewritten to be cut, the rewritten one is held against it first.
 
@@ -122,13 +123,14 @@ def verify_onnx(
     masked = all(padding_input(batch) is not None for batch in batches)
     comparison = compare_outputs(path, cases(), work, mask=MASK if masked else None)
     allowed = relative * max(comparison.max_abs_expected, 1e-6)
+    against = WITHOUT_TWIN if twin is None else TWIN
     if not comparison.max_abs_difference <= allowed:
         raise VerificationError(
-            f"the slim ONNX differs from {WITHOUT_TWIN if twin is None else TWIN} by "
+            f"the slim ONNX differs from {against} by "
             f"{comparison.max_abs_difference:.2e} (tolerance {allowed:.0e}): nothing was written; please report this "
             "model"
         )
-    return comparison, allowed, (f"verified against {WITHOUT_TWIN if twin is None else TWIN}",)
+    return replace(comparison.within(allowed), against=against)
 
 
 def _taken(output: torch.Tensor, places: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:

@@ -48,7 +48,6 @@ from dotresize_fx.report.contents import (
     ModelSource,
     OutputFidelity,
     Report,
-    Verification,
 )
 from dotresize_fx.report.write import write_report
 from dotresize_fx.task import reads_text
@@ -95,13 +94,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path)
-        comparison, allowed, said = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
-        verification = Verification(
-            max_abs_difference=comparison.max_abs_difference,
-            tolerance=allowed,
-            max_abs_output=comparison.max_abs_expected,
-            cases=len(comparison.cases),
-        )
+        verification = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
     with progress.stage("measure fidelity", len(run.prepared.data.evaluation)) as step:
         fidelity = _fidelity(run, step)
     peak = peak_rss_bytes()
@@ -133,7 +126,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         folder,
         cache=any(is_past(str(value.name)) for value in run.graphs.given.model.graph.inputs),
         inputs_sha256={run.path.name: file_sha256(run.path), **run.prepared.data.sha256},
-        notes=(*run.prepared.notes, *run.slimmed.notes, *beside, *notes, *said),
+        notes=(*run.prepared.notes, *run.slimmed.notes, *beside, *notes),
         progress=run.progress,
         started=run.started,
     )

@@ -173,15 +173,16 @@ class OutputFidelity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """Slim program against slim ONNX in ONNX Runtime: the largest absolute difference over ``cases`` inputs.
+    """Slim ONNX in ONNX Runtime ``against`` what it has to compute: the largest absolute difference over ``cases`` inputs.
 
-    ``max_abs_output`` is the slim program's largest absolute output, the scale of the difference.
+    ``max_abs_output`` is the largest absolute output of that, the scale of the difference.
     """
 
     max_abs_difference: float
     tolerance: float
     max_abs_output: float | None = None
     cases: int | None = None
+    against: str = "slim program"
 
     @property
     def passed(self) -> bool:

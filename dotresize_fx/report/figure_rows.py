@@ -149,7 +149,7 @@ def figure_rows(report: Report) -> list[FigureRow]:
     rows.append(FigureRow("latency", spread(dense.latency), spread(slim.latency), words, better, detail))
     rows += _target_rows(figures)
     verification = figures.verification
-    label = "largest difference to slim program"
+    label = f"largest difference to {'slim program' if verification is None else verification.against}"
     if verification is None:
         return [*rows, FigureRow(label, DASH, NOT_MEASURED, DASH), *_checkpoint_rows(figures)]
     limit = (

@@ -135,11 +135,11 @@ def _tiles(report: Report) -> list[Tile]:
 
     check = figures.verification
     if check is None:
-        tiles.append(Tile("Slim program to ONNX", *missing))
+        tiles.append(Tile("ONNX to what it stands for", *missing))
     else:
         limit = f"limit {words.number(check.tolerance)}"
         unit, tone = ("verified", "good") if check.passed else ("failed", "bad")
-        tiles.append(Tile("Slim program to ONNX", words.number(check.max_abs_difference), unit, limit, tone))
+        tiles.append(Tile("ONNX to what it stands for", words.number(check.max_abs_difference), unit, limit, tone))
     return tiles
 
 

@@ -106,7 +106,7 @@ def test_what_an_exporter_wrote_is_slimmed(slim: Callable[..., Any], kind: str, 
     assert report["summary"]["verified"]
     assert cut_of(report)
     assert report["summary"]["block_weights_removed"] == pytest.approx(0.3, abs=0.06)  # widths come in steps
-    assert f"verified against {prove_onnx.TWIN}" in report["notes"]
+    assert report["figures"]["verification"]["against"] == prove_onnx.TWIN
     assert numbers(out / "model.onnx") < numbers(path)
     model = OnnxModel(out / "model.onnx")
     (answer, *_) = model(model.at_start(inputs(path, 3, 9))) if way != "genai" else [np.zeros(1)]
@@ -119,7 +119,7 @@ def test_one_kind_of_width_alone(slim: Callable[..., Any], kind: str, way: str, 
     path, out, report = slim(kind, way, "--regions", region, "--ratio", "0.1")
     (row,) = cut_of(report).values()
     assert row["kind"] == region
-    assert f"verified against {prove_onnx.TWIN}" in report["notes"]
+    assert report["figures"]["verification"]["against"] == prove_onnx.TWIN
     assert numbers(out / "model.onnx") < numbers(path)
     before, after = (declared(file) for file in (path, out / "model.onnx"))
     axis = 1 if region == "kv_heads" else 3
