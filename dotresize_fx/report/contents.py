@@ -173,7 +173,7 @@ class OutputFidelity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """Slim ONNX in ONNX Runtime ``against`` what it has to compute: the largest absolute difference over ``cases`` inputs.
+    """Slim ONNX in ONNX Runtime ``against`` what it has to compute: the largest absolute difference over ``cases``.
 
     ``max_abs_output`` is the largest absolute output of that, the scale of the difference.
     """
