@@ -13,7 +13,7 @@ from dotresize_fx.gram import GramAccumulator, token_rows, with_ones
 from dotresize_fx.graph import Op
 from dotresize_fx.region_ops import RegionOps
 from dotresize_fx.regions import Region, RegionKind, Symmetry
-from dotresize_fx.rotary_coherence import coherence
+from dotresize_fx.rotary_coherence import coherence, turns_of
 
 Values = Mapping[torch.fx.Node, Any]
 
@@ -110,20 +110,18 @@ class RegionInputs(RegionOps):
         if len(self.tables) != 2 or not all(node in values for node in self.tables):
             return None
         cosine, sine = (values[node] for node in self.tables)
-        if cosine.ndim < 2 or cosine.shape[-2:] != sine.shape[-2:]:
+        turns = turns_of(cosine, sine, cosine.shape[-1] // 2)
+        if turns is None:
             return None
-        length, half = cosine.shape[-2], cosine.shape[-1] // 2
-        cosine, sine = (table.reshape(-1, length, 2, half)[0].double() for table in (cosine, sine))
-        if not (torch.equal(cosine[:, 0], cosine[:, 1]) and torch.equal(sine[:, 0], sine[:, 1])):
-            return None  # numbers that are not turned in pairs
-        real = torch.ones(length, dtype=torch.bool, device=cosine.device)
+        length = len(turns)
+        real = torch.ones(length, dtype=torch.bool, device=turns.device)
         if mask is not None and mask.shape[-1] == length:
             real = mask[0].bool()
         allowed = self._allowed(values, length)
         if allowed is None or int(real.sum()) < 2:
             return None
         allowed = allowed.to(real.device)[real][:, real]
-        return coherence(torch.complex(cosine[:, 0], sine[:, 0])[real], allowed) if allowed.any() else None
+        return coherence(turns[real], allowed) if allowed.any() else None
 
     def _allowed(self, values: Values, length: int) -> torch.Tensor | None:
         """(length, length): which position of the first sequence may attend to which."""

@@ -28,3 +28,17 @@ def coherence(turns: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     summed = (turns * backward[:, None]).T @ turns.conj() + (turns.conj() * forward[:, None]).T @ turns
     found: torch.Tensor = summed / often.sum()
     return found
+
+
+def turns_of(cosine: torch.Tensor, sine: torch.Tensor, pairs: int) -> torch.Tensor | None:
+    """(length, pairs) complex128 from tables (..., length, pairs or twice as many): of their first sequence.
+
+    None where they are no tables of so many pairs, each of one angle.
+    """
+    if cosine.ndim < 2 or cosine.shape[-2:] != sine.shape[-2:] or cosine.shape[-1] not in (pairs, 2 * pairs):
+        return None
+    length, times = cosine.shape[-2], cosine.shape[-1] // pairs
+    cosine, sine = (table.reshape(-1, length, times, pairs)[0].double() for table in (cosine, sine))
+    if not (torch.equal(cosine[:, 0], cosine[:, -1]) and torch.equal(sine[:, 0], sine[:, -1])):
+        return None  # numbers that are not turned in pairs
+    return torch.complex(cosine[:, 0], sine[:, 0])

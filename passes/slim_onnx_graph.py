@@ -181,6 +181,7 @@ def _sweep(
         apply,
         refit=options.method != "magnitude",
         pull=PULL if predicts_tokens(task) else ENCODER_PULL,
+        causal=predicts_tokens(task),
         device=device,
     )
     swept: list[SweptRegion] = []

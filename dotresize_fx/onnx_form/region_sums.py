@@ -13,7 +13,7 @@ from dotresize_fx.onnx_form.gram_nodes import GramNodes, Sums
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.region_ops import RegionOps
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import Region, Symmetry
 
 READ, ENTERED = "read", "entered"
 # What the sums name beside what the reader reads.
@@ -33,6 +33,10 @@ class OnnxRegion(RegionOps):
         self.entry = None if self.reader is not None else self.writers[0].inputs[0].name
         self.hidden = None if self.reader is None else self.reader.inputs[0].name
         self.output = None if self.reader is None else self.reader.name
+
+        self.tables: tuple[str, ...] = ()
+        if region.symmetry is Symmetry.ROTARY_PAIRS and region.layout is not None:
+            self.tables = tuple(name for name, _ in region.layout.tables[:2])
 
     def start(self, execution: OnnxExecution) -> int:
         """Where the region begins: all is there that its writers read, and none of them was run."""

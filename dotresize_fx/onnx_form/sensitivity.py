@@ -19,12 +19,14 @@ from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.piece import Piece
 from dotresize_fx.onnx_form.region_sums import ENTERED, READ, OnnxRegion, Overrides, add_to
+from dotresize_fx.onnx_form.rotary_tables import RotaryTables
 from dotresize_fx.onnx_form.runtime_values import to_runtime
 from dotresize_fx.onnx_form.stream import OnnxStream
 from dotresize_fx.probe import probed_width, reader_change
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import disjoint, priced
 from dotresize_fx.solvers import CURVES, solvers_for
+from dotresize_fx.task import predicts_tokens
 
 # Sessions that probes share: each begins so far in front of a region at most, of the whole graph.
 SESSIONS = 32
@@ -47,6 +49,7 @@ def measure_onnx_curves(
     shaping, pricing = disjoint(batches, task, rows)
     execution = OnnxExecution(graph, device)
     answers = OnnxAnswers(execution, task)
+    tables = RotaryTables(shaping[0], padding_mask(shaping[0]), predicts_tokens(task))
     shapes = _stream(execution, shaping, ())
     prices = _stream(execution, pricing, (answers.name,))
     dense = answers.of(prices)
@@ -57,7 +60,7 @@ def measure_onnx_curves(
         inputs = OnnxRegion(graph, region)
         start = inputs.start(execution)
         shapes.advance(max(start, shapes.position))
-        statistics = _statistics(inputs, shapes)
+        statistics = _statistics(inputs, shapes, tables.coherence(inputs, execution))
         curve = CURVES[region.kind](region, statistics)
         width = probed_width(region)
         if piece is None or start - prices.position > len(execution.nodes) // SESSIONS:
@@ -82,12 +85,12 @@ def _stream(execution: OnnxExecution, batches: Sequence[Inputs], held: Sequence[
     return OnnxStream(execution, [execution.start(batch) for batch in batches], masks, held)
 
 
-def _statistics(inputs: OnnxRegion, stream: OnnxStream) -> RegionStatistics:
+def _statistics(inputs: OnnxRegion, stream: OnnxStream, near: torch.Tensor | None) -> RegionStatistics:
     read, entered = GramAccumulator(), GramAccumulator()
     for _, found in stream.sums(inputs.end(stream.execution), inputs.nodes({})):
         add_to(read, found, READ)
         add_to(entered, found, ENTERED)
-    return inputs.statistics(read, entered)
+    return inputs.statistics(read, entered, near)
 
 
 def _probe(inputs: OnnxRegion, statistics: RegionStatistics, width: int) -> Overrides:

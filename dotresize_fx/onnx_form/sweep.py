@@ -16,6 +16,7 @@ from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.piece import Environment
 from dotresize_fx.onnx_form.region_sums import ENTERED, OWN, READ, WANTED, OnnxRegion, add_to
+from dotresize_fx.onnx_form.rotary_tables import RotaryTables
 from dotresize_fx.onnx_form.stream import OnnxStream
 from dotresize_fx.reader_refit import Sums, best_map, fit_reader
 from dotresize_fx.region_map import RegionMap
@@ -30,7 +31,7 @@ _SEEN = "dotresize_fx.seen."
 class OnnxSweep:
     """Slims sublayer after sublayer; ``apply`` inserts and folds a map. ``batches`` are whole inputs of the graph.
 
-    ``pull``: see :func:`dotresize_fx.least_squares.refit_reader`.
+    ``pull``: see :func:`dotresize_fx.least_squares.refit_reader`. ``causal``: see :class:`RotaryTables`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class OnnxSweep:
         *,
         refit: bool = True,
         pull: float = PULL,
+        causal: bool = True,
         device: str = "cpu",
     ) -> None:
         self.slim_graph, self.apply, self.refit, self.pull, self.device = slim, apply, refit, pull, device
@@ -52,6 +54,8 @@ class OnnxSweep:
             for execution in (OnnxExecution(graph, device) for graph in (dense, slim))
         )
         self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
+        fitting = next((i for i in range(len(batches)) if i not in self.measuring), 0)
+        self.tables = RotaryTables(batches[fitting], self.masks[fitting], causal)
 
     def slim_sublayer(
         self, cuts: Sequence[tuple[Region, int]], solvers: Callable[[Region], Solvers]
@@ -97,7 +101,8 @@ class OnnxSweep:
             add_to(held_out if i in self.measuring else fitting, found, READ)
             if i not in self.measuring:
                 add_to(entered, found, ENTERED)
-        return Sums(inputs.statistics(fitting, entered), fitting, held_out)
+        near = self.tables.coherence(inputs, self.dense.execution)
+        return Sums(inputs.statistics(fitting, entered, near), fitting, held_out)
 
     def _gather_merged(
         self, inputs: OnnxRegion, found: RegionMap, extra: Sequence[Environment]
