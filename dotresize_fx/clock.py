@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 
 import torch
 
@@ -130,11 +131,12 @@ class Clock:
         """What the next plan is to be predicted at; None where no other could be better."""
         assert self.target is not None
         last = self.trials[-1]
-        missed = min((trial for trial in self.trials if trial.measured[0] > self.target), key=_aim, default=None)
+        by_aim = attrgetter("aim")
+        missed = min((trial for trial in self.trials if trial.measured[0] > self.target), key=by_aim, default=None)
         slow = missed.aim if missed else 1.0
         met = max(
             (trial for trial in self.trials if trial.measured[0] <= self.target and trial.aim < slow),
-            key=_aim,
+            key=by_aim,
             default=None,
         )
         if missed and met:
@@ -144,10 +146,6 @@ class Clock:
             return None
         aim = 1 - (1 - self.target) * (1 - last.predicted) / (1 - last.measured[0])
         return aim if 0 < aim < 1 else None
-
-
-def _aim(trial: Trial) -> float:
-    return trial.aim
 
 
 def rising(values: Sequence[float]) -> list[float]:

@@ -67,8 +67,8 @@ class Probe:
         found = solve(region, statistics, self.width)
         if region.kind is RegionKind.QUERY_KEY:
             for op in inputs.writers:
-                down = found.key_down if found.key_down is not None and op.name in region.key_writers else found.down
-                written = over_heads(region, at_dense_width(region, found, down), len(graph.weight(op)))
+                kept = at_dense_width(region, found, found.down_of(region, op.name))
+                written = over_heads(region, kept, len(graph.weight(op)))
                 self.weights |= inputs.mapped(op, written)
             self.departs = [graph.node(name) for name in region.writers]
             return

@@ -104,10 +104,7 @@ class ReaderRefit:
         assert inputs.hidden is not None
         weights: dict[torch.fx.Node, torch.Tensor] = {}
         for op in inputs.writers:
-            branch = op.name in region.linear_branch and region_map.branch_down is not None
-            down = region_map.branch_down if branch else region_map.down
-            assert down is not None
-            weights |= inputs.mapped(op, down)
+            weights |= inputs.mapped(op, region_map.down_of(region, op.name))
         stop = execution.index[inputs.hidden] + 1
         for environment in self.stream.environments:
             values = execution.run(

@@ -45,6 +45,14 @@ class RegionMap:
         """k."""
         return int(self.down.shape[-1])
 
+    def down_of(self, region: Region, writer: str) -> torch.Tensor:
+        """What folds into a writer of this name: ``down``, or what stands in for it there."""
+        if self.key_down is not None and writer in region.key_writers:
+            return self.key_down
+        if self.branch_down is not None and writer in region.linear_branch:
+            return self.branch_down
+        return self.down
+
 
 def selection(support: torch.Tensor, width: int) -> torch.Tensor:
     """The (width, k) matrix with a one where column j takes source ``support[j]``."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations, product
 
 import numpy as np
 import onnx_ir
 from onnx_ir import tape
 
 from dotresize_fx.export.replace_value import replace_value
+from dotresize_fx.onnx_form.constants import integers, number
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ def _turned(node: onnx_ir.Node) -> tuple[onnx_ir.Value, _Table, _Table] | None:
     straight, crossed = (_made_by(value, "Mul") for value in node.inputs)
     if straight is None or crossed is None:
         return None
-    for one, other in ((straight, crossed), (crossed, straight)):
-        for x, cosines in (one.inputs, one.inputs[::-1]):
-            for halves, sines in (other.inputs, other.inputs[::-1]):
-                tables = _table(cosines), _table(sines)
-                if x is not None and _swaps_halves(halves, x) and None not in tables:
-                    return x, *tables  # type: ignore[return-value]
+    for one, other in permutations((straight, crossed)):
+        for (x, cosines), (halves, sines) in product(permutations(one.inputs), permutations(other.inputs)):
+            if x is None or not _swaps_halves(halves, x):
+                continue
+            first, second = _table(cosines), _table(sines)
+            if first is not None and second is not None:
+                return x, first, second
     return None
 
 
@@ -88,7 +91,7 @@ def _is_part(value: onnx_ir.Value | None, x: onnx_ir.Value, start: int, stop: in
     node = _made_by(value, "Slice")
     if node is None or node.inputs[0] is not x or x.shape is None:
         return False
-    numbers = [_numbers(each) for each in node.inputs[1:]]
+    numbers = [integers(each) for each in node.inputs[1:]]
     if len(numbers) < 3 or any(found is None or len(found) != 1 for found in numbers):
         return False
     begin, end, axis, *step = (found[0] for found in numbers if found is not None)
@@ -102,12 +105,12 @@ def _table(value: onnx_ir.Value | None) -> _Table | None:
     gather = _made_by(value, "Gather")
     if gather is None or gather.inputs[1] is None or gather.inputs[0] is None:
         return None
-    shape, kept = gather.inputs[0].shape, _numbers(gather.inputs[1])
+    shape, kept = gather.inputs[0].shape, integers(gather.inputs[1])
     axis = gather.attributes.get_int("axis", 0)
     if shape is None or len(shape) != 4 or axis % 4 != 3 or kept is None or len(kept) % 2:
         return None
     added = _made_by(gather.inputs[0], "Unsqueeze")
-    full = None if added is None or _numbers(added.inputs[1]) != [1] else added.inputs[0]
+    full = None if added is None or integers(added.inputs[1]) != [1] else added.inputs[0]
     if full is None or full.shape is None or not isinstance(size := full.shape[-1], int) or not _comes_twice(full):
         return None
     half = len(kept) // 2
@@ -118,8 +121,7 @@ def _comes_twice(value: onnx_ir.Value) -> bool:
     """Whether the second half of the last axis is the first: functions of angles that are joined to themselves."""
     node = value.producer()
     while node is not None and node.op_type in ("Cos", "Sin", "Cast", "Mul"):
-        others = [each for each in node.inputs[1:] if each is not None]
-        if any(each.const_value is None or each.const_value.size != 1 for each in others) or node.inputs[0] is None:
+        if any(number(each) is None for each in node.inputs[1:]) or node.inputs[0] is None:
             return False
         node = node.inputs[0].producer()
     return node is not None and node.op_type == "Concat" and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
@@ -128,11 +130,3 @@ def _comes_twice(value: onnx_ir.Value) -> bool:
 def _made_by(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def _numbers(value: onnx_ir.Value | None) -> list[int] | None:
-    """Of a constant of whole numbers."""
-    if value is None or value.const_value is None:
-        return None
-    found: list[int] = value.const_value.numpy().reshape(-1).tolist()
-    return found

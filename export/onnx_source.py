@@ -40,7 +40,8 @@ def analyse_onnx(name: Path | str, progress: Progress, *, check: bool = False) -
 
 
 def load_onnx(name: Path | str) -> onnx_ir.Model:
-    """The model in a file or folder. External data is looked at, not read; none of it is looked for elsewhere.
+    """The model in a file or folder, its nodes in order. External data is looked at, not read, and not looked for
+    elsewhere.
 
     Raises:
         ModelNotFoundError: there is no such file, it is no ONNX model or cut off, or its data lies outside its folder.
@@ -58,7 +59,20 @@ def load_onnx(name: Path | str) -> onnx_ir.Model:
         raise ModelNotFoundError(f"{path} is no ONNX model, or an empty one: give a file that an exporter wrote")
     for tensor in _external(model):
         _check(path, tensor)
+    if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
+        model.graph.sort()
     return model
+
+
+def _is_sorted(model: onnx_ir.Model) -> bool:
+    """Whether every node comes behind those that it reads."""
+    seen: set[onnx_ir.Node] = set()
+    for node in model.graph:
+        before = (value.producer() for value in node.inputs if value is not None)
+        if any(other is not None and other.graph is model.graph and other not in seen for other in before):
+            return False
+        seen.add(node)
+    return True
 
 
 def _external(model: onnx_ir.Model) -> Iterator[onnx_ir.ExternalTensor]:

@@ -56,7 +56,6 @@ class Precision:
         self._folders: dict[Side, Path] = {"dense": dense, "slim": folder}
         self._written: dict[Side, Quantised | Path] = {}
         self._verified: Verification | None = None
-        self._cases = 0
         self._exact_stream = False
         self._said: tuple[str, ...] = ()
 
@@ -90,15 +89,14 @@ class Precision:
         self._write("slim", source)
         if self.name not in TOLERANCES:
             return
-        allowed, departure = TOLERANCES[self.name], self._departure(cases())
+        allowed = TOLERANCES[self.name]
+        departure, count = self._departure(cases())
         if departure > allowed:
             self._exact_stream = True
             self._write("slim", source)
-            departure = self._departure(cases())
+            departure, count = self._departure(cases())
             self._said += ("its residual stream stays float32, since a rounded one moved its outputs too far",)
-        self._verified = Verification(
-            max_abs_difference=departure, tolerance=allowed, max_abs_output=1.0, cases=self._cases
-        )
+        self._verified = Verification(max_abs_difference=departure, tolerance=allowed, max_abs_output=1.0, cases=count)
         if not self._verified.passed:
             raise VerificationError(
                 f"the slim ONNX in {self.name} differs from the slim program by {departure:.2e} of an output's largest "
@@ -117,14 +115,15 @@ class Precision:
         else:
             self._written[side] = quantize(source, folder, self.name, self.work)
 
-    def _departure(self, cases: Cases) -> float:
-        """The largest difference of an output as a share of its largest number; of keys and values a part counts."""
+    def _departure(self, cases: Cases) -> tuple[float, int]:
+        """The largest difference of an output as a share of its largest number, of keys and values a part of it; and
+        the number of cases.
+        """
         path, mask = self.paths[f"slim {self.name}"], mask_name(self.result)
         found = compare_outputs(path, cases, self.work, mask=mask, provider=self.provider)
-        self._cases = len(found.cases)
         shares = found.relative_differences
         answers = 1 if self.result.captured.cache is not None else len(shares)
-        return max(*shares[:answers], *(share / CACHED for share in shares[answers:]), 0.0)
+        return max(*shares[:answers], *(share / CACHED for share in shares[answers:]), 0.0), len(found.cases)
 
     def figures(self, latencies: Mapping[str, Latency], step: Callable[[], None]) -> tuple[PrecisionFigures, ...]:
         """Both sides, measured on their files; ``step`` is called once a batch and side."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 
 from dotresize_fx.device import compute_device
@@ -27,6 +26,7 @@ from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
 from dotresize_fx.export.run_report import run_report
 from dotresize_fx.export.timing import measure_latency
+from dotresize_fx.export.trials import VERIFIED_BATCHES
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.export.why_nothing import quantised_linears, why_nothing
 from dotresize_fx.export.write_onnx import LARGE, Stated, check_written, write_onnx
@@ -58,8 +58,6 @@ COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
-# Of held-out inputs so many batches are compared, beside one sample alone.
-VERIFIED_BATCHES = 2
 
 
 @dataclass
@@ -143,8 +141,6 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
     path = Path(name) / ONNX_FILE if Path(name).is_dir() else Path(name)
     with progress.stage("load"):
         model = load_onnx(_on_disk(path, work))
-        if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow
-            model.graph.sort()
         stated = Stated.by(path)
     with progress.stage("find regions"):
         model, inlined = inline_crossed(model) if options.ratio != 0 or plan is not None else (model, ())
@@ -158,14 +154,7 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
     device = compute_device(options)
     with progress.stage("read calibration inputs"):
         prepared = prepare_onnx_data(given, path, options, device)
-        execution = OnnxExecution(given, device)
-    first = next((region.readers[0] for region in graphs.matches.regions if region.readers), None)
-    rows: Callable[[Inputs], int] = lambda batch: prepared.inputs.samples(batch)  # noqa: E731
-    if first is not None:
-        value = canonical.op(first).inputs[0].name
-        sample = prepared.data.calibration[0]
-        each = rows_of(given, execution, sample, value) / max(1, sum(v.numel() for v in sample.values()))
-        rows = lambda batch: round(each * sum(v.numel() for v in batch.values()))  # noqa: E731
+        rows = _count_rows(graphs, prepared, device)
     slimmed = slim_onnx_graph(
         graphs,
         prepared.data.calibration,
@@ -180,6 +169,21 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         inlined += (f"{quantised} linears with quantised weights were left alone",)
     slimmed = replace(slimmed, notes=(*inlined, *slimmed.notes))
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _count_rows(graphs: OnnxGraphs, prepared: OnnxData, device: str) -> Callable[[Inputs], int]:
+    """How many rows a batch makes for the readers of regions, about: in proportion to what is in it."""
+    first = next((region.readers[0] for region in graphs.matches.regions if region.readers), None)
+    if first is None:
+        return prepared.inputs.samples
+    value, sample = graphs.canonical.op(first).inputs[0].name, prepared.data.calibration[0]
+    rows = rows_of(graphs.given, OnnxExecution(graphs.given, device), sample, value)
+    each = rows / max(1, _numbers(sample))
+    return lambda batch: round(each * _numbers(batch))
+
+
+def _numbers(batch: Inputs) -> int:
+    return sum(value.numel() for value in batch.values())
 
 
 def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
@@ -204,17 +208,6 @@ def _on_disk(path: Path, work: Path) -> Path:
         except ValueError:  # loading it says what is wrong
             shutil.rmtree(folder)
     return path
-
-
-def _is_sorted(model: ir.Model) -> bool:
-    """Whether every node comes behind those that it reads."""
-    seen: set[ir.Node] = set()
-    for node in model.graph:
-        before = (value.producer() for value in node.inputs if value is not None)
-        if any(other is not None and other.graph is model.graph and other not in seen for other in before):
-            return False
-        seen.add(node)
-    return True
 
 
 def _refuse(options: Options) -> None:

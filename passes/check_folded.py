@@ -21,11 +21,7 @@ def mapped_ends(graph: Graph, region: Region, found: RegionMap) -> Ends:
     """What the region's writers and readers are with the map in them, from the graph before it is edited."""
     ends: Ends = {}
     for name in region.writers:
-        writer, down = graph.op(name), found.down
-        if found.branch_down is not None and name in region.linear_branch:
-            down = found.branch_down
-        if found.key_down is not None and name in region.key_writers:
-            down = found.key_down
+        writer, down = graph.op(name), found.down_of(region, name)
         weight, bias = graph.weight(writer), graph.bias(writer)
         if writer.kind is Kind.EMBEDDING:
             ends[name] = (weight.double() @ over_heads(region, down, weight.shape[1])).to(weight.dtype), None

@@ -49,11 +49,7 @@ class InsertMaps(Pass):
         crossed = [graph.op(name) for name in region.crossed]
         reshapes = [op.name for op in crossed if op.attributes.get("reshape") and op.output.name not in places]
         for name in region.writers:
-            writer, down = graph.op(name), self.map.down
-            if self.map.branch_down is not None and name in region.linear_branch:
-                down = self.map.branch_down
-            if self.map.key_down is not None and name in region.key_writers:
-                down = self.map.key_down
+            writer, down = graph.op(name), self.map.down_of(region, name)
             if writer.kind is Kind.EMBEDDING and down.ndim > 2:  # each expert's bias, by its own map
                 mixed = torch.einsum("en,enk->ek", graph.weight(writer).double(), down)
                 graph.set_weight(writer, mixed.to(_dtype(graph, writer)))

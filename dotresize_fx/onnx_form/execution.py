@@ -37,6 +37,7 @@ class OnnxExecution:
         }
         self.inputs = [str(value.name) for value in main.inputs if value.name not in self.constants]
         self.results = [str(value.name) for value in main.outputs]
+        self.order = {node: i for i, node in enumerate(main)}
         self.nodes: list[ir.Node] = []
         self.reads: list[frozenset[str]] = []
         self._static: dict[str, ir.Node] = {}

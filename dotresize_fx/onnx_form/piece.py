@@ -65,8 +65,7 @@ class Piece:
                 waiting += sorted(reads_of(first[-1]))
             else:
                 self._read.append(name)
-        order = {node: i for i, node in enumerate(execution.model.graph)}
-        self._nodes = sorted({*first, *chosen}, key=order.__getitem__)
+        self._nodes = sorted({*first, *chosen}, key=execution.order.__getitem__)
         self._made = {str(output.name) for node in self._nodes for output in node.outputs if output.name}
         self._session: Any = None
 

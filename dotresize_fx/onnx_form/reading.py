@@ -24,6 +24,7 @@ from dotresize_fx.onnx_form.linears import (
     weight_readers,
 )
 from dotresize_fx.onnx_form.shapes import complete_shapes, refresh_widths
+from dotresize_fx.onnx_form.sizes import sizes_of
 from dotresize_fx.onnx_form.symbolic_shapes import SymbolicShapes
 
 NUMBERED = "onnx::"  # how TorchScript names a weight that it turned round
@@ -89,10 +90,7 @@ class OnnxReading(Graph):
 
     def _value(self, value: ir.Value, *, transposed: bool = False) -> Value:
         tensor = constant(value)
-        sizes = tensor.shape if tensor is not None else value.shape or ()
-        shape = tuple(
-            size if isinstance(size, int) else size.value or f"{value.name}[{i}]" for i, size in enumerate(sizes)
-        )
+        shape = tuple(tensor.shape.numpy()) if tensor is not None else sizes_of(value) or ()
         return Value(str(value.name), shape[::-1] if transposed else shape, tensor is not None)
 
     def _owned(self, slot: Slot | None) -> Value | None:

@@ -56,20 +56,15 @@ class OnnxRegion(RegionOps):
             nodes.add(ENTERED, self.entry, {}, ones=True)
         return nodes
 
-    def mapped_writers(self, found: RegionMap, down_of: Mapping[str, torch.Tensor] | None = None) -> Overrides:
-        """The writers' weights and biases with a map folded into them, by constant and as stored.
-
-        ``down_of``: by writer what is folded into it, where that is not the map's own.
-        """
+    def mapped_writers(self, found: RegionMap) -> Overrides:
+        """The writers' weights and biases with a map folded into them, by constant and as stored."""
         overrides: Overrides = {}
         for op in self.writers:
-            branch = op.name in self.region.linear_branch and found.branch_down is not None
-            down = (down_of or {}).get(op.name, found.branch_down if branch else found.down)
-            assert down is not None
-            overrides |= self._mapped(op, down)
+            overrides |= self.mapped(op, found.down_of(self.region, op.name))
         return overrides
 
-    def _mapped(self, op: Op, down: torch.Tensor) -> Overrides:
+    def mapped(self, op: Op, down: torch.Tensor) -> Overrides:
+        """One writer's, with ``down``, (all that it writes, k), folded into it."""
         weight, bias = self.graph.weight(op), self.graph.bias(op)
         assert op.weight is not None
         mapped = (down.T @ weight.double()).to(weight.dtype)

@@ -7,7 +7,7 @@ a time; answers are compared in ONNX Runtime, and what they lose leaves as one n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -100,12 +100,8 @@ def _probe(inputs: OnnxRegion, statistics: RegionStatistics, width: int) -> Over
     found = solve(region, statistics, width)
     if region.kind is not RegionKind.QUERY_KEY:
         return inputs.changed_reader(reader_change(region, statistics, found))
-    downs: Mapping[str, torch.Tensor] = {
-        op.name: found.key_down if found.key_down is not None and op.name in region.key_writers else found.down
-        for op in inputs.writers
-    }
-    written = {
-        op.name: over_heads(region, at_dense_width(region, found, downs[op.name]), len(inputs.graph.weight(op)))
-        for op in inputs.writers
-    }
-    return inputs.mapped_writers(found, written)
+    overrides: Overrides = {}
+    for op in inputs.writers:
+        kept = at_dense_width(region, found, found.down_of(region, op.name))
+        overrides |= inputs.mapped(op, over_heads(region, kept, len(inputs.graph.weight(op))))
+    return overrides

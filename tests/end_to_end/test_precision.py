@@ -87,9 +87,9 @@ def test_what_rounds_too_coarsely_is_written_with_an_exact_stream(
     assert refused.value.exit_code == 10
     streams = []
 
-    def departs(self: precision.Precision, cases: precision.Cases) -> float:
+    def departs(self: precision.Precision, cases: precision.Cases) -> tuple[float, int]:
         streams.append(self._exact_stream)
-        return 0.0 if self._exact_stream else 1.0
+        return (0.0 if self._exact_stream else 1.0), 1
 
     monkeypatch.setattr(precision.Precision, "_departure", departs)
     out, report = saved("llama", dtype="float16", target="cpu")

@@ -168,3 +168,15 @@ def test_inspect_of_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.Cap
         cli.main(["inspect", str(tmp_path / "model.onnx"), "--quiet"])
     assert ended.value.code == 3
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_nodes_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model")
+    proto = onnx.load(path)
+    nodes = list(proto.graph.node)[::-1]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    onnx.save(proto, path)
+    assert [node.op_type for node in load_onnx(path).graph] == ["MatMul", "Relu", "MatMul"]
+    _, matches = analyse_onnx(path, Progress(quiet=True))
+    assert [region.width for region in matches.regions] == [12]
