@@ -42,13 +42,13 @@ def refit_reader(
     weights = torch.full((len(gram),), 1.0, dtype=gram.dtype, device=gram.device)
     if with_bias:
         weights[-1] = 1e-9
-    own_solution = _solve(gram + torch.diag(FLOOR * size * weights), own)
+    own_solution = solve_positive(gram + torch.diag(FLOOR * size * weights), own)
     pulled = torch.diag(pull * size * weights)
-    solution = _solve(gram + pulled, wanted + pulled @ own_solution)
+    solution = solve_positive(gram + pulled, wanted + pulled @ own_solution)
     return Refit(solution[:-1].T, solution[-1]) if with_bias else Refit(solution.T, None)
 
 
-def _solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Solve a symmetric positive definite system; one that rounding made indefinite through its eigenvalues."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not failed.item():
