@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -255,6 +255,13 @@ class Graph(ABC):
 
     def resize_input(self, name: str, sizes: Mapping[int, int]) -> None:
         """Let an input of the graph have other sizes on these axes."""
+        raise NotImplementedError
+
+    def remove_caches(self, outputs: Collection[str]) -> None:
+        """Take these outputs of :attr:`caches` and their inputs away; the layers that are left are numbered anew.
+
+        Nothing but an output may need their keys and values any more, and a cache has to be left.
+        """
         raise NotImplementedError
 
     @abstractmethod

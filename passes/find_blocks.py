@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from dotresize_fx.cache_names import PAST
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.graph import Graph, Kind, Op, Value
@@ -148,7 +150,10 @@ def _spelled(graph: Graph, value: Value, seen: dict[str, str]) -> str:
     """How a value from outside is made, the same text for values made alike; of caches the layer is left out."""
     if value.name not in seen:
         op = graph.producer(value)
-        if op is None:
+        if value.is_parameter:  # a layer may hold a copy of its own of the same table
+            numbers = graph.parameter(value).detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+            seen[value.name] = f"{value.shape} {hash(numbers.numpy().tobytes()):x}"
+        elif op is None:
             seen[value.name] = _LAYER.sub(r"\1N\2", value.name)
         else:
             seen[value.name] = f"value {len(seen)}"  # should a graph go in circles

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 
 if TYPE_CHECKING:
+    from dotresize_fx.fx_form.edits import FxEdits
     from dotresize_fx.fx_form.reading import FxReading
 
 aten = torch.ops.aten
+_LAYER = re.compile(rf"({PAST}[._])(\d+)(.*)")
 
 
 def at_start(node: torch.fx.Node, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -44,3 +47,37 @@ def find_caches(graph: FxReading) -> dict[str, str]:
         if isinstance(past, torch.fx.Node) and past.op == "placeholder" and past.name.startswith(PAST):
             found[node.name] = past.name
     return found
+
+
+def remove_caches(graph: FxEdits, outputs: Collection[str]) -> None:
+    """See :meth:`dotresize_fx.graph.Graph.remove_caches`."""
+    signature = graph.program.graph_signature
+    gone = {graph.node(name): graph.node(graph.caches.pop(name)) for name in outputs}
+    kept = [graph.node(name) for name in graph.caches.values()]
+    end = graph.nodes.output_node()
+    results: Any = end.args[0]
+    end.args = (tuple(result for result in results if result not in gone),)
+    signature.output_specs[:] = [spec for spec in signature.output_specs if spec.arg.name not in outputs]
+    for past in gone.values():
+        for user in list(past.users):
+            if user.target is aten.sym_size.int:  # how many earlier tokens there are any cache tells
+                user.replace_input_with(past, kept[0])
+    graph.remove_dead()
+    names = {past.name for past in gone.values()}
+    signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in names]
+    for past in gone.values():
+        graph.nodes.erase_node(past)
+    numbers = {number: i for i, number in enumerate(sorted({_layer(past.name) for past in kept}))}
+    renamed = {past.name: _LAYER.sub(rf"\g<1>{numbers[_layer(past.name)]}\g<3>", past.name) for past in kept}
+    for past in kept:
+        past.name = past.target = renamed[past.name]
+    for spec in signature.input_specs:
+        spec.arg.name = renamed.get(spec.arg.name, spec.arg.name)
+    graph.caches.update({name: renamed[past] for name, past in graph.caches.items()})
+    graph.changed()
+
+
+def _layer(name: str) -> int:
+    found = _LAYER.match(name)
+    assert found is not None
+    return int(found[2])

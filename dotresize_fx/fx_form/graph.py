@@ -6,11 +6,13 @@ What it reads is in :mod:`dotresize_fx.fx_form.reading`, its edits are in :mod:`
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from dotresize_fx.fx_form.cache import remove_caches
 from dotresize_fx.fx_form.edits import FxEdits
 from dotresize_fx.fx_form.expert_lists import join_expert_lists
 from dotresize_fx.fx_form.functional import drop_in_place, fold_constants
@@ -69,6 +71,9 @@ class FxGraph(FxEdits):
 
     def fold_constants(self, largest: int) -> list[str]:
         return fold_constants(self, largest)
+
+    def remove_caches(self, outputs: Collection[str]) -> None:
+        remove_caches(self, outputs)
 
     def to(self, device: str) -> None:
         """Move parameters, constants and the devices that tracing baked in, in place."""

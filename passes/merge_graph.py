@@ -1,0 +1,154 @@
+"""Fewer blocks for a whole graph: which go, by what rule, and what reads the stream refitted to the dense model's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dotresize_fx.cost import count_cost
+from dotresize_fx.depth.choice import DROPS, MERGES, blocks_to_drop, check_count, pairs_to_merge
+from dotresize_fx.depth.features import DepthStatistics, depth_statistics
+from dotresize_fx.depth.similarity import neighbour_similarities
+from dotresize_fx.errors import NothingToSlimError, UsageError
+from dotresize_fx.fidelity import Inputs
+from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.passes.align_blocks import align_blocks
+from dotresize_fx.passes.choose_regions import choose_regions, sublayers
+from dotresize_fx.passes.cut_stream import apply_map
+from dotresize_fx.passes.drop_layers import DropLayers
+from dotresize_fx.passes.find_blocks import Block, find_blocks
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.merge_layers import MergeLayers
+from dotresize_fx.progress import Progress
+from dotresize_fx.regions import RegionKind
+from dotresize_fx.sweep import Sweep
+from dotresize_fx.transport.align_regions import rotation_between
+
+# Of the mean diagonal: towards no rotation where tokens do not say.
+LEAN = 1e-3
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A graph with fewer blocks. ``gone`` are the numbers, counted in the dense model, of those that went; ``alphas``
+    what each weighed in the block behind it, empty where blocks were dropped; notes for the report.
+    """
+
+    graph: FxGraph
+    gone: tuple[int, ...]
+    alphas: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def merge_graph(
+    dense: FxGraph,
+    batches: Sequence[Inputs],
+    count: int,
+    progress: Progress,
+    method: str = "mka",
+    *,
+    refit: bool = False,
+    turn: bool = False,
+    check: bool = False,
+    seed: int = 0,
+) -> Merged:
+    """A copy of ``dense`` with ``count`` blocks less, by a ``method`` of MERGES or DROPS.
+
+    ``refit``: what reads FFNs and values is then fitted to the dense model's stream, sublayer by sublayer. ``turn``:
+    "aligned" matches the residual coordinates too, see :func:`align_blocks`.
+
+    Raises:
+        UsageError: an unknown method, or more blocks than there are or than are alike.
+        NothingToSlimError: the model's depth cannot change.
+        CalibrationError: too little text to tell how alike blocks are.
+    """
+    if method not in (*MERGES, *DROPS):
+        raise UsageError(f"--merge-method {method}: choose one of {', '.join((*MERGES, *DROPS))}")
+    slim = dense.copy()
+    blocks = find_blocks(slim)
+    check_count(count, len(blocks))
+    statistics = DepthStatistics((), (0.0,) * len(blocks))
+    if method != "drop-last":
+        states = [blocks[0].start.name, *(block.end.name for block in blocks)]
+        with torch.no_grad(), progress.stage("compare blocks", len(batches)) as step:
+            statistics = depth_statistics(dense, states, batches, seed=seed, advanced=step)
+    alphas: tuple[float, ...] = ()
+    if method in DROPS:
+        gone = blocks_to_drop(method, statistics.influences, count)
+        DropLayers([blocks[i] for i in gone])(slim, check=check)
+    else:
+        alike = [one.form == other.form for one, other in itertools.pairwise(blocks)]
+        likeness = neighbour_similarities(statistics.features[1:]) if any(alike) else [0.0] * len(alike)
+        gone = pairs_to_merge(likeness, alike, count)
+        alphas = tuple(likeness[i] for i in gone)
+        with progress.stage("merge", len(gone)) as step:
+            turns = [_turn(*pair) for pair in itertools.pairwise(statistics.features)] if turn else None
+            _merge(slim, blocks, gone, alphas, method == "aligned", turns, check, step)
+    slim.refresh_shapes()
+    notes = _told(dense, slim, gone, alphas, method)
+    if refit:
+        with torch.no_grad():
+            notes += refit_graph(dense, slim, batches, progress, check=check, seed=seed)
+    return Merged(slim, tuple(gone), alphas, notes)
+
+
+def _merge(
+    graph: FxGraph,
+    blocks: Sequence[Block],
+    gone: Sequence[int],
+    alphas: Sequence[float],
+    align: bool,
+    turns: Sequence[torch.Tensor] | None,
+    check: bool,
+    step: Callable[[], None],
+) -> None:
+    """From the back forward: a pair's block may be one that a later pair was merged into."""
+    into = {i: i for i in range(len(blocks))}
+    for i, alpha in zip(gone, alphas, strict=True):
+        behind = into[i + 1]
+        # Between the two blocks lay those that went before.
+        second = replace(blocks[behind], start=blocks[i].end)
+        if align:
+            align_blocks(graph, blocks[i], second, None if turns is None else turns[i], check=check)
+        MergeLayers(blocks[i], second, alpha)(graph, check=check)
+        into[i] = behind
+        step()
+
+
+def _turn(before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+    """(d, d): the rotation that takes the stream before a block to the one behind it, of too few tokens nearly none."""
+    one, other = (rows / rows.norm(dim=1, keepdim=True) for rows in (before, behind))
+    near = one.T @ other
+    return rotation_between(near + LEAN * near.diagonal().abs().mean() * torch.eye(len(near)).to(near))
+
+
+def _told(dense: FxGraph, slim: FxGraph, gone: Sequence[int], alphas: Sequence[float], method: str) -> tuple[str, ...]:
+    left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
+    told = ", ".join(
+        f"{i}" if not alphas else f"{i} ({alpha:.2f} in {i + 1})"
+        for i, alpha in sorted(itertools.zip_longest(gone, alphas, fillvalue=0.0))
+    )
+    return (f"{method}: {len(gone)} blocks went, {1 - left:.1%} of the block weights: {told}",)
+
+
+def refit_graph(
+    dense: FxGraph, slim: FxGraph, batches: Sequence[Inputs], progress: Progress, *, check: bool = False, seed: int = 0
+) -> tuple[str, ...]:
+    """Fit the readers of FFNs and values so that the stream behind each sublayer of ``slim`` is that of the ``dense``
+    one of its name. Returns a note where nothing of the kind was found.
+    """
+    try:
+        regions, _ = choose_regions(slim, find_regions(slim).regions, (RegionKind.VALUE, RegionKind.FFN))
+    except NothingToSlimError as error:
+        return (f"nothing was refitted: {error}",)
+    sweep = Sweep(dense, slim, batches, lambda region, found: apply_map(slim, region, found, check), seed=seed)
+    together = sublayers(regions)
+    with progress.stage("refit", len(together)) as step:
+        for part in together:
+            sweep.slim_sublayer([(region, region.width) for region in part], lambda _: ())
+            step()
+    sweep.finish()
+    return ()
