@@ -264,6 +264,10 @@ class Graph(ABC):
         """
         raise NotImplementedError
 
+    def remove_ops(self, names: Sequence[str]) -> None:
+        """Remove these ops, in topological order, also ones that write into tensors, as far as nothing needs them."""
+        raise NotImplementedError
+
     @abstractmethod
     def insert_gather(self, source: Value, indices: torch.Tensor, *, users: Iterable[Op], name: str = "gathered") -> Op:
         """Let the given users read ``source[..., indices]`` instead of ``source``; ``indices`` is (k,), integers."""

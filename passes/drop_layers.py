@@ -27,11 +27,14 @@ class DropLayers(Pass):
 
     def call(self, graph: Graph) -> PassResult:
         records = []
-        for block in sorted(self.blocks, key=lambda one: graph.positions[one.end.name], reverse=True):
+        from_the_back = sorted(self.blocks, key=lambda one: graph.positions[one.end.name], reverse=True)
+        for block in from_the_back:
             graph.redirect(graph.op(block.ops[-1]), block.start)
             records.append(f"{block.end.name}: the block that put it out is gone")
         if caches := [name for block in self.blocks for name in block.caches]:
             graph.remove_caches(caches)
+        for block in from_the_back:  # also what writes into a tensor of its own, which is not found dead
+            graph.remove_ops([name for name in block.ops if name in graph.positions])
         graph.remove_dead()
         return PassResult(tuple(records))
 

@@ -305,6 +305,12 @@ class FxEdits(FxReading):
             if spec.arg.name == old:
                 spec.arg.name = new
 
+    def remove_ops(self, names: Sequence[str]) -> None:
+        for node in [self.node(name) for name in reversed(names)]:
+            if not node.users:
+                self.nodes.erase_node(node)
+        self.changed()
+
     def remove_dead(self) -> int:
         before = len(self.nodes.nodes)
         kept = {node.name for node in self.nodes.nodes if node.op == "placeholder"}

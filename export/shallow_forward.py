@@ -1,0 +1,59 @@
+"""What converting a program with fewer blocks needs: names of its inputs and outputs, with fewer layers of cache."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from dotresize_fx.cache_names import PAST
+from dotresize_fx.export.cached_forward import CachedForward, Layers
+from dotresize_fx.export.capture import Captured
+
+
+@dataclass(frozen=True)
+class ShallowForward(CachedForward):
+    """A forward pass with the cache of the layers that are left; what it computes is zeros of the right shapes."""
+
+    vocabulary: int = 0
+
+    @contextmanager
+    def on(self, model: torch.nn.Module) -> Iterator[None]:
+        """Inside, ``model`` takes and gives inputs and outputs by these names."""
+        original = model.forward
+
+        def forward(
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            position_ids: torch.Tensor | None = None,
+            past_key_values: Layers = (),
+        ) -> dict[str, object]:
+            rows, length = input_ids.shape
+            first = past_key_values[0]["key"]
+            present = [
+                {
+                    name: torch.cat([value, value.new_zeros(rows, value.shape[1], length, value.shape[3])], 2)
+                    for name, value in layer.items()
+                }
+                for layer in past_key_values
+            ]
+            return {"logits": first.new_zeros(rows, length, self.vocabulary), "present": present}
+
+        model.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            model.forward = original  # type: ignore[method-assign]
+
+
+def without_layers(captured: Captured, gone: Collection[int]) -> Captured:
+    """What ``captured`` is for a program that lacks these layers, counted from 0; without a cache it stays as it is."""
+    cached = captured.cache
+    if cached is None or not gone:
+        return captured
+    left = [i for i in range(len(cached.sizes)) if i not in gone]
+    sample = {**cached.sample, PAST: [cached.sample[PAST][i] for i in left]}
+    sizes = tuple(cached.sizes[i] for i in left)
+    return replace(captured, cache=ShallowForward(sizes, cached.positions, sample, captured.vocabulary))
