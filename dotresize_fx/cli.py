@@ -152,7 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="of ffn, attention (value, query_key, kv_heads), residual (ffn,attention)",
     )
-    export.add_argument("--method", default="auto", help="auto, obs, dotresize, pca (residual only), magnitude (auto)")
+    export.add_argument(
+        "--method",
+        default="auto",
+        help="auto, obs, dotresize, pca (residual only), magnitude; rom, rank: linears of a lower rank (auto)",
+    )
+    export.add_argument("--merge", type=int, metavar="K", help="instead of --ratio: so many blocks less")
+    export.add_argument("--merge-method", help="mka, aligned, drop-last or drop-least (mka)")
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
     export.add_argument("--allocation", help="measured, or uniform over the regions (measured)")
     export.add_argument(

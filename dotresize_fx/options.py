@@ -10,6 +10,7 @@ from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
+from dotresize_fx.structure_options import RANK_METHODS, changes_structure, check_structure
 from dotresize_fx.width_plan import check_ratio
 from dotresize_fx.workload import Workload, read_workload
 
@@ -85,6 +86,9 @@ class Options:
     ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where
     calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
+    ``merge`` stands for the ratio too: so many blocks go, by ``merge_method`` (None is "mka"). The methods "rom" and
+    "rank" replace linears by two of a lower rank. Both leave widths alone.
+
     ``target_latency`` stands for the ratio, which is None then: the share of the dense model's time that ``workload``
     ("prompt=128,decode=64,batch=1"; None is that) is to take on this machine. ``profile``: the ratio is split by what
     the kernels of each width take in it.
@@ -96,6 +100,8 @@ class Options:
     ratio: float | None = None
     regions: tuple[str, ...] = ()
     method: str = "auto"
+    merge: int | None = None
+    merge_method: str | None = None
     effort: str = "fast"
     basis: str = "shared"
     allocation: str | None = None
@@ -137,7 +143,7 @@ class Options:
                 object.__setattr__(self, name, Path(path))
         if self.heal_checkpoint is not None and not self.heal_checkpoint.is_dir():
             raise UsageError(f"--heal-checkpoint {self.heal_checkpoint}: there is no such folder: make it first")
-        choices = {"method": tuple(METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
+        choices = {"method": (*METHODS, *RANK_METHODS), "effort": EFFORTS, "allocation": ALLOCATIONS, "device": DEVICES}
         for name, known in (choices | MORE_CHOICES).items():
             if (chosen := getattr(self, name)) not in known and chosen is not None:
                 raise UsageError(f"--{name.replace('_', '-')} {chosen}: choose one of {', '.join(sorted(known))}")
@@ -150,9 +156,11 @@ class Options:
             raise UsageError(f"{said}: choose from {', '.join(REGION_NAMES)}")
         if len(set(self.regions)) < len(self.regions):
             raise UsageError(f"{said}: names one twice")
-        idle = [name for name in self.regions if not any(kind in METHODS[self.method] for kind in REGION_NAMES[name])]
-        if idle or not self.kinds:
-            takes = [name for name, kinds in REGION_NAMES.items() if any(k in METHODS[self.method] for k in kinds)]
+        check_structure(self)
+        cuts = METHODS.get(self.method, {})
+        idle = [name for name in self.regions if not any(kind in cuts for kind in REGION_NAMES[name])]
+        if idle or not (self.kinds or changes_structure(self)):
+            takes = [name for name, kinds in REGION_NAMES.items() if any(k in cuts for k in kinds)]
             raise UsageError(
                 f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
                 f"choose --regions from {', '.join(takes)}"
@@ -199,7 +207,9 @@ class Options:
                     raise UsageError(f"--target-latency says how much goes, so --{name} cannot be given beside it")
         for name in PLANNED.keys() - given - {"head_sizes"}:
             object.__setattr__(self, name, PLANNED[name])
-        if self.target_latency is not None:
+        if self.merge is not None and "ratio" in given:
+            raise UsageError("--merge says how many blocks go, so --ratio cannot be given beside it")
+        if self.target_latency is not None or self.merge is not None:
             object.__setattr__(self, "ratio", None)
             return
         assert self.ratio is not None
@@ -260,6 +270,8 @@ class Options:
     @property
     def kinds(self) -> tuple[RegionKind, ...]:
         """The kinds of region that are cut; with a plan all that the method can."""
+        if changes_structure(self):
+            return ()
         if self.plan is not None:
             return tuple(METHODS[self.method])
         names = self.regions or DEFAULT_REGIONS

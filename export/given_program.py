@@ -11,6 +11,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from dotresize_fx.export.capture import Captured, no_fast_path
 from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.export.shallow_forward import fitted_to
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.simplify import simplify
 
@@ -34,6 +35,7 @@ def export_given(
 
     ``model`` only tells the names of inputs and outputs: it is run once on the tiny sample.
     """
+    captured = fitted_to(captured, program)
     cached = captured.cache
     sample = dict(captured.sample if cached is None else cached.sample)
     given = type(f"Given{exporter.__name__}", (exporter, _GivenProgram), {})

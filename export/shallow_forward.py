@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -48,12 +48,14 @@ class ShallowForward(CachedForward):
             model.forward = original  # type: ignore[method-assign]
 
 
-def without_layers(captured: Captured, gone: Collection[int]) -> Captured:
-    """What ``captured`` is for a program that lacks these layers, counted from 0; without a cache it stays as it is."""
+def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Captured:
+    """``captured``, or, of a program that reads the cache of fewer layers, what stands for it where names are told."""
     cached = captured.cache
-    if cached is None or not gone:
+    if cached is None:
         return captured
-    left = [i for i in range(len(cached.sizes)) if i not in gone]
-    sample = {**cached.sample, PAST: [cached.sample[PAST][i] for i in left]}
-    sizes = tuple(cached.sizes[i] for i in left)
-    return replace(captured, cache=ShallowForward(sizes, cached.positions, sample, captured.vocabulary))
+    inputs = program.graph_signature.user_inputs
+    left = sum(str(name).startswith(PAST) for name in inputs) // 2
+    if left == len(cached.sizes):
+        return captured
+    sample = {**cached.sample, PAST: cached.sample[PAST][:left]}
+    return replace(captured, cache=ShallowForward(cached.sizes[:left], cached.positions, sample, captured.vocabulary))

@@ -50,6 +50,7 @@ from dotresize_fx.report.contents import (
     Report,
 )
 from dotresize_fx.report.write import write_report
+from dotresize_fx.structure_options import RANK_METHODS
 from dotresize_fx.task import reads_text
 
 # What lies beside a model and goes with it, as it is.
@@ -217,6 +218,8 @@ def _refuse(options: Options) -> None:
     """
     wanted = {
         f"--effort {options.effort}": options.effort != "fast",
+        f"--method {options.method}": options.method in RANK_METHODS,
+        "--merge": options.merge is not None,
         "--checkpoint": options.checkpoint,
         f"--format {','.join(options.formats)}": bool(set(options.formats) - {"onnx"}),
         f"--dtype {options.dtype}": options.dtype != "float32",

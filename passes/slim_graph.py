@@ -20,12 +20,14 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan, follow_plan
 from dotresize_fx.passes.insert_adapters import InsertPostNormAdapters, post_norms
 from dotresize_fx.passes.plan_widths import plan_widths
+from dotresize_fx.passes.reduce_graph import reduce_graph
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
+from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.task import predicts_tokens, reads_text
 from dotresize_fx.width_plan import WidthPlan
@@ -77,6 +79,9 @@ def slim_graph(
     slimmed = dense.copy()
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
+    if changes_structure(options):  # no width is planned
+        reduced, notes = reduce_graph(dense, batches, options, progress)
+        return Slimmed(reduced, notes=notes)
     cuts_stream = RegionKind.RESIDUAL in options.kinds if plan is None else "residual stream" in plan.widths
     matches = _with_parted_stream(slimmed, matches, options, cuts_stream)
     if plan is not None:
