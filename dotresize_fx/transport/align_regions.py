@@ -74,7 +74,8 @@ class HeadWeights:
     @classmethod
     def of(cls, graph: Graph, value: Region | None, query_key: Region | None) -> HeadWeights:
         """From the regions of one attention, each with one writer a side."""
-        values = scores = None
+        values: Pair | None = None
+        scores: Pair | None = None
         if value is not None:
             (writer,), (reader,) = value.writers, value.readers
             read = _split(graph.weight(graph.op(reader)).double().T, value)

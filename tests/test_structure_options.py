@@ -1,0 +1,43 @@
+"""Options for rank and depth: what goes together, and what is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dotresize_fx.errors import UsageError
+from dotresize_fx.options import Options
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"merge": 0}, "--merge 0: at least one block has to go"),
+        ({"merge": 1, "ratio": 0.2}, "--ratio cannot be given beside it"),
+        ({"merge": 1, "merge_method": "best"}, "choose one of mka, aligned, drop-last, drop-least"),
+        ({"merge_method": "mka"}, "say with --merge how many"),
+        ({"merge": 1, "method": "rom"}, "--merge and --method rom do not go together"),
+        ({"merge": 1, "effort": "best"}, "--merge and --effort best do not go together"),
+        ({"merge": 1, "formats": ("pt2",)}, "--merge and --format pt2 do not go together"),
+        ({"method": "rom", "checkpoint": True, "uniform": True}, "--method rom and --uniform do not go together"),
+        ({"method": "rank", "checkpoint": True}, "--method rank and --checkpoint do not go together"),
+        ({"method": "rom", "regions": ("ffn",)}, "--method rom and --regions ffn do not go together"),
+        ({"method": "rom", "cost": "macs"}, "it is counted in weights"),
+        ({"method": "rom", "profile": True}, "it changes no width"),
+        ({"method": "svd"}, "choose one of"),
+    ],
+)
+def test_what_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Options(**given)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults() -> None:
+    assert Options(method="rom").ratio == 0.2
+    assert Options(method="rank", ratio=0.1).kinds == ()
+    merged = Options(merge=3)
+    assert (merged.ratio, merged.kinds, merged.merge_method) == (None, (), None)
+    assert Options().merge is None
