@@ -41,11 +41,11 @@ class ShallowForward(CachedForward):
             ]
             return {"logits": first.new_zeros(rows, length, self.vocabulary), "present": present}
 
-        model.forward = forward  # type: ignore[method-assign]
+        model.forward = forward
         try:
             yield
         finally:
-            model.forward = original  # type: ignore[method-assign]
+            model.forward = original
 
 
 def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Captured:

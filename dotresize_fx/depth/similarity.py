@@ -8,6 +8,7 @@ embeddings that order the tokens alike, and blind to signs: a reconstruction.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +47,7 @@ def _normalised(first: torch.Tensor, second: torch.Tensor) -> float:
     joint = torch.bincount(a * BINS + b, minlength=BINS * BINS).double().view(BINS, BINS) / len(a)
     entropies = [_entropy(joint.sum(axis)) for axis in (1, 0)]
     information = sum(entropies) - _entropy(joint.flatten())
-    return max(0.0, information / (entropies[0] * entropies[1]) ** 0.5)
+    return max(0.0, information / math.sqrt(entropies[0] * entropies[1]))
 
 
 def _binned(values: torch.Tensor) -> torch.Tensor:

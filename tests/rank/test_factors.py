@@ -18,7 +18,8 @@ TOKENS = 200
 def drawn(seed: int, rows: int = 7, columns: int = 5) -> tuple[torch.Tensor, ...]:
     """(inputs with means that are not zero, weight, bias, wanted outputs near the linear's own), float64."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(TOKENS, columns, generator=generator).double() @ torch.randn(columns, columns).double() + 1.5
+    x, mixed = (torch.randn(count, columns, generator=generator).double() for count in (TOKENS, columns))
+    x = x @ mixed + 1.5
     weight, bias = torch.randn(rows, columns, generator=generator), torch.randn(rows, generator=generator)
     own = x @ weight.double().T + bias
     return x, weight, bias, own + 0.3 * torch.randn(TOKENS, rows, generator=generator)
@@ -42,9 +43,10 @@ def test_the_error_falls_with_the_rank(seed: int, rows: int, columns: int) -> No
     own = x @ weight.double().T + bias
     ranks = range(1, min(rows, columns) + 1)
     published = [off(solve_rom(weight, bias, summed(x), r), x, own) for r in ranks]
-    ours = [off(solve_reduced_rank(weight, bias, summed(x, wanted - own), r), x, wanted) for r in ranks]
+    sums = summed(x, wanted - own)  # held to the linear's own weight, a fit gives some of the error away
+    ours = [off(solve_reduced_rank(weight, bias, sums, r, pull=1e-9), x, wanted) for r in ranks]
     for errors in (published, ours):
-        assert all(b <= a + 1e-9 for a, b in itertools.pairwise(errors))
+        assert all(b <= a + 1e-6 for a, b in itertools.pairwise(errors))
 
 
 def test_published_factors_of_full_rank_are_the_linear() -> None:
