@@ -15,6 +15,7 @@ from dotresize_fx.depth.similarity import neighbour_similarities
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.least_squares import PULL
 from dotresize_fx.passes.align_blocks import align_blocks
 from dotresize_fx.passes.choose_regions import choose_regions, sublayers
 from dotresize_fx.passes.cut_stream import apply_map
@@ -23,7 +24,7 @@ from dotresize_fx.passes.find_blocks import Block, find_blocks
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.merge_layers import MergeLayers
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import RegionKind
+from dotresize_fx.regions import RegionKind, counted
 from dotresize_fx.sweep import Sweep
 from dotresize_fx.transport.align_regions import rotation_between
 
@@ -135,20 +136,40 @@ def _told(dense: FxGraph, slim: FxGraph, gone: Sequence[int], alphas: Sequence[f
 
 
 def refit_graph(
-    dense: FxGraph, slim: FxGraph, batches: Sequence[Inputs], progress: Progress, *, check: bool = False, seed: int = 0
+    dense: FxGraph,
+    slim: FxGraph,
+    batches: Sequence[Inputs],
+    progress: Progress,
+    *,
+    repair_steps: int = 0,
+    repair_rate: float | None = None,
+    pull: float = PULL,
+    check: bool = False,
+    seed: int = 0,
 ) -> tuple[str, ...]:
     """Fit the readers of FFNs and values so that the stream behind each sublayer of ``slim`` is that of the ``dense``
-    one of its name. Returns a note where nothing of the kind was found.
+    one of its name. The rest: see Sweep. Returns a note on what was fitted, or that nothing of the kind was found.
     """
     try:
         regions, _ = choose_regions(slim, find_regions(slim).regions, (RegionKind.VALUE, RegionKind.FFN))
     except NothingToSlimError as error:
         return (f"nothing was refitted: {error}",)
-    sweep = Sweep(dense, slim, batches, lambda region, found: apply_map(slim, region, found, check), seed=seed)
+    sweep = Sweep(
+        dense,
+        slim,
+        batches,
+        lambda region, found: apply_map(slim, region, found, check),
+        repair_steps=repair_steps,
+        repair_rate=repair_rate,
+        pull=pull,
+        seed=seed,
+    )
     together = sublayers(regions)
     with progress.stage("refit", len(together)) as step:
         for part in together:
             sweep.slim_sublayer([(region, region.width) for region in part], lambda _: ())
             step()
     sweep.finish()
-    return ()
+    slim.refresh_shapes()
+    refined = f" and refined for {repair_steps} steps each" if repair_steps else ""
+    return (f"{counted(len(together), 'sublayer')} refitted{refined}",)

@@ -38,12 +38,15 @@ ASTRAY = 0.02
 
 @dataclass(frozen=True)
 class Slimmed:
-    """A slim graph, what was cut in it and by which width plan, and notes for the report."""
+    """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the numbers of
+    the dense graph's blocks that it has not.
+    """
 
     graph: FxGraph
     swept: tuple[SweptRegion, ...] = ()
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
 
 
 def slim_graph(
@@ -80,8 +83,8 @@ def slim_graph(
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if changes_structure(options):  # no width is planned
-        reduced, told = reduce_graph(dense, batches, options, progress)
-        return Slimmed(reduced, notes=told)
+        reduced = reduce_graph(dense, batches, options, progress, task)
+        return Slimmed(reduced.graph, notes=reduced.notes, gone=reduced.gone)
     cuts_stream = RegionKind.RESIDUAL in options.kinds if plan is None else "residual stream" in plan.widths
     matches = _with_parted_stream(slimmed, matches, options, cuts_stream)
     if plan is not None:
