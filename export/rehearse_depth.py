@@ -10,7 +10,7 @@ from dotresize_fx.errors import CheckpointError
 from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.rehearse_checkpoint import compare
-from dotresize_fx.export.stock_layers import layers_of
+from dotresize_fx.export.stock_layers import StockLayers, layers_of
 from dotresize_fx.export.stock_model import require_stock_class, stock_model
 from dotresize_fx.export.stock_weights import StockWeights
 from dotresize_fx.options import Options
@@ -34,20 +34,29 @@ def rehearse_depth(loaded: LoadedModel, captured: Captured, options: Options) ->
     blocks = find_blocks(dense)
     check_count(count, len(blocks))
     gone = _chosen(blocks, method, count, first=True)
+    weights = StockWeights(loaded.model, dense)
+    alone = [_chosen(blocks, method, 1, first=first) for first in (True, False)] if method != "drop-last" else []
+    trials = [layers_of(weights, blocks, chosen) for chosen in (*alone, gone)]
+    for layers in trials:
+        if not (why := _why_not(loaded, layers)):
+            continue
+        last = layers_of(weights, blocks, _chosen(blocks, "drop-last", count, first=True))
+        raise CheckpointError(
+            why if _why_not(loaded, last) else f"{why}; --merge-method drop-last leaves the others be"
+        )
+    slim = dense.copy()
+    DropLayers([blocks[i] for i in gone])(slim)
+    model = stock_model(loaded, dense, slim, (), {}, gone).model
+    compare(model, slim, captured, "with fewer layers", "it uses their numbers for more; leave --checkpoint out")
+
+
+def _why_not(loaded: LoadedModel, layers: StockLayers) -> str:
+    """Why no configuration says these layers; empty where one does."""
     try:
-        if method != "drop-last":
-            weights = StockWeights(loaded.model, dense)
-            for first in (True, False):
-                alone = layers_of(weights, blocks, _chosen(blocks, method, 1, first=first))
-                alone.shallow(type(loaded.model), loaded.config)
-        slim = dense.copy()
-        DropLayers([blocks[i] for i in gone])(slim)
-        model = stock_model(loaded, dense, slim, (), {}, gone).model
-        compare(model, slim, captured, "with fewer layers", "it uses their number for more; leave --checkpoint out")
+        layers.shallow(type(loaded.model), loaded.config)
     except CheckpointError as error:
-        if method == "drop-last":
-            raise
-        raise CheckpointError(f"{error}; --merge-method drop-last leaves the numbers of the others alone") from error
+        return str(error)
+    return ""
 
 
 def _chosen(blocks: Sequence[Block], method: str, count: int, *, first: bool) -> list[int]:

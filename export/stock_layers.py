@@ -61,6 +61,8 @@ class StockLayers:
             raise CheckpointError(f"--checkpoint: {name} has no field that says {self.count} layers: leave it out")
         changed = fields | {field: self._closed_up(field, value) for field, value in fields.items()}
         changed[counted] = len(self.left)
+        if "attention_types" in fields:  # GPT-Neo's other way to say its attention_layers
+            changed["attention_types"] = [[[kind], 1] for kind in changed["attention_layers"]]
         found = said(lambda: type(config).from_dict(changed), name)
         dense, shallow = (_described(model_class, one) for one in (config, found))
         self._compare(dense, shallow, model_class.__name__)
@@ -125,4 +127,4 @@ def _told(module: torch.nn.Module | None) -> Mapping[str, object]:
     kinds = (bool, int, float, str, tuple, type(None))
     plain = {name: value for name, value in vars(module).items() if isinstance(value, kinds) and name[0] != "_"}
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
-    return plain | shapes | {"class": type(module).__name__}
+    return {"class": type(module).__name__} | plain | shapes

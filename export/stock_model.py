@@ -14,7 +14,7 @@ from dotresize_fx.export.fit_stock import fit_stock
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.stock_config import Cut, StockConfig
-from dotresize_fx.export.stock_layers import StockLayers, layers_of
+from dotresize_fx.export.stock_layers import layers_of
 from dotresize_fx.export.stock_weights import StockWeights
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.fx_form.graph import FxGraph

@@ -72,7 +72,9 @@ def _carries(op: Op) -> bool:
 
 
 def _states(graph: Graph) -> list[Value]:
-    """From the embedding on, the values that all ways to the outputs pass through."""
+    """From the embedding on, or of a model without one from its input, the values that all ways to the outputs pass
+    through.
+    """
     order = [op for op in graph.ops if _carries(op)]
     place = {op.output: i for i, op in enumerate(order)}
     end = len(order)
@@ -94,13 +96,19 @@ def _states(graph: Graph) -> list[Value]:
                 assert above is not None
                 met, way = (above, way) if deeper == met else (met, above)
         following[i], depth[i] = met, depth[met] + 1
-    starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING] or list(range(len(order)))
+    starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING]
+    starts = starts or [i for i, op in enumerate(order) if any(_is_given(graph, value) for value in op.inputs)]
     at: int | None = max(starts, key=lambda i: (depth[i], -i), default=None)
     found = []
     while at is not None and at != end:
         found.append(order[at].output)
         at = following[at]
     return found
+
+
+def _is_given(graph: Graph, value: Value) -> bool:
+    """Whether it is an input of the graph."""
+    return not value.is_parameter and graph.producer(value) is None
 
 
 def _between(graph: Graph, start: Value, end: Value) -> list[Op]:
