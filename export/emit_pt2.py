@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from dotresize_fx.cache_names import PAST
 from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.given_program import ready_to_emit
 from dotresize_fx.export.quiet import quiet_libraries
@@ -18,7 +16,6 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 
 PT2_FILE = "model.pt2"
-_LAYER = re.compile(rf"L\['{PAST}'\]\[(\d+)\]")
 
 
 def emit_pt2(captured: Captured, graph: FxGraph, folder: Path) -> Path:
@@ -32,8 +29,6 @@ def emit_pt2(captured: Captured, graph: FxGraph, folder: Path) -> Path:
     for node in graph.nodes.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     _narrow_examples(graph)
-    if captured.cache is not None:
-        _guard_layers_left(program)
     if captured.vocabulary:
         _allow_one_token(program)
     path = folder / PT2_FILE
@@ -56,15 +51,6 @@ def _narrow_examples(graph: FxGraph) -> None:
         return value.contiguous()
 
     graph.program.example_inputs = pytree.tree_map(narrowed, graph.program.example_inputs)
-
-
-def _guard_layers_left(program: torch.export.ExportedProgram) -> None:
-    """What is asked of sizes of a cache's layers, of ones that are gone too, which are the same in all layers."""
-    left = len(program.example_inputs[1][PAST])
-    program._guards_code = [
-        _LAYER.sub(lambda found: found[0] if int(found[1]) < left else f"L['{PAST}'][0]", asked)
-        for asked in program._guards_code
-    ]
 
 
 def _allow_one_token(program: torch.export.ExportedProgram) -> None:

@@ -1,7 +1,8 @@
-"""What converting a program with fewer blocks needs: names of its inputs and outputs, with fewer layers of cache."""
+"""What converting a program with fewer blocks needs: what it is called with has fewer layers of cache."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ import torch
 from dotresize_fx.cache_names import PAST
 from dotresize_fx.export.cached_forward import CachedForward, Layers
 from dotresize_fx.export.capture import Captured
+
+_LAYER = re.compile(rf"L\['{PAST}'\]\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,14 @@ def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Capt
         return captured
     sample = {**cached.sample, PAST: cached.sample[PAST][:left]}
     return replace(captured, cache=ShallowForward(cached.sizes[:left], cached.positions, sample, captured.vocabulary))
+
+
+def guard_layers_left(program: torch.export.ExportedProgram) -> None:
+    """Ask of layers that are there what torch noted of sizes of ones that are gone: they are the same in all layers."""
+    _, given = program.example_inputs or ((), {})
+    if not (left := len(given.get(PAST, ()))):
+        return
+    program._guards_code = [
+        _LAYER.sub(lambda found: found[0] if int(found[1]) < left else f"L['{PAST}'][0]", asked)
+        for asked in program._guards_code
+    ]

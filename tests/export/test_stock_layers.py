@@ -88,13 +88,17 @@ def test_a_stock_model_computes_what_is_left(
     assert len(getattr(slim.config, "layer_types", None) or [0]) == 1
 
 
-@pytest.mark.parametrize("method", ["drop-last", "drop-least"])
-def test_layers_that_alternate(tiny_batch: Any, method: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alternating() -> Prepared:
     more = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "layer_types": ALTERNATING}
     config = transformers.Gemma3TextConfig(**SIZES, **more, num_hidden_layers=4)
-    found = prepared(transformers.Gemma3ForCausalLM(config))
+    return prepared(transformers.Gemma3ForCausalLM(config))
+
+
+@pytest.mark.parametrize("method", ["drop-last", "drop-least"])
+def test_layers_that_alternate(alternating: Prepared, tiny_batch: Any, method: str, tmp_path: Path) -> None:
     batches = [tiny_batch(4, 24, 3, seed=seed) for seed in range(8)]
-    model = rehearsed_and_compared(found, batches, tiny_batch(2, 19, 5), method, 1, tmp_path)
+    model = rehearsed_and_compared(alternating, batches, tiny_batch(2, 19, 5), method, 1, tmp_path)
     assert model.config.num_hidden_layers == len(model.config.layer_types) == 3
     if method == "drop-last":
         assert model.config.layer_types == ALTERNATING[:3]
@@ -180,14 +184,13 @@ def test_names_close_up() -> None:
     assert (layers.number("h.3.weight"), layers.number("ln.3.weight"), layers.number("h.weight")) == (3, None, None)
 
 
-def test_scores_that_are_scaled_by_the_layers_number_are_refused_first() -> None:
-    config = transformers.GPT2Config(
-        vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, scale_attn_by_inverse_layer_idx=True
-    )
-    found = prepared(transformers.GPT2LMHeadModel(config))
+def test_scores_that_are_scaled_by_the_layers_number_are_refused_first(tiny_graph: Any) -> None:
+    model, graph = tiny_graph("gpt2")
+    source = loaded(model)
+    source.config.scale_attn_by_inverse_layer_idx = True
+    captured = Captured(graph, sample_inputs(97), None, 64, 97)
     with pytest.raises(CheckpointError, match=r"with scaling 0\.\d+ for 0\.\d+, .*--merge-method drop-last leaves"):
-        rehearse_depth(*found, Options(merge=1, merge_method="drop-least", checkpoint=True))
-    rehearse_depth(*found, Options(merge=1, merge_method="drop-last", checkpoint=True))
+        rehearse_depth(source, captured, Options(merge=1, merge_method="drop-least", checkpoint=True))
 
 
 def test_a_rehearsal_notices_another_model_and_too_many_blocks(tiny_graph: Any, monkeypatch: Any) -> None:
