@@ -46,7 +46,11 @@ def check_structure(options: Options) -> None:
         "--target-latency and --profile": options.by_the_clock and widths,
         f"--basis {options.basis}": options.basis != "shared" and widths,
         f"--cost {options.cost}": options.cost not in (None, "weights") and "it is counted in weights",
-        "--effort best": by_rank and options.effort == "best" and "its factors are not repaired: use heal",
+        "--effort best": options.effort == "best"
+        and (
+            (by_rank and "its factors are not repaired: use heal")
+            or (options.merge_method == "drop-last" and "the blocks that stay put out what they did: use heal")
+        ),
         "--checkpoint": by_rank and options.checkpoint and "no stock model has two linears in place of one",
     }
     for option, why in against.items():

@@ -32,7 +32,9 @@ def reduce_graph(
     progress: Progress,
     task: str = "decoder",
 ) -> Reduced:
-    """Methods as published are not refitted, "aligned" is, and with more effort all that leave out blocks are."""
+    """Methods as published are not refitted, "aligned" is, and with more effort all that leave out blocks are: but for
+    "drop-last", behind which the blocks that stay put out what they did.
+    """
     if options.merge is None:
         cuts = published_ranks(dense, options.ratio or 0.0)
         published = options.method == "rom"
@@ -41,7 +43,7 @@ def reduce_graph(
     method = options.merge_method or "mka"
     merged = merge_graph(dense, batches, options.merge, progress, method, check=options.check, seed=options.seed)
     notes = merged.notes
-    if method == "aligned" or options.effort != "fast":
+    if method == "aligned" or (method != "drop-last" and options.effort != "fast"):
         notes += refit_graph(
             dense,
             merged.graph,
