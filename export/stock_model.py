@@ -74,9 +74,10 @@ def stock_model(
 
 
 def require_stock_class(loaded: LoadedModel) -> None:
-    """Raises CheckpointError where the model's code is not transformers' own."""
-    if loaded.program is not None:
-        raise CheckpointError("--checkpoint: a program has no stock class of transformers: export the model's folder")
+    """Raises CheckpointError where the model's code is not transformers' own, or it comes without a configuration."""
+    if loaded.program is not None or loaded.config is None:
+        what = "a module in memory" if loaded.program is None else "a program"
+        raise CheckpointError(f"--checkpoint: {what} comes without what a stock model is made of: export its folder")
     if type(loaded.model).__module__.partition(".")[0] != "transformers":
         name = type(loaded.model).__name__
         raise CheckpointError(f"--checkpoint: {name} is code that came with the model, not a class of transformers")

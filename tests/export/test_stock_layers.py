@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,10 @@ def test_the_wrong_block_is_noticed(tiny_graph: Callable[[str], Any]) -> None:
     DropLayers([find_blocks(slim)[0]])(slim)
     with pytest.raises(CheckpointError, match="is gone from the slim program"):
         stock_model(loaded(model), graph, slim, (), {}, (1,))
+
+
+def test_a_module_in_memory_is_refused(tiny_graph: Any) -> None:
+    model, graph = tiny_graph("llama")
+    source = dataclasses.replace(loaded(model), config=None)
+    with pytest.raises(CheckpointError, match="a module in memory comes without what a stock model is made of"):
+        rehearse_depth(source, Captured(graph, {}, None, 64, 97), Options(merge=1, checkpoint=True))
