@@ -51,6 +51,9 @@ def check_structure(options: Options) -> None:
             (by_rank and "its factors are not repaired: use heal")
             or (options.merge_method == "drop-last" and "the blocks that stay put out what they did: use heal")
         ),
+        "--format executorch": by_rank
+        and "executorch" in options.formats
+        and "its converter does not take two linears behind an attention",
         "--checkpoint": by_rank and options.checkpoint and "no stock model has two linears in place of one",
     }
     for option, why in against.items():

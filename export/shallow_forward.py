@@ -66,9 +66,9 @@ def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Capt
 
 def guard_layers_left(program: torch.export.ExportedProgram) -> None:
     """Ask of layers that are there what torch noted of sizes of ones that are gone: they are the same in all layers."""
-    _, given = program.example_inputs or ((), {})
-    if not (left := len(given.get(PAST, ()))):
+    if program.example_inputs is None or PAST not in program.example_inputs[1]:
         return
+    left = len(program.example_inputs[1][PAST])
     program._guards_code = [
         _LAYER.sub(lambda found: found[0] if int(found[1]) < left else f"L['{PAST}'][0]", asked)
         for asked in program._guards_code

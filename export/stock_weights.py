@@ -156,9 +156,11 @@ class StockWeights:
 
     def _turn(self, key: str, dense: Graph) -> Turn:
         stored, seen = self._stored[key], self._read(dense, key)
-        for turn in (*_TURNS, lambda t: t.reshape(-1, *stored.shape[1:])):  # the last of patches, in one row each
-            if seen.numel() != stored.numel():
-                break
+
+        def patches(rows: torch.Tensor) -> torch.Tensor:  # of an image, which the view has in one row each
+            return rows.reshape(-1, *stored.shape[1:])
+
+        for turn in (*_TURNS, patches) if seen.numel() == stored.numel() else ():
             turned = turn(seen)
             if turned.shape == stored.shape and (
                 torch.equal(turned, stored) or torch.allclose(turned, stored, rtol=0, atol=ROUNDING)

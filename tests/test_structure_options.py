@@ -23,6 +23,7 @@ from dotresize_fx.options import Options
         ({"merge": 1, "formats": ("genai",)}, "--format genai is built from the checkpoint"),
         ({"method": "rom", "checkpoint": True, "uniform": True}, "--method rom and --uniform do not go together"),
         ({"method": "rank", "checkpoint": True}, "--method rank and --checkpoint do not go together"),
+        ({"method": "rom", "formats": ("executorch",)}, "--method rom and --format executorch do not go together"),
         ({"method": "rom", "regions": ("ffn",)}, "--method rom and --regions ffn do not go together"),
         ({"method": "rom", "cost": "macs"}, "it is counted in weights"),
         ({"method": "rom", "profile": True}, "it changes no width"),
