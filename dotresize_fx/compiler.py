@@ -32,7 +32,8 @@ from dotresize_fx.launched import Launched
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.passes.follow_plan import check_plan
-from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport

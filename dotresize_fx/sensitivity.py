@@ -16,7 +16,8 @@ from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
-from dotresize_fx.probe import Probe, price_probes
+from dotresize_fx.prices import price_probes
+from dotresize_fx.probe import Probe
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region
 from dotresize_fx.solvers import CURVES
@@ -50,7 +51,7 @@ def measure_curves(
     relative. Regions come in graph order. ``advanced`` is called once a batch and once a region.
     """
     watched = [RegionInputs(graph, region) for region in regions]
-    shaping, pricing = disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
+    shaping, pricing = shaping_and_pricing(graph, batches, task)
     statistics = _dense_statistics(graph, watched, shaping, advanced)
     curves, probes = {}, []
     for inputs in watched:
@@ -75,6 +76,13 @@ def priced(curve: torch.Tensor, width: int, price: float) -> torch.Tensor:
 
 def _ids(batch: Inputs) -> int:
     return batch["input_ids"].numel()
+
+
+def shaping_and_pricing(
+    graph: FxGraph, batches: Sequence[Inputs], task: str
+) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """:func:`disjoint`, of a graph that says how many rows inputs make that are no text."""
+    return disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
 
 
 def disjoint(

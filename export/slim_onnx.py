@@ -220,6 +220,7 @@ def _refuse(options: Options) -> None:
         f"--effort {options.effort}": options.effort != "fast",
         f"--method {options.method}": options.method in RANK_METHODS,
         "--merge": options.merge is not None,
+        f"--methods {','.join(options.methods)}": bool(options.methods),
         "--checkpoint": options.checkpoint,
         f"--format {','.join(options.formats)}": bool(set(options.formats) - {"onnx"}),
         f"--dtype {options.dtype}": options.dtype != "float32",

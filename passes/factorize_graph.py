@@ -86,6 +86,34 @@ def factorize_graph(
         UsageError: a rank that is 0 or beyond its linear's size, or that the guard refuses.
     """
     slim = dense.copy()
+    how = {"published": published, "dense_targets": dense_targets, "sequential": sequential}
+    found = factorize(dense, slim, batches, cuts, progress, guard=guard, check=check, **how)
+    slim.refresh_shapes()
+    left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
+    return Factorized(
+        slim,
+        {name: one.factors.rank for name, one in found.items()},
+        {name: one.error for name, one in found.items() if one.error is not None},
+        (f"{len(found)} linears are two of a lower rank now: {1 - left:.1%} of the block weights went",),
+    )
+
+
+def factorize(
+    dense: FxGraph,
+    slim: FxGraph,
+    batches: Sequence[Inputs],
+    cuts: Sequence[RankCut],
+    progress: Progress,
+    *,
+    published: bool = False,
+    dense_targets: bool = True,
+    sequential: bool = True,
+    guard: bool = True,
+    check: bool = False,
+) -> dict[str, RankSolution]:
+    """:func:`factorize_graph` in place, of a ``slim`` copy that may have changed before; returns what was solved for,
+    by op name.
+    """
     for cut in cuts:
         op = slim.op(cut.op)
         rows, columns = slim.weight(op).shape
@@ -95,13 +123,6 @@ def factorize_graph(
             slim.set_bias(op, slim.weight(op).new_zeros(rows))
     sweep = RankSweep(dense, slim, batches, published=published, dense_targets=dense_targets, sequential=sequential)
     with torch.no_grad(), progress.stage("factorize", len(cuts)) as step:
-        found: dict[str, RankSolution] = sweep.solve(cuts, step)
+        found = sweep.solve(cuts, step)
     FactorizeLinear({name: one.factors for name, one in found.items()}, guard=guard)(slim, check=check)
-    slim.refresh_shapes()
-    left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
-    return Factorized(
-        slim,
-        {name: one.factors.rank for name, one in found.items()},
-        {name: one.error for name, one in found.items() if one.error is not None},
-        (f"{len(found)} linears are two of a lower rank now: {1 - left:.1%} of the block weights went",),
-    )
+    return found

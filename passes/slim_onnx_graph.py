@@ -21,7 +21,8 @@ from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan, follow_plan
 from dotresize_fx.passes.plan_widths import plan_widths
-from dotresize_fx.passes.slim_graph import cut_or_refitted, too_few_tokens, what_was_refused, what_went
+from dotresize_fx.passes.slim_graph import too_few_tokens, what_was_refused, what_went
+from dotresize_fx.passes.sweep_regions import cut_or_refitted
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap

@@ -74,6 +74,18 @@ def solve_reduced_rank(
     return Factors(first, basis, mean_y - basis @ (first @ mean_x))
 
 
+def output_spectrum(weight: torch.Tensor, sums: GramAccumulator) -> torch.Tensor:
+    """(min(out, in),) float64, falling: the eigenvalues of the second moments of what the linear puts out, centred.
+
+    Those behind the first r are what :func:`solve_reduced_rank` leaves undone where nothing is missing.
+    """
+    mean = sums.gram[-1, :-1] / sums.tokens
+    gram = sums.gram[:-1, :-1] - sums.tokens * torch.outer(mean, mean)
+    weight = weight.double()
+    values: torch.Tensor = torch.linalg.eigvalsh(weight @ gram @ weight.T).clamp_min(0).flip(0)
+    return values[: min(weight.shape)]
+
+
 def leading(moments: torch.Tensor, rank: int) -> torch.Tensor:
     """(n, rank): the eigenvectors of the largest eigenvalues of a symmetric (n, n)."""
     vectors: torch.Tensor = torch.linalg.eigh(moments).eigenvectors
