@@ -18,6 +18,7 @@ aligned turned   residual coordinates matched too, where this brings the weights
 drop-last, drop-least   baselines: the last blocks, or the ones that turn the stream least
 ... refit        what reads values and FFNs fitted to the dense model's stream afterwards
 width            the compiler's own cut of FFNs and heads, effort fast
+rank, depth      ranks of all linears, blocks to drop, by measured loss per cost; refitted
 mixed            width, rank and depth together
 
 int8: the same with the blocks' weights rounded as export --quantize int8 stores them; MKA claims that both add up.
@@ -81,11 +82,15 @@ def width(setup: Setup, ratio: float, seed: int) -> Cut:
     return slimmed.graph, slimmed.notes
 
 
-def mixed(setup: Setup, ratio: float, seed: int) -> Cut:
-    """One budget for all."""
-    options = Options(ratio=ratio, methods=("width", "rank", "depth"), seed=seed)
-    slimmed = slim_graph(setup.dense, setup.matches, setup.calibrating, options, QUIET)
-    return slimmed.graph, slimmed.notes
+def planned(*methods: str) -> Method:
+    """One budget for all of them."""
+
+    def cut(setup: Setup, ratio: float, seed: int) -> Cut:
+        options = Options(ratio=ratio, methods=methods, seed=seed)
+        slimmed = slim_graph(setup.dense, setup.matches, setup.calibrating, options, QUIET)
+        return slimmed.graph, slimmed.notes
+
+    return cut
 
 
 METHODS: Mapping[str, Method] = {
@@ -103,7 +108,9 @@ METHODS: Mapping[str, Method] = {
     "drop-least": depth("drop-least"),
     "drop-least refit": depth("drop-least", refit=True),
     "width": width,
-    "mixed": mixed,
+    "rank": planned("rank"),
+    "depth": planned("depth"),
+    "mixed": planned("width", "rank", "depth"),
 }
 COLUMNS = ["ratio", "method", "weights off", "same source", "other source", "int8", "agreement", "KL", "seconds"]
 
