@@ -260,6 +260,19 @@ class Options:
         return self.profile or self.target_latency is not None
 
     @property
+    def helped(self) -> bool:
+        """Whether several processes do more than one: they heal together, or share the calibration text."""
+        if self.effort != "fast":
+            return self.effort == "heal"
+        return not (
+            self.ratio == 0
+            or self.methods
+            or changes_structure(self)
+            or self.by_the_clock
+            or RegionKind.RESIDUAL in self.kinds
+        )
+
+    @property
     def finest_step(self) -> int:
         """What planned widths are multiples of at the least: a GPU's kernels want rows of 16 bytes."""
         if self.dtype in ("float16", "bfloat16"):

@@ -14,6 +14,7 @@ from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
@@ -47,11 +48,13 @@ def sweep_regions(
     stream: SlimStream | None = None,
     *,
     changed: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[SweptRegion]:
     """Cut the regions to the plan's widths in place, sublayer by sublayer; ``work`` takes finished blocks.
 
     ``refit``: whether readers are refitted. ``stream`` tells how the stream itself was cut, if it was. ``changed``:
-    the stream is not the dense graph's any more, and regions that keep their widths are refitted too.
+    the stream is not the dense graph's any more, and regions that keep their widths are refitted too. ``ranks``: see
+    Sweep.
     """
     sweep = Sweep(
         dense,
@@ -64,6 +67,7 @@ def sweep_regions(
         repair_rate=None if predicts_tokens(task) else ENCODER_LEARNING_RATE,
         pull=PULL if predicts_tokens(task) else ENCODER_PULL,
         seed=options.seed,
+        ranks=ranks,
     )
     swept: list[SweptRegion] = []
     with progress.stage("sweep", len(regions)) as step:
