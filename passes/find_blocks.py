@@ -126,18 +126,20 @@ def _block(graph: Graph, start: Value, ops: Sequence[Op], states: Sequence[str])
     seen: dict[str, str] = {}
     form: list[object] = []
     for op in ops:
+        tables = op.inputs[1:] if op.attributes.get("rotary") else ()
         inputs = tuple(
             inside[value.name]
             if value.name in inside
             else f"own {value.shape}"
-            if value.is_parameter and not graph.is_buffer(value)
+            if value.is_parameter and not graph.is_buffer(value) and value not in tables
             else _spelled(graph, value, seen)
             for value in op.inputs
         )
         own = None if op.weight is None else tuple(graph.weight(op).shape)
-        form.append((str(op.kind), op.spelling, _told(op.attributes), inputs, own, op.bias is None))
+        form.append((str(op.kind), op.spelling, _told(op.attributes), graph.details(op), inputs, own, op.bias is None))
     owned = tuple(op.name for op in ops if op.weight is not None or op.bias is not None)
-    caches = tuple(op.output.name for op in ops if op.output.name in graph.caches)
+    put_out = [name for op in ops for name in (op.output.name, *op.attributes.get("cache", {}).values())]
+    caches = tuple(name for name in put_out if name in graph.caches)
     names = tuple(op.name for op in ops)
     return Block(start, graph.op(names[-1]).output, names, tuple(states), owned, caches, tuple(form))
 
@@ -158,7 +160,7 @@ def _spelled(graph: Graph, value: Value, seen: dict[str, str]) -> str:
         else:
             seen[value.name] = f"value {len(seen)}"  # should a graph go in circles
             read = [_spelled(graph, one, seen) for one in (*op.inputs, op.weight, op.bias) if one is not None]
-            made = repr((str(op.kind), op.spelling, _told(op.attributes), read))
+            made = repr((str(op.kind), op.spelling, _told(op.attributes), graph.details(op), read))
             seen[value.name] = f"{op.spelling} {hash(made):x}"
     return seen[value.name]
 
@@ -169,7 +171,8 @@ def _check(graph: Graph, blocks: Sequence[Block]) -> None:
         inside = set(block.ops)
         for name in block.ops:
             op = graph.op(name)
-            if _is_attention(op) and len(op.inputs) > 2 and not _comes_from(graph, op.inputs[1], inside):
+            seen = op.inputs[1:2] if _is_attention(op) else ()  # keys, or the values of one that only mixes
+            if any(not value.is_parameter and not _comes_from(graph, value, inside) for value in seen):
                 raise NothingToSlimError(
                     "its blocks attend to another stack's output (an encoder-decoder model): their depth cannot change"
                 )

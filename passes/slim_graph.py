@@ -80,8 +80,8 @@ def slim_graph(
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if changes_structure(options):  # no width is planned
-        reduced, told = reduce_graph(dense, batches, options, progress)
-        return Slimmed(reduced, notes=told)
+        reduced = reduce_graph(dense, batches, options, progress)
+        return Slimmed(reduced.graph, notes=reduced.notes)
     cuts_stream = RegionKind.RESIDUAL in options.kinds if plan is None else "residual stream" in plan.widths
     matches = _with_parted_stream(slimmed, matches, options, cuts_stream)
     if plan is not None:
