@@ -171,8 +171,7 @@ def _check(graph: Graph, blocks: Sequence[Block]) -> None:
         inside = set(block.ops)
         for name in block.ops:
             op = graph.op(name)
-            seen = op.inputs[1:2] if _is_attention(op) else ()  # keys, or the values of one that only mixes
-            if any(not value.is_parameter and not _comes_from(graph, value, inside) for value in seen):
+            if any(not value.is_parameter and not _comes_from(graph, value, inside) for value in _attended(op)):
                 raise NothingToSlimError(
                     "its blocks attend to another stack's output (an encoder-decoder model): their depth cannot change"
                 )
@@ -181,6 +180,13 @@ def _check(graph: Graph, blocks: Sequence[Block]) -> None:
                     raise NothingToSlimError(
                         f"{graph.parameter_name(value)}: blocks share one set of weights, so their depth cannot change"
                     )
+
+
+def _attended(op: Op) -> tuple[Value, ...]:
+    """An attention's queries, keys and values, or weights and values of one that only mixes; nothing of other ops."""
+    if not _is_attention(op) or "scale" not in op.attributes:
+        return ()
+    return op.inputs[: 2 if op.attributes.get("mixes") else 3]
 
 
 def _comes_from(graph: Graph, value: Value, inside: set[str]) -> bool:

@@ -64,6 +64,8 @@ class OnnxEditor:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name = self.fresh(f"{name}_before")
         new.name = name
+        if (node := old.producer()) is not None and node.name == name:  # as nodes that were put in are called
+            node.name = old.name
 
     def add_initializer(self, name: str | None, tensor: torch.Tensor) -> ir.Value:
         value = ir.Value(name=self.fresh(str(name)))
