@@ -72,7 +72,7 @@ def merge_graph(
     if method not in (*MERGES, *DROPS):
         raise UsageError(f"--merge-method {method}: choose one of {', '.join((*MERGES, *DROPS))}")
     slim = dense.copy()
-    blocks = find_blocks(slim)
+    blocks: list[Block] = find_blocks(slim)
     check_count(count, len(blocks))
     statistics = DepthStatistics((), (0.0,) * len(blocks))
     if method != "drop-last":
