@@ -95,12 +95,26 @@ def _states(graph: Graph) -> list[Value]:
                 met, way = (above, way) if deeper == met else (met, above)
         following[i], depth[i] = met, depth[met] + 1
     starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING] or list(range(len(order)))
+    if len(starts) < len(order):  # not a table of distances, which enters with the first attention
+        reached = {i: _linears_behind(graph, order[i]) for i in starts}
+        starts = [i for i in starts if reached[i] == max(reached.values())]
     at: int | None = max(starts, key=lambda i: (depth[i], -i), default=None)
     found = []
     while at is not None and at != end:
         found.append(order[at].output)
         at = following[at]
     return found
+
+
+def _linears_behind(graph: Graph, op: Op) -> int:
+    seen, waiting, count = {op.name}, [op.output], 0
+    while waiting:
+        for user in graph.users(waiting.pop()):
+            if user.name not in seen and _carries(user):
+                seen.add(user.name)
+                waiting.append(user.output)
+                count += user.is_linear
+    return count
 
 
 def _between(graph: Graph, start: Value, end: Value) -> list[Op]:

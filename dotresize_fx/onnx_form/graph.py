@@ -63,7 +63,7 @@ class OnnxGraph(LayerEdits):
         self.changed()
 
     def set_parameter(self, value: Value, tensor: torch.Tensor) -> None:
-        self._editor.assign(list(slots(self._values[value.name])), tensor)
+        self._editor.assign(list(slots(self._values[value.name])), tensor, as_stored=True)
         self.changed()
 
     def set_bias(self, op: Op, tensor: torch.Tensor | None) -> None:

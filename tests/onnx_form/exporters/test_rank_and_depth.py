@@ -104,6 +104,17 @@ def test_several_merges_go_from_the_back(both: tuple[FxGraph, OnnxGraph], batche
     assert away(answers(other.graph, batches[9]), answers(one.graph, batches[9])) < AGREE
 
 
+def test_the_file_s_own_graph_merges_as_the_canonical_one(exported: Any) -> None:
+    """There GPT-2's linears are products of joined rows, query, key and value in one."""
+    given = OnnxGraph(ir.load(exported("gpt2", "any", 2)))
+    canonical = given.copy()
+    canonicalise(canonical)
+    data = [drawn(seed, positions=False) for seed in range(4)]
+    one, other = (merge_graph(graph, data, 1, QUIET, "mka", check=True) for graph in (given, canonical))
+    assert one.alphas == pytest.approx(other.alphas)
+    assert away(answers(one.graph, data[0]), answers(other.graph, data[0])) < EXACT
+
+
 @pytest.mark.parametrize(("kind", "way"), [("llama", "cpu"), ("bert", "dynamo"), ("gpt2", "script")])
 @pytest.mark.parametrize("published", [True, False])
 def test_at_full_rank_outputs_stay(exported: Any, kind: str, way: str, published: bool) -> None:
