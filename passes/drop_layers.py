@@ -19,8 +19,9 @@ class DropLayers(Pass):
         for block in self.blocks:
             inside = set(block.ops)
             for name in block.ops[:-1]:
-                output = graph.op(name).output
-                read = all(user.name in inside for user in graph.users(output))
+                op = graph.op(name)
+                output = op.output
+                read = all(user.name in inside for value in (output, *graph.beside(op)) for user in graph.users(value))
                 promise(read, f"{name}, inside a block, is read from outside")
                 put_out = output in graph.outputs and name not in block.caches
                 promise(not put_out, f"{name}, inside a block, is an output of the graph")

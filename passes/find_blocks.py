@@ -74,13 +74,13 @@ def _carries(op: Op) -> bool:
 def _states(graph: Graph) -> list[Value]:
     """From the embedding on, the values that all ways to the outputs pass through."""
     order = [op for op in graph.ops if _carries(op)]
-    place = {op.output: i for i, op in enumerate(order)}
+    place = {op.name: i for i, op in enumerate(order)}
     end = len(order)
     following: list[int | None] = [None] * len(order)  # the next op that all ways lead through; ``end`` is the outside
     depth = [0] * (len(order) + 1)
     for i in range(len(order) - 1, -1, -1):
         op = order[i]
-        users = [place[u.output] for u in graph.users(op.output) if u.output in place]
+        users = [place[user.name] for user in _readers(graph, op) if user.name in place]
         ways = [user for user in users if following[user] is not None]
         if op.output in graph.outputs and op.output.name not in graph.caches:
             ways.append(end)
@@ -107,36 +107,41 @@ def _states(graph: Graph) -> list[Value]:
 
 
 def _linears_behind(graph: Graph, op: Op) -> int:
-    seen, waiting, count = {op.name}, [op.output], 0
+    seen, waiting, count = {op.name}, [op], 0
     while waiting:
-        for user in graph.users(waiting.pop()):
+        for user in _readers(graph, waiting.pop()):
             if user.name not in seen and _carries(user):
                 seen.add(user.name)
-                waiting.append(user.output)
+                waiting.append(user)
                 count += user.is_linear
     return count
+
+
+def _readers(graph: Graph, op: Op) -> list[Op]:
+    """Ops that read anything that the op puts out."""
+    return [user for value in (op.output, *graph.beside(op)) for user in graph.users(value)]
 
 
 def _between(graph: Graph, start: Value, end: Value) -> list[Op]:
     """The ops on the ways from one value to the other, the one that puts out ``end`` the last."""
     behind: dict[str, Op] = {}
-    waiting = [start]
+    waiting = graph.users(start)
     while waiting:
-        for op in graph.users(waiting.pop()):
-            if op.name not in behind and _carries(op):
-                behind[op.name] = op
-                if op.output != end:
-                    waiting.append(op.output)
+        found_behind = [op for op in waiting if op.name not in behind and _carries(op)]
+        behind |= {op.name: op for op in found_behind}
+        waiting = [user for op in found_behind if op.output != end for user in _readers(graph, op)]
     wanted, found = {end.name}, []
     for op in sorted(behind.values(), key=lambda one: graph.positions[one.name], reverse=True):
-        if op.output.name in wanted:
+        if wanted & {value.name for value in (op.output, *graph.beside(op))}:
             found.append(op)
             wanted.update(value.name for value in op.inputs)
     return found[::-1]
 
 
 def _block(graph: Graph, start: Value, ops: Sequence[Op], states: Sequence[str]) -> Block:
-    inside = {start.name: "start"} | {op.output.name: str(i) for i, op in enumerate(ops)}
+    put_out = [(op.output, *graph.beside(op)) for op in ops]
+    inside = {start.name: "start"}
+    inside |= {value.name: f"{i}.{j}" for i, values in enumerate(put_out) for j, value in enumerate(values)}
     seen: dict[str, str] = {}
     form: list[object] = []
     for op in ops:
@@ -152,8 +157,8 @@ def _block(graph: Graph, start: Value, ops: Sequence[Op], states: Sequence[str])
         own = None if op.weight is None else tuple(graph.weight(op).shape)
         form.append((str(op.kind), op.spelling, _told(op.attributes), graph.details(op), inputs, own, op.bias is None))
     owned = tuple(op.name for op in ops if op.weight is not None or op.bias is not None)
-    put_out = [name for op in ops for name in (op.output.name, *op.attributes.get("cache", {}).values())]
-    caches = tuple(name for name in put_out if name in graph.caches)
+    handed = [name for op in ops for name in (op.output.name, *op.attributes.get("cache", {}).values())]
+    caches = tuple(name for name in handed if name in graph.caches)
     names = tuple(op.name for op in ops)
     return Block(start, graph.op(names[-1]).output, names, tuple(states), owned, caches, tuple(form))
 

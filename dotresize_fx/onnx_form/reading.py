@@ -156,6 +156,11 @@ class OnnxReading(Graph):
         tensor = constant(self._values[value.name])
         return tensor is not None and not tensor.dtype.is_floating_point()
 
+    def beside(self, op: Op) -> tuple[Value, ...]:
+        node = self._node(op.name)
+        shown = shown_outputs(node)
+        return tuple(self._value(output) for i, output in enumerate(node.outputs) if i not in shown and output.uses())
+
     def details(self, op: Op) -> tuple[object, ...]:
         if op.kind not in (Kind.ATTENTION, Kind.POINTWISE, Kind.OTHER):
             return ()  # the view tells all of them, whatever defaults the file states

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.export import prove_onnx
 from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.onnx_session import open_session
@@ -202,3 +203,17 @@ def test_what_cannot_be_is_one_line(
     line = error.strip().splitlines()[-1]
     assert said in line
     assert line.startswith("dotresize-fx: ")
+
+
+def test_quantised_weights_are_not_averaged(exported: Any, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    path = tmp_path / "quantised.onnx"
+    quantization.quantize_dynamic(exported("gpt2", "any", 2), path)
+    graph = opened(path)
+    data = [drawn(seed, positions=False) for seed in range(4)]
+    with pytest.raises(NothingToSlimError, match="linears are quantised, and such are not averaged"):
+        merge_graph(graph, data, 1, QUIET, "mka")
+    dropped = merge_graph(graph, data, 1, QUIET, "drop-last", check=True).graph
+    assert answers(dropped, data[0]).isfinite().all()
+    with pytest.raises(NothingToSlimError, match="no linear in the blocks has a weight of its own"):
+        published_ranks(graph, 0.2)
