@@ -95,6 +95,8 @@ def _states(graph: Graph) -> list[Value]:
                 met, way = (above, way) if deeper == met else (met, above)
         following[i], depth[i] = met, depth[met] + 1
     starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING] or list(range(len(order)))
+    if len(starts) == len(order) and any("quantised" in op.attributes for op in order):
+        raise NothingToSlimError("its table of tokens is quantised, which hides its blocks: give the model before that")
     if len(starts) < len(order):  # not a table of distances, which enters with the first attention
         reached = {i: _linears_behind(graph, order[i]) for i in starts}
         starts = [i for i in starts if reached[i] == max(reached.values())]

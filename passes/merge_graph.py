@@ -136,12 +136,13 @@ def _turn(before: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
 
 
 def _told(dense: Graph, slim: Graph, gone: Sequence[int], alphas: Sequence[float], method: str) -> tuple[str, ...]:
-    left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
+    before, after = (count_cost(graph, 1).block_linear_weights for graph in (dense, slim))
+    share = f", {1 - after / before:.1%} of the block weights" if before else ""  # all may be quantised
     told = ", ".join(
         f"{i}" if not alphas else f"{i} ({alpha:.2f} in {i + 1})"
         for i, alpha in sorted(itertools.zip_longest(gone, alphas, fillvalue=0.0))
     )
-    return (f"{method}: {len(gone)} blocks went, {1 - left:.1%} of the block weights: {told}",)
+    return (f"{method}: {len(gone)} blocks went{share}: {told}",)
 
 
 def refit_graph(

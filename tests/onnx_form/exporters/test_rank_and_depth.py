@@ -205,15 +205,17 @@ def test_what_cannot_be_is_one_line(
     assert line.startswith("dotresize-fx: ")
 
 
-def test_quantised_weights_are_not_averaged(exported: Any, tmp_path: Path) -> None:
+def test_quantised_weights_are_not_averaged(exported: Any, batches: list[Batch], tmp_path: Path) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
     path = tmp_path / "quantised.onnx"
-    quantization.quantize_dynamic(exported("gpt2", "any", 2), path)
+    quantization.quantize_dynamic(exported("llama", "any", LAYERS), path, op_types_to_quantize=["MatMul"])
     graph = opened(path)
-    data = [drawn(seed, positions=False) for seed in range(4)]
     with pytest.raises(NothingToSlimError, match="linears are quantised, and such are not averaged"):
-        merge_graph(graph, data, 1, QUIET, "mka")
-    dropped = merge_graph(graph, data, 1, QUIET, "drop-last", check=True).graph
-    assert answers(dropped, data[0]).isfinite().all()
+        merge_graph(graph, batches, 1, QUIET, "mka")
+    dropped = merge_graph(graph, batches, 1, QUIET, "drop-last", check=True).graph
+    assert answers(dropped, batches[0]).isfinite().all()
     with pytest.raises(NothingToSlimError, match="no linear in the blocks has a weight of its own"):
         published_ranks(graph, 0.2)
+    quantization.quantize_dynamic(exported("llama", "any", LAYERS), path)
+    with pytest.raises(NothingToSlimError, match="its table of tokens is quantised"):
+        merge_graph(opened(path), batches, 1, QUIET, "drop-last")
