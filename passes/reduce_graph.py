@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
-from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.calibration_runs import AnyGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.factorize_graph import factorize_graph, published_ranks
 from dotresize_fx.passes.merge_graph import merge_graph
 from dotresize_fx.progress import Progress
 
 
+@dataclass(frozen=True)
+class Reduced(Generic[AnyGraph]):
+    """A reduced graph, the names of its linears that are two now, the numbers of the blocks that went, and notes for
+    the report.
+    """
+
+    graph: AnyGraph
+    factorized: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def reduce_graph(
-    dense: FxGraph, batches: Sequence[Mapping[str, torch.Tensor]], options: Options, progress: Progress
-) -> tuple[FxGraph, tuple[str, ...]]:
-    """The reduced copy of ``dense``, and notes for the report. Methods as published are not refitted, "aligned" is."""
+    dense: AnyGraph,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: Options,
+    progress: Progress,
+    device: str = "cpu",
+) -> Reduced[AnyGraph]:
+    """A reduced copy of ``dense``. Methods as published are not refitted, "aligned" is. ``device``: where an ONNX graph
+    runs.
+    """
     if options.merge is not None:
         method = options.merge_method or "mka"
         merged = merge_graph(
@@ -28,9 +48,11 @@ def reduce_graph(
             refit=method == "aligned",
             check=options.check,
             seed=options.seed,
+            device=device,
         )
-        return merged.graph, merged.notes
+        return Reduced(merged.graph, gone=merged.gone, notes=merged.notes)
     cuts = published_ranks(dense, options.ratio or 0.0)
-    published = options.method == "rom"
-    found = factorize_graph(dense, batches, cuts, progress, published=published, check=options.check)
-    return found.graph, found.notes
+    found = factorize_graph(
+        dense, batches, cuts, progress, published=options.method == "rom", check=options.check, device=device
+    )
+    return Reduced(found.graph, factorized=tuple(found.ranks), notes=found.notes)
