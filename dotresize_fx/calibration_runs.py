@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from dotresize_fx.depth.program_states import program_states
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.least_squares import PULL
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.rank_sums import OnnxRankSums
 from dotresize_fx.onnx_form.states import onnx_states
@@ -56,12 +57,18 @@ def reader_sweep(
     batches: Sequence[Inputs],
     apply: Callable[[Region, RegionMap], None],
     *,
+    repair_steps: int = 0,
+    repair_rate: float | None = None,
+    pull: float = PULL,
     seed: int = 0,
     device: str = "cpu",
 ) -> Sweep | OnnxSweep:
-    """A sweep in which readers are refitted; ``apply`` folds what was solved for into ``slim``."""
+    """A sweep in which readers are refitted; ``apply`` folds what was solved for into ``slim``. The rest: see Sweep; an
+    ONNX graph is not repaired.
+    """
     if isinstance(dense, OnnxGraph) and isinstance(slim, OnnxGraph):
-        return OnnxSweep(dense, slim, batches, apply, device=device)
+        return OnnxSweep(dense, slim, batches, apply, pull=pull, device=device)
     assert isinstance(dense, FxGraph)
     assert isinstance(slim, FxGraph)
-    return Sweep(dense, slim, batches, apply, seed=seed)
+    repair: dict[str, Any] = {"repair_steps": repair_steps, "repair_rate": repair_rate}
+    return Sweep(dense, slim, batches, apply, pull=pull, seed=seed, **repair)

@@ -39,6 +39,7 @@ from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import MatchReport
+from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
 from dotresize_fx.width_plan import WidthPlan
@@ -211,9 +212,13 @@ def slim_with(
     factors: Mapping[str, int] = {}
     if chosen.checkpoint and chosen.ratio != 0:
         from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint
+        from dotresize_fx.export.rehearse_depth import rehearse_depth
 
         with progress.stage("rehearse the checkpoint"):
-            factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
+            if chosen.merge is not None:
+                rehearse_depth(loaded, captured, chosen)
+            else:
+                factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     device = compute_device(chosen)
     task = _task(loaded, captured)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
@@ -341,7 +346,7 @@ def _slim_on_device(
 
             check_alike(slimmed.graph)
             slimmed = replace(slimmed, notes=(*slimmed.notes, f"{launched.count} processes shared the calibration"))
-    if options.effort == "heal" and slimmed.swept:
+    if options.effort == "heal" and (slimmed.swept or changes_structure(options)) and options.ratio != 0:
         from dotresize_fx.hand_out import Handed, give
         from dotresize_fx.together import heal_handed
 

@@ -171,7 +171,8 @@ class Options:
             )
         self._settle_head_sizes()
         self._check_clock()
-        if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
+        widths = self.checkpoint and self.plan is None and not changes_structure(self)
+        if widths and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
             raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
         if self.quantize is not None and self.dtype != "float32":
             raise UsageError(

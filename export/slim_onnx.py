@@ -160,7 +160,7 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         rows = _count_rows(graphs, prepared, device)
     batches = prepared.data.calibration
     if reduces:
-        slimmed = reduce_onnx_graph(graphs, batches, options, progress, device)
+        slimmed = reduce_onnx_graph(graphs, batches, options, progress, task=prepared.task, device=device)
     else:
         slimmed = slim_onnx_graph(
             graphs, batches, options, progress, task=prepared.task, rows=rows, plan=plan, device=device

@@ -72,7 +72,9 @@ def _carries(op: Op) -> bool:
 
 
 def _states(graph: Graph) -> list[Value]:
-    """From the embedding on, the values that all ways to the outputs pass through."""
+    """From the embedding on, or of a model without one from its input, the values that all ways to the outputs pass
+    through.
+    """
     order = [op for op in graph.ops if _carries(op)]
     place = {op.name: i for i, op in enumerate(order)}
     end = len(order)
@@ -94,12 +96,14 @@ def _states(graph: Graph) -> list[Value]:
                 assert above is not None
                 met, way = (above, way) if deeper == met else (met, above)
         following[i], depth[i] = met, depth[met] + 1
-    starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING] or list(range(len(order)))
-    if len(starts) == len(order) and any("quantised" in op.attributes for op in order):
+    starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING]
+    if not starts and any("quantised" in op.attributes for op in order):
         raise NothingToSlimError("its table of tokens is quantised, which hides its blocks: give the model before that")
-    if len(starts) < len(order):  # not a table of distances, which enters with the first attention
+    if starts:  # not a table of distances, which enters with the first attention
         reached = {i: _linears_behind(graph, order[i]) for i in starts}
         starts = [i for i in starts if reached[i] == max(reached.values())]
+    else:
+        starts = [i for i, op in enumerate(order) if any(_is_given(graph, value) for value in op.inputs)]
     at: int | None = max(starts, key=lambda i: (depth[i], -i), default=None)
     found = []
     while at is not None and at != end:
@@ -122,6 +126,11 @@ def _linears_behind(graph: Graph, op: Op) -> int:
 def _readers(graph: Graph, op: Op) -> list[Op]:
     """Ops that read anything that the op puts out."""
     return [user for value in (op.output, *graph.beside(op)) for user in graph.users(value)]
+
+
+def _is_given(graph: Graph, value: Value) -> bool:
+    """Whether it is an input of the graph."""
+    return not value.is_parameter and graph.producer(value) is None
 
 
 def _between(graph: Graph, start: Value, end: Value) -> list[Op]:

@@ -17,6 +17,7 @@ from dotresize_fx.depth.similarity import neighbour_similarities
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.graph import Graph
+from dotresize_fx.least_squares import PULL
 from dotresize_fx.passes.align_blocks import align_blocks
 from dotresize_fx.passes.check_folded import check_folded, mapped_ends
 from dotresize_fx.passes.choose_regions import choose_regions, sublayers
@@ -27,7 +28,7 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.merge_layers import MergeLayers
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.regions import Region, RegionKind, counted
 from dotresize_fx.transport.align_regions import rotation_between
 
 # Of the mean diagonal: towards no rotation where tokens do not say.
@@ -151,12 +152,15 @@ def refit_graph(
     batches: Sequence[Inputs],
     progress: Progress,
     *,
+    repair_steps: int = 0,
+    repair_rate: float | None = None,
+    pull: float = PULL,
     check: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[str, ...]:
     """Fit the readers of FFNs and values so that the stream behind each sublayer of ``slim`` is that of the ``dense``
-    one of its name. Returns a note where nothing of the kind was found.
+    one of its name. The rest: see Sweep. Returns a note on what was fitted, or that nothing of the kind was found.
     """
     try:
         regions, _ = choose_regions(slim, find_regions(slim).regions, (RegionKind.VALUE, RegionKind.FFN))
@@ -168,10 +172,22 @@ def refit_graph(
         apply_map(slim, region, found, check)
         check_folded(slim, region, ends)
 
-    sweep = reader_sweep(dense, slim, batches, apply, seed=seed, device=device)
+    sweep = reader_sweep(
+        dense,
+        slim,
+        batches,
+        apply,
+        repair_steps=repair_steps,
+        repair_rate=repair_rate,
+        pull=pull,
+        seed=seed,
+        device=device,
+    )
     together = sublayers(regions)
     with progress.stage("refit", len(together)) as step:
         for part in together:
             sweep.slim_sublayer([(region, region.width) for region in part], lambda _: ())
             step()
-    return ()
+    slim.refresh_shapes()
+    refined = f" and refined for {repair_steps} steps each" if repair_steps else ""
+    return (f"{counted(len(together), 'sublayer')} refitted{refined}",)

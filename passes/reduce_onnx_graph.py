@@ -18,7 +18,13 @@ from dotresize_fx.progress import Progress
 
 
 def reduce_onnx_graph(
-    graphs: OnnxGraphs, batches: Sequence[Inputs], options: Options, progress: Progress, device: str = "cpu"
+    graphs: OnnxGraphs,
+    batches: Sequence[Inputs],
+    options: Options,
+    progress: Progress,
+    *,
+    task: str,
+    device: str = "cpu",
 ) -> SlimmedOnnx:
     """A reduced copy of the least rewritten graph in which all is found that the options ask for.
 
@@ -29,7 +35,7 @@ def reduce_onnx_graph(
     """
     dense = _editable(graphs, options)
     blocks = find_blocks(dense)
-    reduced = reduce_graph(dense, batches, options, progress, device)
+    reduced = reduce_graph(dense, batches, options, progress, task, device)
     outputs = [name for i in reduced.gone for name in blocks[i].caches]
     untouched = dense is graphs.given
     return SlimmedOnnx(

@@ -26,12 +26,15 @@ from dotresize_fx.width_plan import WidthPlan
 
 @dataclass(frozen=True)
 class Slimmed:
-    """A slim graph, what was cut in it and by which width plan, and notes for the report."""
+    """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the numbers of
+    the dense graph's blocks that it has not.
+    """
 
     graph: FxGraph
     swept: tuple[SweptRegion, ...] = ()
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
 
 
 def sweep_regions(
