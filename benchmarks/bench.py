@@ -37,7 +37,7 @@ class Setup:
         self.loaded: LoadedModel = load_model(arguments.model)
         dense: FxGraph
         matches: MatchReport
-        _, dense, matches = analyse(self.loaded, Progress(quiet=True))
+        self.captured, dense, matches = analyse(self.loaded, Progress(quiet=True))
         dense.to(self.device)
         self.dense, self.matches = dense, matches
         self.cost: Cost = count_cost(dense, self.length)

@@ -34,7 +34,8 @@ from dotresize_fx.fidelity import Run
 from dotresize_fx.healing import HealOptions, heal
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
-from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.probe import probed_width
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind

@@ -38,8 +38,9 @@ from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, slim_onnx_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import MatchReport, Region, RegionKind

@@ -18,6 +18,10 @@ aligned turned   residual coordinates matched too, where this brings the weights
 drop-last, drop-least   baselines: the last blocks, or the ones that turn the stream least
 ... refit        what reads values and FFNs fitted to the dense model's stream afterwards
 width            the compiler's own cut of FFNs and heads, effort fast
+rank, depth      ranks of all linears, blocks to drop, by measured loss per cost; refitted
+mixed            width, rank and depth together
+
+int8: the same with the blocks' weights rounded as export --quantize int8 stores them; MKA claims that both add up.
 """
 
 from __future__ import annotations
@@ -33,8 +37,9 @@ import torch
 from bench import Setup, append, line, said
 from measure import free_memory, means, runs, spending
 
-from dotresize_fx.cost import count_cost
+from dotresize_fx.cost import block_linears, count_cost
 from dotresize_fx.errors import DotresizeError
+from dotresize_fx.export.quantize import BLOCK
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.factorize_graph import factorize_graph, published_ranks
@@ -77,6 +82,17 @@ def width(setup: Setup, ratio: float, seed: int) -> Cut:
     return slimmed.graph, slimmed.notes
 
 
+def planned(*methods: str) -> Method:
+    """One budget for all of them."""
+
+    def cut(setup: Setup, ratio: float, seed: int) -> Cut:
+        options = Options(ratio=ratio, methods=methods, seed=seed)
+        slimmed = slim_graph(setup.dense, setup.matches, setup.calibrating, options, QUIET)
+        return slimmed.graph, slimmed.notes
+
+    return cut
+
+
 METHODS: Mapping[str, Method] = {
     "rom": rom(published=True),
     "rom one-shot": rom(published=True, sequential=False),
@@ -92,8 +108,26 @@ METHODS: Mapping[str, Method] = {
     "drop-least": depth("drop-least"),
     "drop-least refit": depth("drop-least", refit=True),
     "width": width,
+    "rank": planned("rank"),
+    "depth": planned("depth"),
+    "mixed": planned("width", "rank", "depth"),
 }
-COLUMNS = ["ratio", "method", "weights off", "same source", "other source", "agreement", "KL", "seconds"]
+COLUMNS = ["ratio", "method", "weights off", "same source", "other source", "int8", "agreement", "KL", "seconds"]
+
+
+def rounded(graph: FxGraph) -> FxGraph:
+    """A copy whose block linears have weights of 8 bits: BLOCK numbers along the input share a scale and a zero."""
+    found = graph.copy()
+    for op in block_linears(found):
+        weight = found.weight(op)
+        padding = -weight.shape[-1] % BLOCK
+        parts = torch.nn.functional.pad(weight, (0, padding)).unflatten(-1, (-1, BLOCK))
+        low, high = parts.amin(-1, keepdim=True).clamp_max(0), parts.amax(-1, keepdim=True).clamp_min(0)
+        scale = ((high - low) / 255).clamp_min(torch.finfo(weight.dtype).tiny)
+        zero = (-low / scale).round()
+        kept = (((parts / scale).round() + zero).clamp(0, 255) - zero) * scale
+        found.set_weight(op, kept.flatten(-2)[..., : weight.shape[-1]].contiguous())
+    return found
 
 
 def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -117,6 +151,7 @@ def measure(setup: Setup, name: str, ratio: float, seed: int) -> dict[str, Any]:
     with spending(setup.device) as spent:
         graph, notes = METHODS[name](setup, ratio, seed)
     found = setup.fidelity.compare(runs(graph))
+    small = means(setup.fidelity.compare(runs(rounded(graph))), setup.texts)
     mean, cost = means(found, setup.texts), count_cost(graph, setup.length)
     return {
         "method": name,
@@ -126,6 +161,8 @@ def measure(setup: Setup, name: str, ratio: float, seed: int) -> dict[str, Any]:
         "macs_per_token": cost.macs_per_token,
         "same_source": mean.same,
         "other_source": mean.other,
+        "same_source_int8": small.same,
+        "other_source_int8": small.other,
         "agreement": mean.agreement,
         "kl_to_dense": mean.divergence,
         "perplexity": {text: one.slim_perplexity for text, one in found.items()},
@@ -143,7 +180,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     line(COLUMNS)
     line(["---"] * len(COLUMNS))
     for (ratio, name), same in sorted(groups.items(), key=lambda pair: pair[0][0]):
-        shown = [f"{spread(same, key)}" for key in ("same_source", "other_source")]
+        shown = [f"{spread(same, key)}" for key in ("same_source", "other_source", "same_source_int8")]
         off, agreement, kl, seconds = (
             statistics.mean(row[key] for row in same) for key in ("weights_off", "agreement", "kl_to_dense", "seconds")
         )

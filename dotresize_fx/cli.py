@@ -157,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, obs, dotresize, pca (residual only), magnitude; rom, rank: linears of a lower rank (auto)",
     )
+    export.add_argument(
+        "--methods", default="", metavar="A,B", help="of width, rank, depth: spend --ratio on all of them"
+    )
     export.add_argument("--merge", type=int, metavar="K", help="instead of --ratio: so many blocks less")
     export.add_argument("--merge-method", help="mka, aligned, drop-last or drop-least (mka)")
     export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
@@ -284,6 +287,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
     given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
     given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
+    given["methods"] = tuple(arguments.methods.split(",")) if arguments.methods else ()
     given["formats"] = tuple(name for names in arguments.format for name in names.split(","))
     options = Options(**given)
     from dotresize_fx.compiler import export

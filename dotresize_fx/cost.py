@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dotresize_fx.graph import Graph, Kind, Op, Value
@@ -139,6 +140,15 @@ class CostModel:
         if self.kind == "weights":
             return cost.block_linear_weights
         return cost.block_macs_per_token + cost.attention_macs_per_token
+
+    def of(self, graph: Graph, names: Collection[str]) -> int:
+        """Of the ops of these names."""
+        linears = [op for op in block_linears(graph) if op.name in names]
+        if self.kind == "weights":
+            return sum(weight.numel() for weight in {op.weight: graph.weight(op) for op in linears}.values())
+        attention = [op for op in graph.ops if op.name in names and op.kind is Kind.ATTENTION]
+        macs = sum(_linear_macs(graph, op) for op in linears)
+        return macs + sum(_attention_macs(op, self.length) for op in attention)
 
     def per_unit(self, graph: Graph, region: Region) -> int:
         """Of one unit of a region's width, over all heads where it has some."""

@@ -10,7 +10,7 @@ from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
-from dotresize_fx.structure_options import RANK_METHODS, changes_structure, check_structure
+from dotresize_fx.structure_options import RANK_METHODS, changes_structure, check_methods, check_structure
 from dotresize_fx.width_plan import check_ratio
 from dotresize_fx.workload import Workload, read_workload
 
@@ -86,6 +86,8 @@ class Options:
     ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where
     calibration and solving run; conversion and ONNX Runtime stay on the CPU.
 
+    ``methods`` (METHODS of mixed/frontier.py): the ratio is spent on widths, ranks and depth together.
+
     ``merge`` stands for the ratio too: so many blocks go, by ``merge_method`` (None is "mka"). The methods "rom" and
     "rank" replace linears by two of a lower rank. Both leave widths alone.
 
@@ -100,6 +102,7 @@ class Options:
     ratio: float | None = None
     regions: tuple[str, ...] = ()
     method: str = "auto"
+    methods: tuple[str, ...] = ()
     merge: int | None = None
     merge_method: str | None = None
     effort: str = "fast"
@@ -157,9 +160,10 @@ class Options:
         if len(set(self.regions)) < len(self.regions):
             raise UsageError(f"{said}: names one twice")
         check_structure(self)
+        check_methods(self)
         cuts = METHODS.get(self.method, {})
         idle = [name for name in self.regions if not any(kind in cuts for kind in REGION_NAMES[name])]
-        if idle or not (self.kinds or changes_structure(self)):
+        if idle or not (self.kinds or changes_structure(self) or self.methods):
             takes = [name for name, kinds in REGION_NAMES.items() if any(k in cuts for k in kinds)]
             raise UsageError(
                 f"--method {self.method} does not cut {' or '.join(idle) or 'what is cut by default'}: "
@@ -257,6 +261,19 @@ class Options:
         return self.profile or self.target_latency is not None
 
     @property
+    def helped(self) -> bool:
+        """Whether several processes do more than one: they heal together, or share the calibration text."""
+        if self.effort != "fast":
+            return self.effort == "heal"
+        return not (
+            self.ratio == 0
+            or self.methods
+            or changes_structure(self)
+            or self.by_the_clock
+            or RegionKind.RESIDUAL in self.kinds
+        )
+
+    @property
     def finest_step(self) -> int:
         """What planned widths are multiples of at the least: a GPU's kernels want rows of 16 bytes."""
         if self.dtype in ("float16", "bfloat16"):
@@ -271,7 +288,7 @@ class Options:
     @property
     def kinds(self) -> tuple[RegionKind, ...]:
         """The kinds of region that are cut; with a plan all that the method can."""
-        if changes_structure(self):
+        if changes_structure(self) or (self.methods and "width" not in self.methods):
             return ()
         if self.plan is not None:
             return tuple(METHODS[self.method])

@@ -16,7 +16,9 @@ from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
-from dotresize_fx.probe import Probe, price_probes
+from dotresize_fx.prices import price_probes
+from dotresize_fx.probe import Probe
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region
 from dotresize_fx.solvers import CURVES
@@ -42,23 +44,26 @@ def measure_curves(
     *,
     task: str = "decoder",
     advanced: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, torch.Tensor]:
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
 
     For encoders (``task``) the loss is the cosine that pooled embeddings lose: errors of single tokens average out in
     them and those that a whole sequence shares do not. For outputs of any other kind it is their squared error,
-    relative. Regions come in graph order. ``advanced`` is called once a batch and once a region.
+    relative. Regions come in graph order. ``advanced`` is called once a batch and once a region. ``ranks`` share the
+    batches.
     """
+    ranks = ranks or Ranks(alone=True)
     watched = [RegionInputs(graph, region) for region in regions]
-    shaping, pricing = disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
-    statistics = _dense_statistics(graph, watched, shaping, advanced)
+    shaping, pricing = shaping_and_pricing(graph, batches, task)
+    statistics = _dense_statistics(graph, watched, shaping, advanced, ranks)
     curves, probes = {}, []
     for inputs in watched:
         region, found = inputs.region, statistics.pop(inputs.region.name)
         curves[region.name] = CURVES[region.kind](region, found)
         probes.append(Probe(inputs, found))
         advanced()
-    prices = price_probes(graph, probes, pricing, task, advanced)
+    prices = price_probes(graph, probes, pricing, task, advanced, ranks)
     for probe in probes:
         name = probe.region.name
         curves[name] = priced(curves[name], probe.width, prices[name])
@@ -75,6 +80,13 @@ def priced(curve: torch.Tensor, width: int, price: float) -> torch.Tensor:
 
 def _ids(batch: Inputs) -> int:
     return batch["input_ids"].numel()
+
+
+def shaping_and_pricing(
+    graph: FxGraph, batches: Sequence[Inputs], task: str
+) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """:func:`disjoint`, of a graph that says how many rows inputs make that are no text."""
+    return disjoint(batches, task, _ids if reads_text(task) else graph.expected_rows)
 
 
 def disjoint(
@@ -120,7 +132,11 @@ def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
 
 
 def _dense_statistics(
-    graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs], advanced: Callable[[], None]
+    graph: FxGraph,
+    watched: Sequence[RegionInputs],
+    batches: Sequence[Inputs],
+    advanced: Callable[[], None],
+    ranks: Ranks,
 ) -> dict[str, RegionStatistics]:
     """What readers read; for queries and keys, which nothing but the attention reads, what their writers do."""
     execution = Execution(graph)
@@ -135,7 +151,7 @@ def _dense_statistics(
             turning[max(inputs.turning, key=execution.position)].append(inputs)
     execution.hold(way for inputs in watched for way in inputs.routing)
     near: dict[str, torch.Tensor | None] = {}
-    for batch in batches:
+    for batch in (batches[i] for i in ranks.mine(len(batches))):
         mask, position = padding_mask(batch), 0
         environment = execution.start(batch)
         # From one node to the next: what one region watches need not be kept for all.
@@ -154,4 +170,11 @@ def _dense_statistics(
                 if near.get(inputs.region.name) is None:
                     near[inputs.region.name] = inputs.coherence(values, mask)
         advanced()
-    return {r.region.name: r.statistics(*sums.pop(r.region.name), near.get(r.region.name)) for r in watched}
+    found = {}
+    for inputs in watched:
+        name, device = inputs.region.name, graph.weight(inputs.writers[0]).device
+        read, entered = sums.pop(name)
+        read.add_up(ranks, device)
+        entered.add_up(ranks, device)
+        found[name] = inputs.statistics(read, entered, ranks.first_matrix(near.get(name), device))
+    return found

@@ -60,8 +60,8 @@ def open_models(names: Sequence[Path]) -> list[GivenModel]:
     Raises:
         ModelNotFoundError, BadWeightsError: see :func:`read_onnx`.
         UsageError: an input that cannot be made.
-        InputsDifferError: another input, type, rank or fixed size than the first model's; a cache's sizes and precision
-            may differ.
+        InputsDifferError: another input, type, rank or fixed size than the first model's; a cache's layers, sizes and
+            precision may differ, but one without a cache is another thing.
     """
     paths = [find_onnx(name) for name in names]
     labels = _labels(paths)
@@ -105,13 +105,16 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 def _check_alike(first: GivenModel, other: GivenModel) -> None:
     wanted, found = ({plan.name: plan for plan in model.plans} for model in (first, other))
-    if wanted.keys() != found.keys():
-        name = min(wanted.keys() ^ found.keys())
+    cached = all(any(plan.cache for plan in plans.values()) for plans in (wanted, found))
+    unlike = {name for name in wanted.keys() ^ found.keys() if not (cached and (wanted | found)[name].cache)}
+    if unlike:
+        name = min(unlike)
         has, lacks = (first, other) if name in wanted else (other, first)
         raise InputsDifferError(
             f"{has.path} takes an input {name} and {lacks.path} does not: give models of the same inputs"
         )
-    for name, plan in wanted.items():
+    for name in wanted.keys() & found.keys():
+        plan = wanted[name]
         alike = plan.cache or (plan.dtype, plan.dims) == (found[name].dtype, found[name].dims)
         if not alike or len(plan.dims) != len(found[name].dims):
             raise InputsDifferError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -66,9 +67,9 @@ def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Capt
 
 def guard_layers_left(program: torch.export.ExportedProgram) -> None:
     """Ask of layers that are there what torch noted of sizes of ones that are gone: they are the same in all layers."""
-    if program.example_inputs is None or PAST not in program.example_inputs[1]:
+    given: Mapping[str, Any] = program.example_inputs[1] if program.example_inputs else {}
+    if not (left := len(given.get(PAST, ()))):
         return
-    left = len(program.example_inputs[1][PAST])
     program._guards_code = [
         _LAYER.sub(lambda found: found[0] if int(found[1]) < left else f"L['{PAST}'][0]", asked)
         for asked in program._guards_code

@@ -157,10 +157,13 @@ class StockWeights:
     def _turn(self, key: str, dense: Graph) -> Turn:
         stored, seen = self._stored[key], self._read(dense, key)
 
-        def patches(rows: torch.Tensor) -> torch.Tensor:  # of an image, which the view has in one row each
+        def patches(rows: torch.Tensor) -> torch.Tensor:
+            """One in a row each."""
             return rows.reshape(-1, *stored.shape[1:])
 
-        for turn in (*_TURNS, patches) if seen.numel() == stored.numel() else ():
+        for turn in (*_TURNS, patches):
+            if seen.numel() != stored.numel():
+                break
             turned = turn(seen)
             if turned.shape == stored.shape and (
                 torch.equal(turned, stored) or torch.allclose(turned, stored, rtol=0, atol=ROUNDING)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
-from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.calibration_runs import AnyGraph
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
 from dotresize_fx.passes.factorize_graph import factorize_graph, published_ranks
@@ -17,31 +18,40 @@ from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.task import predicts_tokens
 
 
-class Reduced(NamedTuple):
-    """The reduced copy of a graph, notes for the report, and the numbers of the blocks that are ``gone``."""
+@dataclass(frozen=True)
+class Reduced(Generic[AnyGraph]):
+    """A reduced graph, the names of its linears that are two now, the numbers of the blocks that went, and notes for
+    the report.
+    """
 
-    graph: FxGraph
-    notes: tuple[str, ...]
+    graph: AnyGraph
+    factorized: tuple[str, ...] = ()
     gone: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def reduce_graph(
-    dense: FxGraph,
+    dense: AnyGraph,
     batches: Sequence[Mapping[str, torch.Tensor]],
     options: Options,
     progress: Progress,
     task: str = "decoder",
-) -> Reduced:
-    """Methods as published are not refitted, "aligned" is, and with more effort all that leave out blocks are: but for
-    "drop-last", behind which the blocks that stay put out what they did.
+    device: str = "cpu",
+) -> Reduced[AnyGraph]:
+    """A reduced copy of ``dense``. Methods as published are not refitted, "aligned" is, and with more effort all that
+    leave out blocks are: but for "drop-last", behind which the blocks that stay put out what they did. ``device`` is
+    where an ONNX graph runs.
     """
     if options.merge is None:
         cuts = published_ranks(dense, options.ratio or 0.0)
-        published = options.method == "rom"
-        found = factorize_graph(dense, batches, cuts, progress, published=published, check=options.check)
-        return Reduced(found.graph, found.notes)
+        found = factorize_graph(
+            dense, batches, cuts, progress, published=options.method == "rom", check=options.check, device=device
+        )
+        return Reduced(found.graph, factorized=tuple(found.ranks), notes=found.notes)
     method = options.merge_method or "mka"
-    merged = merge_graph(dense, batches, options.merge, progress, method, check=options.check, seed=options.seed)
+    merged = merge_graph(
+        dense, batches, options.merge, progress, method, check=options.check, seed=options.seed, device=device
+    )
     notes = merged.notes
     if method == "aligned" or (method != "drop-last" and options.effort != "fast"):
         notes += refit_graph(
@@ -54,5 +64,6 @@ def reduce_graph(
             pull=PULL if predicts_tokens(task) else ENCODER_PULL,
             check=options.check,
             seed=options.seed,
+            device=device,
         )
-    return Reduced(merged.graph, notes, merged.gone)
+    return Reduced(merged.graph, gone=merged.gone, notes=notes)

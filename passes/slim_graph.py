@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,41 +12,28 @@ from dotresize_fx.clock import Clock
 from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone, sublayers
-from dotresize_fx.passes.cut_stream import apply_map, cut_stream, cuttable_streams
+from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone
+from dotresize_fx.passes.cut_stream import cut_stream, cuttable_streams
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan, follow_plan
 from dotresize_fx.passes.insert_adapters import InsertPostNormAdapters, post_norms
+from dotresize_fx.passes.mix_graph import mix_graph
 from dotresize_fx.passes.plan_widths import plan_widths
 from dotresize_fx.passes.reduce_graph import reduce_graph
+from dotresize_fx.passes.sweep_regions import Slimmed, sweep_regions
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
-from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
-from dotresize_fx.solvers import solvers_for
 from dotresize_fx.structure_options import changes_structure
-from dotresize_fx.sweep import Sweep, SweptRegion
-from dotresize_fx.task import predicts_tokens, reads_text
+from dotresize_fx.sweep import SweptRegion
+from dotresize_fx.task import reads_text
 from dotresize_fx.width_plan import WidthPlan
 
 # A share that went and differs by more from the one asked for is worth a note.
 ASTRAY = 0.02
-
-
-@dataclass(frozen=True)
-class Slimmed:
-    """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the numbers of
-    the dense graph's blocks that it has not.
-    """
-
-    graph: FxGraph
-    swept: tuple[SweptRegion, ...] = ()
-    plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
-    notes: tuple[str, ...] = ()
-    gone: tuple[int, ...] = ()
 
 
 def slim_graph(
@@ -63,12 +50,14 @@ def slim_graph(
     refit: bool | None = None,
     factors: Mapping[str, int] | None = None,
     clock: Clock | None = None,
+    ranks: Ranks | None = None,
 ) -> Slimmed:
     """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
 
     ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
     several ratios. ``factors`` are, by kind, what planned widths must be multiples of.
-    ``clock`` is what widths take, where they are planned by that.
+    ``clock`` is what widths take, where they are planned by that. ``ranks`` share the batches
+    (not where the options are not ``helped``).
 
     ``refit``: whether readers are refitted; None says so of every method but the baseline ``magnitude``.
 
@@ -85,16 +74,19 @@ def slim_graph(
     if changes_structure(options):  # no width is planned
         reduced = reduce_graph(dense, batches, options, progress, task)
         return Slimmed(reduced.graph, notes=reduced.notes, gone=reduced.gone)
-    cuts_stream = RegionKind.RESIDUAL in options.kinds if plan is None else "residual stream" in plan.widths
-    matches = _with_parted_stream(slimmed, matches, options, cuts_stream)
-    if plan is not None:
-        check_plan(plan, matches, options.method)
-    refit = options.method != "magnitude" if refit is None else refit
     length = dense.attended_length
     if reads_text(task):  # an encoder's batches are as long as their paragraphs
         length = options.sequence_length if task == "encoder" else next(iter(batches[0].values())).shape[1]
     cost = CostModel(options.cost or "weights", length)
     total = cost.total(dense)
+    if options.methods:
+        mixed = mix_graph(dense, matches, batches, options, progress, task, cost)
+        return replace(mixed, notes=(*mixed.notes, *what_went(cost, options, 1 - cost.total(mixed.graph) / total)))
+    cuts_stream = RegionKind.RESIDUAL in options.kinds if plan is None else "residual stream" in plan.widths
+    matches = _with_parted_stream(slimmed, matches, options, cuts_stream)
+    if plan is not None:
+        check_plan(plan, matches, options.method)
+    refit = options.method != "magnitude" if refit is None else refit
     swept: list[SweptRegion] = []
     notes: tuple[str, ...] = ()
     stream: SlimStream | None = None
@@ -123,7 +115,7 @@ def slim_graph(
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
         chosen, kept = plan_widths(
-            slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock
+            slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock, ranks
         )
         notes += what_was_refused(matches, kinds) + kept
     else:
@@ -131,64 +123,13 @@ def slim_graph(
     widths |= chosen.widths
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
-        swept += _sweep(dense, slimmed, regions, chosen, batches, options, progress, work, stream, task, refit)
+        swept += sweep_regions(
+            *(dense, slimmed, regions, chosen, batches, options, progress, task, refit, work, stream), ranks=ranks
+        )
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:
         notes += what_went(cost, options, 1 - cost.total(slimmed) / total)
     return Slimmed(slimmed, tuple(swept), WidthPlan(widths, chosen.losses), notes)
-
-
-def _sweep(
-    dense: FxGraph,
-    slimmed: FxGraph,
-    regions: list[Region],
-    plan: WidthPlan,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    options: Options,
-    progress: Progress,
-    work: Path | None,
-    stream: SlimStream | None,
-    task: str,
-    refit: bool,
-) -> list[SweptRegion]:
-    sweep = Sweep(
-        dense,
-        slimmed,
-        batches,
-        lambda region, found: apply_map(slimmed, region, found, options.check),
-        refit=refit,
-        stream=stream,
-        repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
-        repair_rate=None if predicts_tokens(task) else ENCODER_LEARNING_RATE,
-        pull=PULL if predicts_tokens(task) else ENCODER_PULL,
-        seed=options.seed,
-    )
-    swept: list[SweptRegion] = []
-    with progress.stage("sweep", len(regions)) as step:
-        for together in sublayers(regions):
-            cuts = [(region, plan.widths[region.name]) for region in together]
-            if chosen := cut_or_refitted(cuts, stream_cut=stream is not None):
-                swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
-                for region, _ in chosen:
-                    _write_block(slimmed, region, work)
-            for _ in together:
-                step()
-    behind = sweep.finish()
-    if swept and behind:
-        swept[-1] = replace(swept[-1], notes={**swept[-1].notes, **behind})
-    return swept
-
-
-def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> list[tuple[Region, int]]:
-    """Those of a sublayer that are cut; and where scores or the stream were, the full widths whose reader is refitted.
-
-    Where whole heads go, their cut refits the reader of the values, whose own region is then another.
-    """
-    cut = [region for region, width in cuts if width < region.width]
-    scores = any(region.kind is RegionKind.QUERY_KEY for region in cut)
-    again = (RegionKind.VALUE, RegionKind.FFN) if stream_cut else (RegionKind.VALUE,) if scores else ()
-    fewer = [region.attention for region in cut if region.kind is RegionKind.HEADS]
-    return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
 def _with_parted_stream(graph: FxGraph, matches: MatchReport, options: Options, asked: bool) -> MatchReport:
@@ -248,19 +189,3 @@ def too_few_tokens(
         f"{tokens} calibration {unit} say too little of a width of {widest}: its Gram matrix is singular and was "
         f"regularised; give more{more}",
     )
-
-
-def _write_block(graph: FxGraph, region: Region, work: Path | None) -> None:
-    """Put a finished region's weights into the work folder."""
-    if work is None:
-        return
-    from safetensors.torch import save_file
-
-    folder = work / "blocks"
-    folder.mkdir(exist_ok=True)
-    ops = [graph.op(name) for name in (*region.writers, *region.readers)]
-    values = {value for op in ops for value in (op.weight, op.bias) if value is not None}
-    tensors: dict[str, torch.Tensor] = {
-        graph.parameter_name(v): graph.parameter(v).detach().contiguous() for v in values
-    }
-    save_file(tensors, folder / f"{region.name}.safetensors")

@@ -25,6 +25,7 @@ from dotresize_fx.options import (
 )
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
+from dotresize_fx.structure_options import RANK_METHODS
 
 
 def refusal(**options: Any) -> str:
@@ -101,7 +102,7 @@ def test_one_region_that_a_method_does_not_cut_is_enough_to_refuse() -> None:
 
 
 def test_methods_that_are_none() -> None:
-    assert refusal(method="magic") == f"--method magic: choose one of {', '.join(sorted(METHODS))}"
+    assert refusal(method="magic") == f"--method magic: choose one of {', '.join(sorted((*METHODS, *RANK_METHODS)))}"
 
 
 def test_efforts_and_allocations() -> None:

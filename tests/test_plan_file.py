@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from dotresize_fx.errors import UsageError
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan, write_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.width_plan import WidthPlan

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from dotresize_fx import probe, sensitivity
+from dotresize_fx import prices, probe, sensitivity
 from dotresize_fx.errors import SolverError
 from dotresize_fx.export.capture import capture
 from dotresize_fx.fidelity import mean_cosine
@@ -22,6 +22,7 @@ from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, redraw_parameters
 from dotresize_fx.probe import probed_width
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
@@ -73,7 +74,8 @@ def test_a_probe_of_scores_is_the_program_that_its_map_gives(
     batches = [tiny_batch(8, 32, padding=3, seed=seed) for seed in range(2)]
     for region in find_regions(dense).of_kind(RegionKind.QUERY_KEY):
         inputs = RegionInputs(dense, region)
-        statistics = sensitivity._dense_statistics(dense, [inputs], batches, lambda: None)[region.name]
+        found = sensitivity._dense_statistics(dense, [inputs], batches, lambda: None, Ranks(alone=True))
+        statistics = found[region.name]
         assert (statistics.coherence is None) == (kind == "opt")
         cut = probe.Probe(inputs, statistics)
         written = {op.name for op in inputs.writers}
@@ -238,7 +240,7 @@ def test_a_shortlist_of_the_vocabulary_prices_alike(
     _, dense = tiny_graph("llama")
     regions = found(dense)
     whole = measure_curves(dense, regions, many)
-    monkeypatch.setattr(probe, "SHORTLIST", 60)
+    monkeypatch.setattr(prices, "SHORTLIST", 60)
     short = measure_curves(dense, regions, many)
     for region in regions:
         width = probed_width(region)

@@ -45,6 +45,30 @@ def test_defaults() -> None:
     assert Options().merge is None
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"methods": ("width", "speed")}, "--methods width,speed: choose from width, rank, depth"),
+        ({"methods": ("rank", "rank")}, "--methods rank,rank: names one twice"),
+        ({"methods": ("rank", "depth"), "merge": 1}, "--methods rank,depth and --merge do not go together"),
+        ({"methods": ("rank",), "method": "rom"}, "--methods rank and --method rom do not go together"),
+        ({"methods": ("rank",), "regions": ("ffn",)}, "it changes no width"),
+        ({"methods": ("width",), "regions": ("residual",)}, "the residual stream is one width for all blocks"),
+        ({"methods": ("width", "depth"), "effort": "best"}, "is not repaired or healed yet"),
+        ({"methods": ("width", "depth"), "uniform": True}, "its plan has one size for each place"),
+    ],
+)
+def test_what_does_not_go_with_a_mixed_plan(given: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Options(**given)  # type: ignore[arg-type]
+    assert said in str(error.value)
+
+
+def test_without_widths_no_kind_is_cut() -> None:
+    assert Options(methods=("rank", "depth")).kinds == ()
+    assert Options(methods=("width", "depth")).kinds == Options().kinds
+
+
 def test_what_goes_together() -> None:
     assert Options(merge=1, checkpoint=True, formats=("genai", "pt2"), effort="heal").checkpoint
     assert Options(method="rank", effort="heal", formats=("openvino",)).effort == "heal"

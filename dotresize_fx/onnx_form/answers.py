@@ -11,7 +11,7 @@ from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.piece import Environment
 from dotresize_fx.onnx_form.runtime_values import to_runtime
 from dotresize_fx.onnx_form.stream import OnnxStream
-from dotresize_fx.probe import SHORTLIST
+from dotresize_fx.prices import SHORTLIST
 from dotresize_fx.task import predicts_tokens
 
 _DENSE = "dotresize_fx.dense"
@@ -22,7 +22,7 @@ class OnnxAnswers:
     """The graph's first output, what it says of each batch, and how far another run is from that.
 
     Where a head makes a decoder's answers, ``name`` is what it reads, and only the SHORTLIST tokens that the dense
-    graph finds likeliest on the batch are scored, as :mod:`dotresize_fx.probe` has it.
+    graph finds likeliest on the batch are scored, as :mod:`dotresize_fx.prices` has it.
     """
 
     def __init__(self, execution: OnnxExecution, task: str) -> None:

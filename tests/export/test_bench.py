@@ -255,3 +255,26 @@ def test_a_caches_sizes_may_differ(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "narrow.onnx")
     with pytest.raises(InputsDifferError, match="input_ids is int64"):
         open_models([wide, tmp_path / "narrow.onnx"])
+
+
+def test_a_cache_of_fewer_layers(tmp_path: Path) -> None:
+    """A block that went took its part of the cache with it; a model without any is another thing."""
+    deep = save_cached(tmp_path / "deep.onnx")
+    model = onnx.load(deep)
+    for values in (model.graph.input, model.graph.output):
+        for part in [value for value in values if value.name.endswith((".0.key", ".0.value"))]:
+            another = type(part)()
+            another.CopyFrom(part)
+            another.name = part.name.replace(".0.", ".1.")
+            values.append(another)
+    for name in ("key", "value"):
+        model.graph.node.add(op_type="Identity", input=[f"past_key_values.1.{name}"], output=[f"present.1.{name}"])
+    onnx.save(model, tmp_path / "deeper.onnx")
+    report = bench([tmp_path / "deeper.onnx", deep], [Workload(4, 2, 1)], runs=2)
+    assert [found.name for found in report.models] == ["deeper", "deep"]
+    (tmp_path / "bare").mkdir()
+    whole = save(
+        tmp_path / "bare" / "model.onnx", "(int64[b, l] input_ids) => (int64[b, l] y) { y = Identity(input_ids) }"
+    )
+    with pytest.raises(InputsDifferError, match="takes an input"):
+        open_models([deep, whole])

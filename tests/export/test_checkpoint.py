@@ -23,7 +23,8 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
-from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.progress import Progress
 from dotresize_fx.width_plan import WidthPlan
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx import probe
+from dotresize_fx import prices
 from dotresize_fx.errors import NothingToSlimError, SolverError, UsageError
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
@@ -176,7 +176,7 @@ def test_of_a_large_vocabulary_the_likeliest_tokens_are_scored(batches: Any, mon
     model = Deep()
     model.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
     program, graphs = traced(model)
-    for module in (probe, answers):
+    for module in (prices, answers):
         monkeypatch.setattr(module, "SHORTLIST", VOCABULARY // 4)
     expected = measure_curves(program, ffns(find_regions(program)), batches, task="decoder")
     arguments = graphs.given, ffns(graphs.matches), batches

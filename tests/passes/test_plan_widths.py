@@ -16,7 +16,8 @@ from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.plan_widths import pair_heads
 from dotresize_fx.passes.prove_exactness import redraw_parameters
-from dotresize_fx.passes.slim_graph import Slimmed, slim_graph
+from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.width_plan import step_of
