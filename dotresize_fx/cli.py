@@ -276,6 +276,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split(","))
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -287,7 +291,6 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
     given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
     given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
-    given["methods"] = tuple(arguments.methods.split(",")) if arguments.methods else ()
     given["formats"] = tuple(name for names in arguments.format for name in names.split(","))
     options = Options(**given)
     from dotresize_fx.compiler import export
