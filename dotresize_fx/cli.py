@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, obs, dotresize, pca (residual only), magnitude; rom, rank: linears of a lower rank (auto)",
     )
     export.add_argument(
-        "--methods", default="", metavar="A,B", help="of width, rank, depth: spend --ratio on all of them"
+        "--methods", type=_names, default=(), metavar="A,B", help="of width, rank, depth: spend --ratio on all of them"
     )
     export.add_argument("--merge", type=int, metavar="K", help="instead of --ratio: so many blocks less")
     export.add_argument("--merge-method", help="mka, aligned, drop-last or drop-least (mka)")
