@@ -91,7 +91,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     with progress.stage("write ONNX"):
         path = write_onnx(run.slimmed, run.stated, _timed(run), folder, work)
         beside = _copy_beside(run, folder)
-        if not changes_structure(options):
+        if not (run.slimmed.gone or run.slimmed.factorized):  # widths alone would not make this model again
             write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path, run.slimmed)
@@ -230,7 +230,6 @@ def _refuse(options: Options) -> None:
     """
     wanted = {
         f"--effort {options.effort}": options.effort != "fast",
-        f"--methods {','.join(options.methods)}": bool(options.methods),
         "--checkpoint": options.checkpoint,
         f"--format {','.join(options.formats)}": bool(set(options.formats) - {"onnx"}),
         f"--dtype {options.dtype}": options.dtype != "float32",
@@ -239,6 +238,11 @@ def _refuse(options: Options) -> None:
         "--target-latency and --profile": options.by_the_clock,
         f"--basis {options.basis}": options.basis != "shared",
     }
+    if options.methods:
+        raise UsageError(
+            f"--methods {','.join(options.methods)}: one budget for all is planned for programs alone yet: take "
+            "--ratio, --method rank or --merge"
+        )
     if asked := [option for option, said in wanted.items() if said]:
         raise UsageError(
             f"{asked[0]}: not for an ONNX file, which stays what it is but for widths, ranks and depth: leave it out"
