@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,25 +55,40 @@ def verification_cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], lis
             yield onnx_inputs(result.slim, given), [output.numpy() for output in behind]
 
 
+@dataclass(frozen=True, slots=True)
+class RoundingNoise:
+    """How far outputs move: the furthest of all, and each output's furthest as a share of its largest number."""
+
+    largest: float
+    shares: tuple[float, ...]
+
+
 @torch.no_grad()
-def rounding_noise(result: SlimResult) -> float:
-    """How far the slim program's outputs move, at real positions, when every weight moves by about its last bit."""
+def rounding_noise(result: SlimResult, dtype: torch.dtype = torch.float32) -> RoundingNoise:
+    """How the slim program's outputs move, at real positions, when every weight moves by about its last bit.
+
+    That of a number of ``dtype``; program and weights stay float32. A share is the largest of all inputs.
+    """
     moved = result.slim.copy()
     generator = torch.Generator().manual_seed(result.options.seed)
     weights = moved.program.state_dict
+    last_bit = torch.finfo(dtype).eps / 2
     for name, weight in weights.items():
         if weight.is_floating_point():
-            last_bit = torch.finfo(weight.dtype).eps / 2
             weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
-    largest = 0.0
+    largest, rows = 0.0, []
     for inputs in verification_inputs(result):
         mask = padding_input(inputs)
         both = (Execution(graph, caches=True).outputs(inputs) for graph in (result.slim, moved))
+        row = []
         for one, other in zip(*both, strict=True):
             moves = (one - other).abs()
             real = moves[mask.bool()] if mask is not None and moves.shape[:2] == mask.shape else moves
-            largest = max(largest, float(real.max()))
-    return largest
+            furthest, size = float(real.max()), float(one.abs().max())
+            largest = max(largest, furthest)
+            row.append(furthest / size if size else 0.0)
+        rows.append(row)
+    return RoundingNoise(largest, tuple(map(max, zip(*rows, strict=True))))
 
 
 def latency_inputs(result: SlimResult) -> dict[str, torch.Tensor]:
