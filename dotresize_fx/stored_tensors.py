@@ -1,0 +1,96 @@
+"""Files of tensors, mapped into memory: safetensors files, and files of our own that only this process reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from dotresize_fx.errors import BadWeightsError
+from dotresize_fx.lazy_tensor import LazyTensor
+
+# Of safetensors; other floats than these are quantised weights.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+
+
+def lazy_tensors(file: Path, dtype: torch.dtype | None = None) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file by name, floats in ``dtype`` where it is given; only the header is read.
+
+    A float that turns out to be NaN or infinite when it is first read is reported by the file's and the tensor's name.
+
+    Raises:
+        BadWeightsError: the header does not fit the file, or has a dtype that is not known.
+    """
+    try:
+        with file.open("rb") as stream:
+            header: Mapping[str, dict[str, list[int]]] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            data, size = stream.tell(), os.fstat(stream.fileno()).st_size
+            held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        found = {}
+        for name, told in header.items():
+            if name == "__metadata__":
+                continue
+            kind, shape, (begin, end) = DTYPES[str(told["dtype"])], tuple(told["shape"]), told["data_offsets"]
+            if end - begin != math.prod(shape) * kind.itemsize or data + end > size:
+                raise ValueError(f"{name} lies outside of it")
+            source = _checked(_view(held, kind, shape, data + begin), f"{file}: {name}")
+            wanted = dtype if dtype is not None and kind.is_floating_point else kind
+            found[name] = LazyTensor(source, shape, wanted, steps=() if wanted is kind else (_cast(wanted),))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise BadWeightsError(f"{file}: truncated, damaged or of an unknown dtype ({why}): fetch it again") from error
+    return found
+
+
+def _view(held: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(held, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
+
+    return read
+
+
+def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.to(dtype)
+
+
+def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], torch.Tensor]:
+    """The same, which looks at its numbers the first time."""
+    looked = False
+
+    def read() -> torch.Tensor:
+        nonlocal looked
+        tensor = source()
+        if not looked and tensor.is_floating_point() and tensor.numel():
+            # The extremes carry any NaN or infinity, without a mask as large as the tensor.
+            if not torch.stack(tensor.aminmax()).isfinite().all():
+                raise BadWeightsError(f"{where} holds NaN or infinity: the model is broken, fetch it again")
+            looked = True
+        return tensor
+
+    return read
+
+
+class Spool:
+    """Tensors that are put into a file without a name in ``folder``, which goes with the last of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, tensor: torch.Tensor) -> LazyTensor:
+        """The same numbers, on the same device, once they are needed."""
+        with tempfile.TemporaryFile(dir=self._folder) as stream:
+            plain = tensor.detach().contiguous().cpu()
+            stream.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            stream.flush()
+            held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return LazyTensor(_view(held, tensor.dtype, tuple(tensor.shape), 0), tuple(tensor.shape), tensor.dtype, tensor.device)
