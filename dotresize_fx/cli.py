@@ -239,6 +239,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--target", default="any", help="any: standard ops; cpu, cuda: and ONNX Runtime's fused ops for it (any)"
     )
+    export.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="4GiB, 512MiB: what the process may take; weights stay in their files where they would be too much of it "
+        "(of what is free)",
+    )
     export.add_argument("--device", default="auto", help="where to calibrate and solve: auto, cpu, cuda (auto)")
     export.add_argument("--seed", type=int, default=0)
     export.add_argument("--force", action="store_true", help="replace an OUT that an earlier export wrote")

@@ -176,7 +176,7 @@ def slim_with(
     text = None if given else load_text(chosen.calibration)
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
-        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code)
+        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code, memory=chosen.memory)
     if text is not None:
         check_tokenizer(loaded)
         check_length(chosen.sequence_length, longest_text(loaded.model), SEQUENCE_LENGTH)

@@ -29,7 +29,9 @@ _PUT_OFF: frozenset[Any] = frozenset(
     [T.t, T.transpose, T.permute, T.contiguous, T.clone, T.view, T.reshape, T.flatten, T.unsqueeze]
     + [T.mT.__get__, T.T.__get__, torch.t, torch.transpose, torch.permute]
 )
-_AS_IT_IS: frozenset[Any] = frozenset([T.detach, torch.detach, T.requires_grad_, T.data.__get__, T.cpu])
+_AS_IT_IS: frozenset[Any] = frozenset([T.detach, torch.detach, T.requires_grad_, T.data.__get__])
+# What is read for them would be gone before they could be used.
+_OF_MEMORY: frozenset[Any] = frozenset([T.data_ptr, T.untyped_storage])
 _JOINS: frozenset[Any] = frozenset([torch.stack, torch.cat])
 
 
@@ -92,8 +94,10 @@ class LazyTensor(torch.Tensor):
                 return func(*args, **kwargs)
             first = args[0] if args else None
             if isinstance(first, LazyTensor):
-                if func in _AS_IT_IS and (func is not T.cpu or first.device.type == "cpu"):
+                if func in _AS_IT_IS:
                     return first
+                if func in _OF_MEMORY:
+                    raise TypeError(f"{func.__name__}: a tensor that is read when it is needed has no memory")
                 if func is T.to:
                     device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)  # type: ignore[attr-defined]
                     if dtype in (None, first.dtype):

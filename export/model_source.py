@@ -25,7 +25,7 @@ from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import file_sha256, first_line, float32_bytes, lazy_state, weight_files
-from dotresize_fx.lazy_tensor import LazyTensor, no_reading
+from dotresize_fx.lazy_tensor import LazyTensor, in_memory, no_reading
 from dotresize_fx.memory import Memory
 from dotresize_fx.task import Task
 
@@ -208,6 +208,8 @@ def _load_lazily(model_class: Any, stored: Mapping[str, LazyTensor], folder: Pat
         raise (UsageError(others) if refused else error) from error
     if not all(isinstance(parameter, LazyTensor) for parameter in model.parameters()):
         raise UsageError(others)
+    for module in model.modules():
+        module._buffers.update({name: in_memory(value) for name, value in module._buffers.items() if value is not None})
     model.config.name_or_path = model.name_or_path = str(folder)
     return model
 

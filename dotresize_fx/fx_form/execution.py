@@ -10,6 +10,7 @@ from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.lazy_tensor import in_memory
 
 Environment = dict[torch.fx.Node, Any]
 
@@ -59,7 +60,7 @@ class Execution:
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
         """The tensor behind a parameter placeholder, as it is now."""
-        return self.graph.stored(self._keys[node])
+        return in_memory(self.graph.stored(self._keys[node]))
 
     def run(
         self,
