@@ -37,6 +37,7 @@ from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
+from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
 from dotresize_fx.width_plan import WidthPlan
@@ -201,6 +202,7 @@ def slim_with(
         data = prepare_data(text, chosen, loaded.tokenizer, task, captured.longest, device)
         own = _own_text(loaded, data, chosen, device, progress)
     with _work_folder(work) as folder:
+        dense.spool = Spool(folder) if loaded.lazy else None
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock

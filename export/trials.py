@@ -63,7 +63,7 @@ def rounding_noise(result: SlimResult) -> float:
     for name, weight in weights.items():
         if weight.is_floating_point():
             last_bit = torch.finfo(weight.dtype).eps / 2
-            weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
+            weights[name] = moved.kept(weight * (1 + last_bit * torch.randn(weight.shape, generator=generator)))
     largest = 0.0
     for inputs in verification_inputs(result):
         mask = padding_input(inputs)

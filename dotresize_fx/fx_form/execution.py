@@ -84,7 +84,7 @@ class Execution:
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
                 return environment[node]
-            return given[node] if node in given else self.parameter(node)
+            return in_memory(given[node]) if node in given else self.parameter(node)
 
         with torch.set_grad_enabled(gradients):
             for i in range(start, stop):
