@@ -25,6 +25,7 @@ from dotresize_fx.export.module_source import Examples
 from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.onnx_source import analyse_onnx, is_onnx_source
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
+from dotresize_fx.forecast import stream_bytes
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
@@ -44,6 +45,11 @@ from dotresize_fx.width_plan import WidthPlan
 
 if TYPE_CHECKING:
     from dotresize_fx.report.contents import Report
+
+READ_AS_NEEDED = (
+    "weights were read from the model's files as they were needed, block by block: all of them would have taken too much "
+    "of the memory (--memory-budget)"
+)
 
 __all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim"]
 
@@ -202,7 +208,9 @@ def slim_with(
         data = prepare_data(text, chosen, loaded.tokenizer, task, captured.longest, device)
         own = _own_text(loaded, data, chosen, device, progress)
     with _work_folder(work) as folder:
-        dense.spool = Spool(folder) if loaded.lazy else None
+        if loaded.lazy:
+            streams = stream_bytes(dense, sum(next(iter(batch.values())).numel() for batch in data.calibration))
+            dense.spool = Spool(folder, activations=chosen.memory.has_no_room_for_streams(streams))
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock
@@ -220,7 +228,7 @@ def slim_with(
         data,
         chosen,
         progress,
-        notes=(*captured.notes, *slimmed.notes),
+        notes=(*((READ_AS_NEEDED,) if loaded.lazy else ()), *captured.notes, *slimmed.notes),
         clock=clock,
         dense_onnx=None if clock is None or work is None else work / ONNX_FILE,
         started=started,

@@ -17,7 +17,10 @@ T = torch.Tensor
 # Of these no numbers are needed.
 _TOLD: frozenset[Any] = frozenset(
     [
-        *(getattr(T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")),
+        *(
+            getattr(T, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
+        ),
         *(getattr(T, name).__get__ for name in ("grad", "grad_fn", "is_cuda", "is_meta", "is_sparse", "is_quantized")),
         *(getattr(T, name).__get__ for name in ("is_nested", "is_cpu", "itemsize", "nbytes", "_base", "output_nr")),
         *(T.size, T.dim, T.numel, T.nelement, T.stride, T.is_floating_point, T.is_complex, T.element_size, T.__len__),
@@ -26,8 +29,10 @@ _TOLD: frozenset[Any] = frozenset(
 )
 # Done once the numbers are read, and known before by its shape alone.
 _PUT_OFF: frozenset[Any] = frozenset(
-    [T.t, T.transpose, T.permute, T.contiguous, T.clone, T.view, T.reshape, T.flatten, T.unsqueeze]
-    + [T.mT.__get__, T.T.__get__, torch.t, torch.transpose, torch.permute]
+    [
+        *(T.t, T.transpose, T.permute, T.contiguous, T.clone, T.view, T.reshape, T.flatten, T.unsqueeze),
+        *(T.mT.__get__, T.T.__get__, torch.t, torch.transpose, torch.permute),
+    ]
 )
 _AS_IT_IS: frozenset[Any] = frozenset([T.detach, torch.detach, T.requires_grad_, T.data.__get__])
 # What is read for them would be gone before they could be used.
@@ -102,7 +107,9 @@ class LazyTensor(torch.Tensor):
                     device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)  # type: ignore[attr-defined]
                     if dtype in (None, first.dtype):
                         same = device is None or torch.device(device) == first.device
-                        return first if same else LazyTensor(first.source, first.shape, first.dtype, device, first.steps)
+                        return (
+                            first if same else LazyTensor(first.source, first.shape, first.dtype, device, first.steps)
+                        )
                 if func in _PUT_OFF or (func is T.__getitem__ and _is_plain(args[1])):
                     return first._then(func, args[1:], kwargs)
                 name = getattr(func, "__name__", "")
@@ -130,7 +137,9 @@ def _joined(func: Any, parts: tuple[LazyTensor, ...], args: tuple[Any, ...], kwa
 
 def _is_plain(index: Any) -> bool:
     """Whether an index is of numbers and slices alone."""
-    return all(part is ... or isinstance(part, (int, slice)) for part in (index if isinstance(index, tuple) else [index]))
+    return all(
+        part is ... or isinstance(part, (int, slice)) for part in (index if isinstance(index, tuple) else [index])
+    )
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:

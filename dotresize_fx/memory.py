@@ -27,13 +27,15 @@ def give_large_blocks_back() -> None:
 
 # Weights in float32 may take this share of what there is: the slim model, its ONNX and a block's statistics come too.
 WEIGHTS_SHARE = 0.3
+STREAMS_SHARE = 0.2
 _UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 LEAST_BUDGET = 64 << 20
 
 
 @dataclass(frozen=True)
 class Memory:
-    """``budget`` is how many bytes of its own (of files mapped into it none) the process may take; None is what is free.
+    """``budget`` is how many bytes the process may take for itself, files mapped into it not counted; None is what is
+    free.
 
     ``lazy`` False: weights are read at once whatever there is, since what is asked for takes them all.
     """
@@ -43,8 +45,18 @@ class Memory:
 
     def is_short_of(self, weights: int) -> bool:
         """Whether this many bytes of weights had better stay in their files."""
+        return self.lazy and self._too_much(weights, WEIGHTS_SHARE)
+
+    def has_no_room_for_streams(self, activations: int) -> bool:
+        """Whether activations of this many bytes, both models' on the calibration text, had better wait in files."""
+        return self._too_much(activations, STREAMS_SHARE)
+
+    def _too_much(self, size: int, share: float) -> bool:
         there = available_memory() if self.budget is None else self.budget
-        return self.lazy and there is not None and weights > WEIGHTS_SHARE * there
+        return there is not None and size > share * there
+
+
+WHAT_IS_FREE = Memory()
 
 
 def read_size(text: str) -> int:

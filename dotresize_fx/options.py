@@ -92,8 +92,8 @@ class Options:
     ``merge`` stands for the ratio too: so many blocks go, by ``merge_method`` (None is "mka"). The methods "rom" and
     "rank" replace linears by two of a lower rank. Both leave widths alone.
 
-    ``memory_budget`` ("4GiB", or bytes): how much memory the process may take for itself; weights stay in the files of a
-    Hugging Face folder until they are needed where they would take too much of it, or without it of what is free.
+    ``memory_budget`` ("4GiB", or bytes): how much memory the process may take for itself; weights stay in the files of
+    a Hugging Face folder until they are needed where they would take too much of it, or without it of what is free.
 
     ``target_latency`` stands for the ratio, which is None then: the share of the dense model's time that ``workload``
     ("prompt=128,decode=64,batch=1"; None is that) is to take on this machine. ``profile``: the ratio is split by what
@@ -284,7 +284,7 @@ class Options:
 
     @property
     def memory(self) -> Memory:
-        """What there is for weights."""
+        """What there is, for weights above all."""
         assert not isinstance(self.memory_budget, str)
         return Memory(self.memory_budget, lazy=not self._takes_all_weights)
 

@@ -31,7 +31,9 @@ def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool 
     """
     try:
         with file.open("rb") as stream:
-            header: Mapping[str, dict[str, list[int]]] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header: Mapping[str, dict[str, list[int]]] = json.loads(
+                stream.read(int.from_bytes(stream.read(8), "little"))
+            )
             data, size = stream.tell(), os.fstat(stream.fileno()).st_size
             held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         found = {}
@@ -82,10 +84,13 @@ def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], tor
 
 
 class Spool:
-    """Tensors that are put into a file without a name in ``folder``, which goes with the last of them."""
+    """Tensors that wait in files without a name in ``folder``, each of which goes with its tensor.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    ``activations``: those of the sweep's streams too.
+    """
+
+    def __init__(self, folder: Path, *, activations: bool = False) -> None:
+        self._folder, self.activations = folder, activations
 
     def put(self, tensor: torch.Tensor) -> LazyTensor:
         """The same numbers, on the same device, once they are needed."""
@@ -94,4 +99,6 @@ class Spool:
             stream.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
             stream.flush()
             held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        return LazyTensor(_view(held, tensor.dtype, tuple(tensor.shape), 0), tuple(tensor.shape), tensor.dtype, tensor.device)
+        return LazyTensor(
+            _view(held, tensor.dtype, tuple(tensor.shape), 0), tuple(tensor.shape), tensor.dtype, tensor.device
+        )

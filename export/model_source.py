@@ -26,7 +26,7 @@ from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import file_sha256, first_line, float32_bytes, lazy_state, weight_files
 from dotresize_fx.lazy_tensor import LazyTensor, in_memory, no_reading
-from dotresize_fx.memory import Memory
+from dotresize_fx.memory import WHAT_IS_FREE, Memory
 from dotresize_fx.task import Task
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -73,7 +73,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, trust_remote_code: bool = False, memory: Memory = Memory(), reads: bool = True
+    name: str, *, trust_remote_code: bool = False, memory: Memory = WHAT_IS_FREE, reads: bool = True
 ) -> LoadedModel:
     """Load ``name``: a Hugging Face folder, a ``.gguf`` file, a hub id ``org/name``, or a built-in name.
 

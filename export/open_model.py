@@ -11,7 +11,7 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.model_source import LoadedModel, load_model
 from dotresize_fx.export.module_source import Examples, load_module
 from dotresize_fx.export.program_file import is_program_file, load_program, load_program_file
-from dotresize_fx.memory import Memory
+from dotresize_fx.memory import WHAT_IS_FREE, Memory
 from dotresize_fx.task import reads_text
 
 Model = str | Path | LoadedModel | torch.nn.Module | torch.export.ExportedProgram
@@ -29,7 +29,7 @@ def open_model(
     example_inputs: Examples | None = None,
     *,
     trust_remote_code: bool = False,
-    memory: Memory = Memory(),
+    memory: Memory = WHAT_IS_FREE,
     reads: bool = True,
 ) -> LoadedModel:
     """``memory`` and ``reads``: see :func:`load_model`; what is no folder is read at once.

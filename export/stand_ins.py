@@ -24,7 +24,7 @@ def stand_ins(model: torch.nn.Module) -> Iterator[Callable[[torch.export.Exporte
             if isinstance(parameter, LazyTensor):
                 # The system gives numpy's zeros a page of memory each only when it is written to.
                 if id(parameter) not in made:
-                    zeros = torch.from_numpy(np.zeros(parameter.shape, np.float32))
+                    zeros = torch.from_numpy(np.zeros(tuple(parameter.shape), np.float32))
                     made[id(parameter)] = torch.nn.Parameter(zeros, requires_grad=False), parameter
                 owners.append((module, name, parameter))
 

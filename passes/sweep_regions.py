@@ -19,8 +19,8 @@ from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
-from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.stored_tensors import lazy_tensors
+from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.task import predicts_tokens
 from dotresize_fx.width_plan import WidthPlan
 

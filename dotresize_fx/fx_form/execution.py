@@ -83,7 +83,8 @@ class Execution:
 
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
-                return environment[node]
+                value = environment[node]
+                return in_memory(value) if isinstance(value, torch.Tensor) else value
             return in_memory(given[node]) if node in given else self.parameter(node)
 
         with torch.set_grad_enabled(gradients):
