@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from dotresize_fx.report.contents import Report
 
 READ_AS_NEEDED = (
-    "weights were read from the model's files as they were needed, block by block: all of them would have taken too much "
-    "of the memory (--memory-budget)"
+    "weights were read from the model's files as they were needed, block by block: all of them would have taken too "
+    "much of the memory (--memory-budget)"
 )
 
 __all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim"]

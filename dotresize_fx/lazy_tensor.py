@@ -37,14 +37,22 @@ _PUT_OFF: frozenset[Any] = frozenset(
 _AS_IT_IS: frozenset[Any] = frozenset([T.detach, torch.detach, T.requires_grad_, T.data.__get__])
 # What is read for them would be gone before they could be used.
 _OF_MEMORY: frozenset[Any] = frozenset([T.data_ptr, T.untyped_storage])
+_aten = torch.ops.aten
+# Rows of a table, which are read alone; the table is the first argument, or the second.
+_PICKS: frozenset[Any] = frozenset([_aten.embedding.default, T.index_select, torch.index_select])
+_PICKS_SECOND: frozenset[Any] = frozenset([torch.nn.functional.embedding])
+_LINEARS: frozenset[Any] = frozenset([_aten.linear.default, torch.nn.functional.linear])
+# A linear of more bytes, the head over a large vocabulary, is computed in pieces of so many at most.
+PIECE = 256 << 20
 _JOINS: frozenset[Any] = frozenset([torch.stack, torch.cat])
 
 
 class LazyTensor(torch.Tensor):
     """A tensor by its shape, dtype and device; its numbers come from ``source`` each time that they are needed.
 
-    ``source()`` gives a tensor on the CPU, often memory of a file; ``steps`` make of it what this tensor is, on
-    ``device``. Transposes, slices, copies and moves to another device are put off. Nothing can be written to it.
+    ``source()`` gives a tensor on the CPU, often memory of a file; once it has ``dtype`` and is on ``device``, ``steps``
+    make of it what this tensor is. Transposes, slices, copies and moves to another device are put off. Nothing can be
+    written to it.
     """
 
     source: Callable[[], torch.Tensor]
@@ -71,14 +79,33 @@ class LazyTensor(torch.Tensor):
         Raises:
             UsageError: inside :func:`no_reading`.
         """
-        if (refusals := LazyTensor.refusals) is not None:
-            refusals.append(refusals[0])
-            raise UsageError(refusals[0])
         with torch.no_grad():
-            tensor = self.source().to(self.device)
+            tensor = self._cast(self._stored())
             for step in self.steps:
                 tensor = step(tensor)
         return tensor
+
+    def _stored(self) -> torch.Tensor:
+        if (refusals := LazyTensor.refusals) is not None:
+            refusals.append(refusals[0])
+            raise UsageError(refusals[0])
+        return self.source()
+
+    def _cast(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored.to(self.device).to(self.dtype)
+
+    def _rows(self, places: torch.Tensor) -> torch.Tensor:
+        """Those of these numbers, in the shape of ``places``, of a tensor without steps."""
+        return self._cast(self._stored()[places.cpu()])
+
+    def _linear(self, func: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What a linear makes of ``x`` with this weight, which has no steps: some of the outputs at a time."""
+        stored, rows = self._stored(), max(1, PIECE // (self.shape[1] * self.itemsize))
+        found = []
+        for start in range(0, len(stored), rows):
+            part = None if bias is None else in_memory(bias)[start : start + rows]
+            found.append(func(x, self._cast(stored[start : start + rows]), part))
+        return torch.cat(found, -1)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
@@ -115,6 +142,10 @@ class LazyTensor(torch.Tensor):
                 name = getattr(func, "__name__", "")
                 if name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")):
                     raise TypeError(f"{name}: what a file holds cannot be written to")
+            if func in _PICKS or func in _PICKS_SECOND or func in _LINEARS:
+                found = _in_part(func, args, kwargs)
+                if found is not None:
+                    return found
             if func in _JOINS and all(isinstance(part, LazyTensor) for part in first):
                 return _joined(func, tuple(first), args[1:], kwargs)
             args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (tuple(args), kwargs))
@@ -126,6 +157,23 @@ class LazyTensor(torch.Tensor):
             return args[0]
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (tuple(args), kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _in_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What an op gives that needs no more than a part of its weight in memory at once; None where it takes it whole."""
+    if func in _LINEARS:
+        x, weight, *rest = args
+        large = isinstance(weight, LazyTensor) and not weight.steps and weight.ndim == 2 and weight.nbytes > PIECE
+        return weight._linear(func, in_memory(x), rest[0] if rest else kwargs.get("bias")) if large else None
+    if func is torch.nn.functional.embedding or func is _aten.embedding.default:
+        places, table = args[:2] if func in _PICKS_SECOND else (args[1], args[0])
+        if kwargs.get("max_norm") is not None:
+            return None
+    else:
+        table, axis, places = args[:3] if len(args) > 2 else (None, None, None)
+        if axis != 0:
+            return None
+    return table._rows(in_memory(places)) if isinstance(table, LazyTensor) and not table.steps else None
 
 
 def _joined(func: Any, parts: tuple[LazyTensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyTensor:

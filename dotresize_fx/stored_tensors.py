@@ -46,7 +46,7 @@ def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool 
             source = _view(held, kind, shape, data + begin)
             source = _checked(source, f"{file}: {name}") if checked else source
             wanted = dtype if dtype is not None and kind.is_floating_point else kind
-            found[name] = LazyTensor(source, shape, wanted, steps=() if wanted is kind else (_cast(wanted),))
+            found[name] = LazyTensor(source, shape, wanted)
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())
         raise BadWeightsError(f"{file}: truncated, damaged or of an unknown dtype ({why}): fetch it again") from error
@@ -60,10 +60,6 @@ def _view(held: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: i
         return torch.frombuffer(held, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
 
     return read
-
-
-def _cast(dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor.to(dtype)
 
 
 def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], torch.Tensor]:

@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.lazy_tensor import in_memory
+from dotresize_fx.lazy_tensor import PIECE, in_memory
 
 Environment = dict[torch.fx.Node, Any]
 
@@ -34,6 +34,7 @@ class Execution:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         results = graph.nodes.output_node().all_input_nodes
         self.results = [node for node in results if caches or node.name not in graph.caches]
+        self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         self._last_use = self._find_last_uses()
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
@@ -59,8 +60,9 @@ class Execution:
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
-        """The tensor behind a parameter placeholder, as it is now."""
-        return in_memory(self.graph.stored(self._keys[node]))
+        """The tensor behind a parameter placeholder, as it is now; one in a file is read, unless parts of it will do."""
+        stored = self.graph.stored(self._keys[node])
+        return stored if stored.nbytes > PIECE or node in self._tables else in_memory(stored)
 
     def run(
         self,
