@@ -14,7 +14,7 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
 from dotresize_fx.clock import Clock
-from dotresize_fx.device import compute_device
+from dotresize_fx.device import compute_device, held_bytes
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.capture import Captured
@@ -210,7 +210,9 @@ def slim_with(
     with _work_folder(work) as folder:
         if loaded.lazy:
             streams = stream_bytes(dense, sum(next(iter(batch.values())).numel() for batch in data.calibration))
-            dense.spool = Spool(folder, activations=chosen.memory.has_no_room_for_streams(streams))
+            dense.spool = Spool(
+                folder, activations=chosen.memory.has_no_room_for_streams(streams), held=held_bytes(device)
+            )
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock

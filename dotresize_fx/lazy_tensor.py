@@ -50,7 +50,7 @@ _JOINS: frozenset[Any] = frozenset([torch.stack, torch.cat])
 class LazyTensor(torch.Tensor):
     """A tensor by its shape, dtype and device; its numbers come from ``source`` each time that they are needed.
 
-    ``source()`` gives a tensor on the CPU, often memory of a file; once it has ``dtype`` and is on ``device``, ``steps``
+    ``source()`` gives a tensor on the CPU, often memory of a file; with ``dtype`` and on ``device``, ``steps``
     make of it what this tensor is. Transposes, slices, copies and moves to another device are put off. Nothing can be
     written to it.
     """

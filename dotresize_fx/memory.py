@@ -28,7 +28,7 @@ def give_large_blocks_back() -> None:
 # Weights in float32 may take this share of what there is: the slim model, its ONNX and a block's statistics come too.
 WEIGHTS_SHARE = 0.3
 STREAMS_SHARE = 0.2
-_UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 LEAST_BUDGET = 64 << 20
 
 
@@ -63,16 +63,13 @@ def read_size(text: str) -> int:
     """Bytes of "4GiB", "512MiB", "800MB" or "1.5 GiB".
 
     Raises:
-        UsageError: it is none, or less than LEAST_BUDGET.
+        UsageError: it is none.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
     if found is None:
         raise UsageError(f"--memory-budget {text}: say a size such as 4GiB or 512MiB")
     number, unit, binary = found.groups()
-    size = int(float(number) * (2 ** _UNITS[unit] if binary else 1000 ** (_UNITS[unit] // 10)))
-    if size < LEAST_BUDGET:
-        raise UsageError(f"--memory-budget {text}: it must be at least {show_size(LEAST_BUDGET)}")
-    return size
+    return int(float(number) * (2 ** _UNITS[unit] if binary else 1000 ** (_UNITS[unit] // 10)))
 
 
 def show_size(size: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
-from dotresize_fx.memory import Memory, read_size
+from dotresize_fx.memory import LEAST_BUDGET, Memory, read_size, show_size
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
 from dotresize_fx.structure_options import RANK_METHODS, changes_structure, check_methods, check_structure
@@ -178,6 +178,10 @@ class Options:
         self._check_clock()
         if isinstance(self.memory_budget, str):
             object.__setattr__(self, "memory_budget", read_size(self.memory_budget))
+        if self.memory_budget is not None and int(self.memory_budget) < LEAST_BUDGET:
+            raise UsageError(
+                f"--memory-budget {self.memory_budget} bytes: at least {show_size(LEAST_BUDGET)} are needed"
+            )
         if self.memory_budget is not None and (why := self._takes_all_weights):
             raise UsageError(f"--memory-budget and {why[0]} do not go together: {why[1]}")
         if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:

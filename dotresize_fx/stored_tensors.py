@@ -15,10 +15,10 @@ import torch
 from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.lazy_tensor import LazyTensor
 
-# Of safetensors; other floats than these are quantised weights.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64}
 
 
 def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool = True) -> dict[str, LazyTensor]:
@@ -71,7 +71,8 @@ def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], tor
         tensor = source()
         if not looked and tensor.is_floating_point() and tensor.numel():
             # The extremes carry any NaN or infinity, without a mask as large as the tensor.
-            if not torch.stack(tensor.aminmax()).isfinite().all():
+            numbers = tensor.float() if tensor.itemsize == 1 else tensor
+            if not torch.stack(numbers.aminmax()).isfinite().all():
                 raise BadWeightsError(f"{where} holds NaN or infinity: the model is broken, fetch it again")
             looked = True
         return tensor
@@ -79,14 +80,41 @@ def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], tor
     return read
 
 
+class Recent:
+    """What was read of late, ``limit`` bytes of it at most: for a device that is far from the files.
+
+    All batches run through a block one after the other, and each would fetch its weights anew.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit, self._size = limit, 0
+        self._held: dict[int, tuple[LazyTensor, torch.Tensor]] = {}
+
+    def read(self, lazy: LazyTensor) -> torch.Tensor:
+        """Its numbers, read now or held."""
+        if lazy.nbytes > self.limit:
+            return lazy.read()
+        key = id(lazy)
+        pair = self._held.pop(key, None)
+        if pair is None:
+            pair = lazy, lazy.read()
+            self._size += lazy.nbytes
+        self._held[key] = pair  # the latest stands last
+        while self._size > self.limit:
+            oldest, _ = self._held.pop(next(iter(self._held)))
+            self._size -= oldest.nbytes
+        return pair[1]
+
+
 class Spool:
     """Tensors that wait in files without a name in ``folder``, each of which goes with its tensor.
 
-    ``activations``: those of the sweep's streams too.
+    ``activations``: those of the sweep's streams too. ``recent`` holds ``held`` bytes of weights that were read.
     """
 
-    def __init__(self, folder: Path, *, activations: bool = False) -> None:
+    def __init__(self, folder: Path, *, activations: bool = False, held: int = 0) -> None:
         self._folder, self.activations = folder, activations
+        self.recent = Recent(held)
 
     def put(self, tensor: torch.Tensor) -> LazyTensor:
         """The same numbers, on the same device, once they are needed."""

@@ -148,7 +148,10 @@ def _load_folder(folder: Path, source: str, trust_remote_code: bool, memory: Mem
     files = [config_file, *weights]
     extra = {"config": config, "trust_remote_code": trust_remote_code}
     stored = lazy_state(weights)
-    if not reads or memory.is_short_of(float32_bytes(stored)):
+    own_code = not issubclass(model_class, transformers.PreTrainedModel)
+    if own_code and not reads:
+        raise UsageError(f"{folder}: a model of its own code is made in memory: leave out --dry-run")
+    if not own_code and (not reads or memory.is_short_of(float32_bytes(stored))):
         model = _load_lazily(model_class, stored, folder, **extra)
         return _finish(model, task, source, files if reads else [], folder, True, trust_remote_code=trust_remote_code)
     model = _load_weights(model_class, folder, str(folder), use_safetensors=True, **extra)

@@ -10,7 +10,7 @@ from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.lazy_tensor import PIECE, in_memory
+from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
 
@@ -60,9 +60,11 @@ class Execution:
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
-        """The tensor behind a parameter placeholder, as it is now; one in a file is read, unless parts of it will do."""
+        """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do."""
         stored = self.graph.stored(self._keys[node])
-        return stored if stored.nbytes > PIECE or node in self._tables else in_memory(stored)
+        if not isinstance(stored, LazyTensor) or stored.nbytes > PIECE or node in self._tables:
+            return stored
+        return stored.read() if self.graph.spool is None else self.graph.spool.recent.read(stored)
 
     def run(
         self,
