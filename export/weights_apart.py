@@ -64,7 +64,7 @@ class WeightsApart:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             raw = getattr(tensor, "raw", None)
-            if tensor is None or tensor.nbytes < LEAST_APART:
+            if tensor is None or isinstance(raw, LazyTensor):
                 continue
             if isinstance(raw, torch.Tensor):
                 strides = tuple(step * raw.itemsize for step in raw.stride())
@@ -72,10 +72,10 @@ class WeightsApart:
             elif isinstance(raw, np.ndarray):
                 address, shape, strides = raw.__array_interface__["data"][0], raw.shape, raw.strides
             else:
-                return False
+                address, shape, strides = 0, (), ()
             begin = self._owner(address)
             if begin is None:
-                if address in self._given:
+                if address in self._given or tensor.nbytes < LEAST_APART:
                     continue
                 return False
             seen.add(begin)
