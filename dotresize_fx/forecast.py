@@ -22,14 +22,14 @@ STREAMS = 5
 # (n, n) float64 at once while a region is solved: its Gram matrices that fit and that measure, and the solver's own.
 SQUARES = 6
 # (n, out) float64 likewise: reader, its sums with what is wanted, the fit.
-READERS = 6
+READERS = 12
 # Forward passes of the calibration text: both streams, and each sublayer once more to gather, and once merged.
 PASSES = 4.5
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
 SOLVING = 12
 # What the libraries that convert and check take, and seconds for each op that is traced, converted and written twice.
-LIBRARIES = 700 << 20
-SECONDS_PER_OP = 0.05
+LIBRARIES = 450 << 20
+SECONDS_PER_OP = 0.1
 # Of square products of this size the rate is taken.
 PRODUCT = 1024
 

@@ -13,7 +13,7 @@ from dotresize_fx.errors import UsageError
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
-T = torch.Tensor
+T: Any = torch.Tensor
 # Of these no numbers are needed.
 _TOLD: frozenset[Any] = frozenset(
     [
@@ -69,7 +69,8 @@ class LazyTensor(torch.Tensor):
         device: str | torch.device = "cpu",
         steps: tuple[Step, ...] = (),
     ) -> LazyTensor:
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        where = torch.device(device)
+        made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=where)
         made.source, made.steps = source, steps
         return made
 
@@ -124,14 +125,14 @@ class LazyTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _TOLD:
                 return func(*args, **kwargs)
-            first = args[0] if args else None
+            first: Any = args[0] if args else None
             if isinstance(first, LazyTensor):
                 if func in _AS_IT_IS:
                     return first
                 if func in _OF_MEMORY:
                     raise TypeError(f"{func.__name__}: a tensor that is read when it is needed has no memory")
                 if func is T.to:
-                    device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)  # type: ignore[attr-defined]
+                    device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
                     if dtype in (None, first.dtype):
                         same = device is None or torch.device(device) == first.device
                         return (
@@ -152,7 +153,9 @@ class LazyTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (tuple(args), kwargs or {}))

@@ -120,7 +120,7 @@ class Spool:
         """The same numbers, on the same device, once they are needed."""
         with tempfile.TemporaryFile(dir=self._folder) as stream:
             plain = tensor.detach().contiguous().cpu()
-            stream.write(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(plain.reshape(-1).view(torch.uint8).numpy().data)  # which tells a full disk
             stream.flush()
             held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return LazyTensor(

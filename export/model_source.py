@@ -208,7 +208,7 @@ def _load_lazily(model_class: Any, stored: Mapping[str, LazyTensor], folder: Pat
         with no_reading(others) as refused:
             model = _load_weights(model_class, None, str(folder), state_dict=dict(stored), **extra)
     except ModelNotFoundError as error:
-        raise (UsageError(others) if refused else error) from error
+        raise (UsageError(others) if refused() else error) from error
     if not all(isinstance(parameter, LazyTensor) for parameter in model.parameters()):
         raise UsageError(others)
     for module in model.modules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ def stand_ins(model: torch.nn.Module) -> Iterator[Callable[[torch.export.Exporte
 
     Gives what puts the lazy ones into a program that was traced meanwhile.
     """
-    made: dict[int, tuple[torch.nn.Parameter, LazyTensor]] = {}
-    owners: list[tuple[torch.nn.Module, str, LazyTensor]] = []
+    made: dict[int, tuple[torch.nn.Parameter, torch.Tensor]] = {}
+    owners: list[tuple[torch.nn.Module, str, Any]] = []
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        held: dict[str, Any] = module._parameters
+        for name, parameter in held.items():
             if isinstance(parameter, LazyTensor):
                 # The system gives numpy's zeros a page of memory each only when it is written to.
                 if id(parameter) not in made:
@@ -30,9 +32,10 @@ def stand_ins(model: torch.nn.Module) -> Iterator[Callable[[torch.export.Exporte
 
     def put_back(program: torch.export.ExportedProgram) -> None:
         lazy = {zeros.data_ptr(): parameter for zeros, parameter in made.values()}
-        for key, tensor in program.state_dict.items():
+        state: dict[str, Any] = program.state_dict
+        for key, tensor in state.items():
             if (found := lazy.get(tensor.data_ptr())) is not None:
-                program.state_dict[key] = found
+                state[key] = found
 
     try:
         for module, name, parameter in owners:
@@ -40,4 +43,4 @@ def stand_ins(model: torch.nn.Module) -> Iterator[Callable[[torch.export.Exporte
         yield put_back
     finally:
         for module, name, parameter in owners:
-            module._parameters[name] = parameter  # type: ignore[assignment]
+            module._parameters[name] = parameter

@@ -21,11 +21,11 @@ class _Apart:
     lazy: LazyTensor
     zeros: torch.Tensor
 
-    def view(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], onnx_ir.Tensor]:
+    def view(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[], Any]:
         """What reads the numbers that stand where these zeros do."""
         first = (address - self.zeros.data_ptr()) // self.zeros.itemsize
 
-        def read() -> onnx_ir.Tensor:
+        def read() -> Any:
             flat = self.lazy.read().cpu().contiguous().reshape(-1).numpy()
             return onnx_ir.Tensor(np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat[first:], shape, strides)))
 

@@ -14,7 +14,7 @@ from dotresize_fx.regions import RegionKind
 
 def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
     _, graph = tiny_graph("llama")
-    regions = find_regions(graph).of_kind(RegionKind.FFN)
+    regions = list(find_regions(graph).of_kind(RegionKind.FFN))
 
     def unread() -> torch.Tensor:
         raise AssertionError("a weight was read")
