@@ -1,6 +1,6 @@
-"""What the inputs of a graph with a cache are called, beside input_ids and attention_mask."""
+"""What inputs and outputs of a graph with a cache are called, beside input_ids, attention_mask and logits."""
 
 from __future__ import annotations
 
-# Of layer N: past_key_values.N.key and past_key_values.N.value.
-PAST, POSITIONS = "past_key_values", "position_ids"
+# Of layer N: past_key_values.N.key and past_key_values.N.value; out of it come present.N.key and present.N.value.
+PAST, PRESENT, POSITIONS = "past_key_values", "present", "position_ids"

@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, obs, dotresize, pca (residual only), magnitude; rom, rank: linears of a lower rank (auto)",
     )
     export.add_argument(
-        "--methods", default="", metavar="A,B", help="of width, rank, depth: spend --ratio on all of them"
+        "--methods", type=_names, default=(), metavar="A,B", help="of width, rank, depth: spend --ratio on all of them"
     )
     export.add_argument("--merge", type=int, metavar="K", help="instead of --ratio: so many blocks less")
     export.add_argument("--merge-method", help="mka, aligned, drop-last or drop-least (mka)")
@@ -291,6 +291,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split(","))
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -302,7 +306,6 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
     given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
     given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
-    given["methods"] = tuple(arguments.methods.split(",")) if arguments.methods else ()
     given["formats"] = tuple(name for names in arguments.format for name in names.split(","))
     options = Options(**given)
     if arguments.dry_run:

@@ -32,18 +32,22 @@ from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.launched import Launched
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
+from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import MatchReport
 from dotresize_fx.stored_tensors import Spool
+from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
 from dotresize_fx.width_plan import WidthPlan
 
 if TYPE_CHECKING:
+    from dotresize_fx.hand_out import Handed
     from dotresize_fx.report.contents import Report
 
 READ_AS_NEEDED = (
@@ -130,8 +134,8 @@ def slim(
         work: folder for finished blocks, if they are to be written.
         options: further fields of :class:`dotresize_fx.options.Options`.
 
-    In a script under torchrun every process calls this: rank 0 gets the result, which the others help to heal before
-    they leave the script here, with SystemExit(0).
+    In a script under torchrun every process calls this: rank 0 gets the result, which the others help to calibrate or
+    to heal before they leave the script here, with SystemExit(0).
 
     Raises:
         DotresizeError: whatever is wrong with model, text or options, one class a kind.
@@ -155,9 +159,31 @@ def slim(
 
 
 def _alone_or_together(options: Options, progress: Progress) -> AbstractContextManager[Launched]:
-    from dotresize_fx.healing.together import together  # with torch's parts for training
+    from dotresize_fx.together import together  # with torch's parts for training
 
-    return together(options, progress)
+    return together(options, progress, _help_out)
+
+
+def _help_out(handed: Handed, options: Options, progress: Progress) -> None:
+    """On other ranks, what rank 0 does with what it hands them."""
+    from dotresize_fx.together import check_alike, heal_handed
+
+    if options.effort == "heal":
+        heal_handed(handed, options, progress)
+        return
+    widths, factors = handed.numbers["widths"], handed.numbers["factors"]
+    slimmed = slim_graph(
+        handed.dense,
+        find_regions(handed.dense),
+        handed.sources[0],
+        options,
+        progress,
+        task=handed.task,
+        plan=None if widths is None else WidthPlan(widths),
+        factors=factors,
+        ranks=Ranks(),
+    )
+    check_alike(slimmed.graph)
 
 
 def slim_with(
@@ -193,9 +219,13 @@ def slim_with(
     factors: Mapping[str, int] = {}
     if chosen.checkpoint and chosen.ratio != 0:
         from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint
+        from dotresize_fx.export.rehearse_depth import rehearse_depth
 
         with progress.stage("rehearse the checkpoint"):
-            factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
+            if chosen.merge is not None:
+                rehearse_depth(loaded, captured, chosen)
+            else:
+                factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     device = compute_device(chosen)
     task = _task(loaded, captured)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
@@ -303,12 +333,34 @@ def _slim_on_device(
         moved = dense.copy()
         moved.to(device)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
-    slimmed = slim_graph(
-        moved, matches, batches, options, progress, work, task=task, plan=plan, factors=factors, clock=clock
-    )
-    if options.effort == "heal" and slimmed.swept:
-        from dotresize_fx.healing.hand_out import Handed, give
-        from dotresize_fx.healing.together import heal_handed
+    shared = options.effort == "fast" and launched.count > 1
+    with launched.called() if shared else nullcontext():
+        if shared:
+            from dotresize_fx.hand_out import Handed, give
+
+            numbers = {"widths": None if plan is None else plan.widths, "factors": factors}
+            give(Handed(moved, moved, (batches,), task, numbers))
+        slimmed = slim_graph(
+            moved,
+            matches,
+            batches,
+            options,
+            progress,
+            work,
+            task=task,
+            plan=plan,
+            factors=factors,
+            clock=clock,
+            ranks=Ranks(alone=not shared),
+        )
+        if shared:
+            from dotresize_fx.together import check_alike
+
+            check_alike(slimmed.graph)
+            slimmed = replace(slimmed, notes=(*slimmed.notes, f"{launched.count} processes shared the calibration"))
+    if options.effort == "heal" and (slimmed.swept or changes_structure(options)) and options.ratio != 0:
+        from dotresize_fx.hand_out import Handed, give
+        from dotresize_fx.together import heal_handed
 
         handed = Handed(moved, slimmed.graph, (batches, own), task)
         with launched.called():

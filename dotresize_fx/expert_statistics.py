@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from dotresize_fx.gram import GramAccumulator, RegionStatistics
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_map import RegionMap, stacked
 from dotresize_fx.regions import Region, RegionKind
 
@@ -43,6 +44,10 @@ class ExpertGrams(GramAccumulator):
             self._start(x)
         for expert, rows in enumerate(x if real is None else x[:, real]):
             self._add(expert, rows[rows.any(-1)])
+
+    def add_up(self, ranks: Ranks, device: torch.device, names: Sequence[str] = ()) -> None:
+        super().add_up(ranks, device, names)
+        self.counts = ranks.sum(self.counts.to(device)).to(self.counts.device)
 
     def _start(self, x: torch.Tensor) -> None:
         n = x.shape[-1]

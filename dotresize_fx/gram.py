@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from dotresize_fx.errors import SolverError
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import Region
 
 
@@ -53,6 +54,26 @@ class GramAccumulator:
                 self.energy[name] = torch.zeros((), dtype=torch.float64)
             self.cross[name] += product
             self.energy[name] += energy[name]
+
+    def add_up(self, ranks: Ranks, device: torch.device, names: Sequence[str] = ()) -> None:
+        """The sums over all ranks, in place; ``names`` are those of ``cross``: a rank without rows knows none."""
+        if ranks.count == 1:
+            return
+        known = torch.zeros(3 + len(names), dtype=torch.int64, device=device)
+        if self.tokens:
+            known[3 - self.gram.ndim : 3] = torch.tensor(self.gram.shape)
+            known[3:] = torch.tensor([self.cross[name].shape[-1] for name in names])
+        *shape, n = [size for size in ranks.largest(known)[:3].tolist() if size] or [0]
+        if not n:
+            return
+        if not self.tokens:
+            self.gram = torch.zeros(*shape, n, dtype=torch.float64, device=device)
+            for name, width in zip(names, known[3:].tolist(), strict=True):
+                self.cross[name] = torch.zeros(n, width, dtype=torch.float64, device=device)
+                self.energy[name] = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = int(ranks.sum(torch.tensor(self.tokens, device=device)))
+        for tensor in (self.gram, *(part for name in names for part in (self.cross[name], self.energy[name]))):
+            ranks.sum(tensor)
 
     def through(self, matrix: torch.Tensor) -> GramAccumulator:
         """What would have been summed over x @ matrix; matrix: (n, k) float64."""

@@ -209,6 +209,14 @@ class Graph(ABC):
         """Whether a parameter value is a table the model computed for itself, not something it learned."""
         return False
 
+    def beside(self, op: Op) -> tuple[Value, ...]:
+        """What an op puts out beside its output, where something reads that and the view shows no op for it."""
+        return ()
+
+    def details(self, op: Op) -> tuple[object, ...]:
+        """What the view does not show of an op and what decides what it computes, the same for ops that do the same."""
+        return ()
+
     @abstractmethod
     def parameter_name(self, value: Value) -> str:
         """The name the model gives this parameter, such as ``model.layers.0.mlp.up_proj.weight``."""

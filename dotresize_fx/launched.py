@@ -1,7 +1,7 @@
-"""Processes that torchrun started together: rank 0 does the work and speaks, the others help it to heal.
+"""Processes that torchrun started together: rank 0 does the work and speaks, the others help it where they can.
 
 They meet in a store of torch.distributed, where a rank that waits looks now and then: signals and the failure of
-another end the wait. The process group itself exists while they heal, and no longer.
+another end the wait. The process group itself exists while they help, and no longer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dotresize_fx.errors import DotresizeError, RanksError, UsageError
 LOOK_EVERY = 0.1  # seconds
 # Keys of the store, and what rank 0 calls for.
 CALLED, FAILED = "called", "failed"
-TO_HEAL, TO_LEAVE = "to heal", "to leave"
+TO_HELP, TO_LEAVE = "to help", "to leave"
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -33,13 +33,14 @@ def one_is_enough(show: Callable[[str], None]) -> None:
     if rank > 0:
         raise SystemExit(0)
     if count > 1:
-        show(f"only export --effort heal uses several processes: one of the {count} works, the others leave")
+        show(f"{count} processes were started and this is work for one: the others leave")
 
 
 class Launched:
     """Context manager around a run; ``rank`` of ``count``, (0, 1) where this process works alone.
 
-    Entering chooses the card of this rank, if the device is CUDA, and ends the others at once if the effort needs none.
+    Entering chooses the card of this rank, if the device is CUDA, and ends the others at once where rank 0 is not
+    ``helped``.
     Leaving with an exception lets the other ranks end too. What failed first is the reason: it is raised as it is on
     rank 0 and as RanksError elsewhere; ranks that failed later leave with SystemExit.
 
@@ -51,13 +52,13 @@ class Launched:
     # They help one run of a script: what rank 0 does after it, it does alone.
     others_left = False
 
-    def __init__(self, device: str, effort: str, show: Callable[[str], None]) -> None:
+    def __init__(self, device: str, helped: bool, show: Callable[[str], None]) -> None:
         self.rank, self.count = (0, 1) if Launched.others_left else rank_and_count()
-        self._device, self._effort, self._show = device, effort, show
+        self._device, self._helped, self._show = device, helped, show
         self._store: Any = None
 
     def __enter__(self) -> Self:
-        if self.count > 1 and self._effort != "heal":
+        if self.count > 1 and not self._helped:
             one_is_enough(self._show)
             Launched.others_left, self.count = True, 1
         if self.count == 1:
@@ -94,10 +95,14 @@ class Launched:
         import torch.distributed as dist
 
         if self.rank == 0:
-            self._store.set(CALLED, TO_HEAL)
+            self._store.set(CALLED, TO_HELP)
         made = not dist.is_initialized()
         if made:
             backend = "nccl" if self._device == "cuda" else "gloo"
+            if not dist.is_backend_available(backend):
+                raise RanksError(
+                    f"rank {self.rank}: this torch lacks {backend}, by which several processes work together"
+                )
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.count)
         yield
         if made:  # after an exception this would wait for the others
@@ -114,7 +119,7 @@ class Launched:
             if self._store.check([FAILED]):
                 raise SystemExit(RanksError.exit_code)
             time.sleep(LOOK_EVERY)
-        return bool(self._store.get(CALLED).decode() == TO_HEAL)
+        return bool(self._store.get(CALLED).decode() == TO_HELP)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

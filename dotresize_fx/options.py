@@ -184,7 +184,8 @@ class Options:
             )
         if self.memory_budget is not None and (why := self._takes_all_weights):
             raise UsageError(f"--memory-budget and {why[0]} do not go together: {why[1]}")
-        if self.checkpoint and self.plan is None and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
+        widths = self.checkpoint and self.plan is None and not changes_structure(self)
+        if widths and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
             raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
         if self.quantize is not None and self.dtype != "float32":
             raise UsageError(
@@ -296,6 +297,19 @@ class Options:
     def by_the_clock(self) -> bool:
         """Whether the widths depend on what kernels take."""
         return self.profile or self.target_latency is not None
+
+    @property
+    def helped(self) -> bool:
+        """Whether several processes do more than one: they heal together, or share the calibration text."""
+        if self.effort != "fast":
+            return self.effort == "heal"
+        return not (
+            self.ratio == 0
+            or self.methods
+            or changes_structure(self)
+            or self.by_the_clock
+            or RegionKind.RESIDUAL in self.kinds
+        )
 
     @property
     def finest_step(self) -> int:

@@ -12,6 +12,7 @@ from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import padding_mask, token_rows
 from dotresize_fx.graph import Kind
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.task import predicts_tokens
 
 # No token's chances grow by more than exp of it: beyond float32, and as bad as it gets.
@@ -41,18 +42,22 @@ def price_probes(
     batches: Sequence[Inputs],
     task: str,
     advanced: Callable[[], None],
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Loss an answer by name. The dense model is run once more a batch; each probe departs from that run.
 
-    Of what rarely goes, and is run on the first batch alone, the loss grows as that of the others does.
+    Of what rarely goes, and is run on the first batch alone, the loss grows as that of the others does. ``ranks`` share
+    the batches.
     """
+    ranks = ranks or Ranks(alone=True)
     execution = Execution(graph)
     total = {probe.name: 0.0 for probe in probes}
     always = {probe.name for probe in probes if not probe.rarely} or set(total)
     count, first = 0, 0.0
     departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
     departures.sort(key=lambda pair: pair[0])
-    for i, batch in enumerate(batches):
+    for i in ranks.mine(len(batches)):
+        batch = batches[i]
         answers = Answers(execution, batch, task)
         environment, position = execution.start(batch), 0
         for start, probe in departures:
@@ -63,8 +68,12 @@ def price_probes(
             found = probe.run(execution, dict(environment), start, answers.node)
             total[probe.name] += answers.lost(found)
         count += answers.count
-        first = first or sum(total[name] for name in always)
+        first = first if i else sum(total[name] for name in always)
         advanced()
+    if ranks.count > 1:
+        device = next(iter(batches[0].values())).device
+        *shared, first, counted = ranks.sum(torch.tensor([*total.values(), first, count]).double().to(device)).tolist()
+        total, count = dict(zip(total, shared, strict=True)), round(counted)
     growth = sum(total[name] for name in always) / first if first > 0 else 1.0
     return {name: value * (1 if name in always else growth) / max(count, 1) for name, value in total.items()}
 

@@ -12,6 +12,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, token_rows, with_ones
 from dotresize_fx.head_maps import over_heads
 from dotresize_fx.least_squares import refit_reader, relative_error
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.region_ops import RegionOps
@@ -40,7 +41,8 @@ class ReaderRefit:
     """Sums over the slim stream as far as it was run, and readers fitted to them.
 
     measuring: numbers of the batches that measure and are not solved with. masks: per batch, see
-    :func:`dotresize_fx.gram.padding_mask`. pull: see :func:`dotresize_fx.least_squares.refit_reader`.
+    :func:`dotresize_fx.gram.padding_mask`. pull: see :func:`dotresize_fx.least_squares.refit_reader`. ranks: who has
+    the other batches.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class ReaderRefit:
         masks: Sequence[torch.Tensor | None],
         measuring: set[int],
         pull: float,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks(alone=True)
         self.graph, self.stream, self.masks, self.measuring, self.pull = graph, stream, masks, measuring, pull
 
     def gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> Gathered:
@@ -77,6 +81,11 @@ class ReaderRefit:
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
             near = inputs.coherence(values, mask) if near is None else near
+        device = self.graph.weight(inputs.writers[0]).device
+        for sums in (fitting, held_out):
+            sums.add_up(self.ranks, device, ("wanted",))
+        entered.add_up(self.ranks, device)
+        near = self.ranks.first_matrix(near, device)
         return Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
 
     def refit(self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered) -> tuple[RegionMap, float | None]:
@@ -97,6 +106,8 @@ class ReaderRefit:
                 wanted=token_rows(gathered.wanted[i], self.masks[i]),
                 own=token_rows(gathered.own[i], self.masks[i]),
             )
+        for sums in (fitting, held_out):
+            sums.add_up(self.ranks, self.graph.weight(inputs.writers[0]).device, ("wanted", "own"))
         return fitting, held_out
 
     def _merged_activations(self, inputs: RegionInputs, region_map: RegionMap) -> Iterator[torch.Tensor]:

@@ -18,6 +18,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, RegionStatistics, padding_mask
 from dotresize_fx.prices import price_probes
 from dotresize_fx.probe import Probe
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region
 from dotresize_fx.solvers import CURVES
@@ -43,24 +44,27 @@ def measure_curves(
     *,
     task: str = "decoder",
     advanced: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, torch.Tensor]:
     """Region name -> (n + 1,) float64 on the CPU: the predicted loss at each width, in nats a token.
 
     For encoders (``task``) the loss is the cosine that pooled embeddings lose: errors of single tokens average out in
     them and those that a whole sequence shares do not. For outputs of any other kind it is their squared error,
-    relative. Regions come in graph order. ``advanced`` is called once a region and once a batch that prices.
+    relative. Regions come in graph order. ``advanced`` is called once a region and once a batch that prices. ``ranks``
+    share the batches.
     """
+    ranks = ranks or Ranks(alone=True)
     watched = [RegionInputs(graph, region) for region in regions]
     shaping, pricing = shaping_and_pricing(graph, batches, task)
     shapes: dict[str, torch.Tensor] = {}
     probes: list[Probe] = []
-    for inputs, found in _dense_statistics(graph, watched, shaping):
+    for inputs, found in _dense_statistics(graph, watched, shaping, ranks):
         region = inputs.region
         shapes[region.name] = CURVES[region.kind](region, found)
         probes.append(Probe(inputs, found))
         advanced()
     curves = {region.name: shapes[region.name] for region in regions}
-    prices = price_probes(graph, probes, pricing, task, advanced)
+    prices = price_probes(graph, probes, pricing, task, advanced, ranks)
     for probe in probes:
         name = probe.region.name
         curves[name] = priced(curves[name], probe.width, prices[name])
@@ -129,7 +133,7 @@ def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
 
 
 def _dense_statistics(
-    graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs]
+    graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs], ranks: Ranks
 ) -> Iterator[tuple[RegionInputs, RegionStatistics]]:
     """What readers read; for queries and keys, which nothing but the attention reads, what their writers do.
 
@@ -152,6 +156,7 @@ def _dense_statistics(
     execution.hold(way for inputs in watched for way in inputs.routing)
     sums = {inputs.region.name: (inputs.new_sums(), GramAccumulator()) for inputs in watched}
     near: dict[str, torch.Tensor | None] = {}
+    batches = [batches[i] for i in ranks.mine(len(batches))]
     masks, environments = [padding_mask(batch) for batch in batches], [execution.start(batch) for batch in batches]
     position = 0
     for node in sorted({*at, *turning}, key=execution.position):
@@ -171,4 +176,8 @@ def _dense_statistics(
                     near[inputs.region.name] = inputs.coherence(values, mask)
         position = stop
         for inputs in done[node]:
-            yield inputs, inputs.statistics(*sums.pop(inputs.region.name), near.get(inputs.region.name))
+            name, device = inputs.region.name, graph.weight(inputs.writers[0]).device
+            read, entered = sums.pop(name)
+            read.add_up(ranks, device)
+            entered.add_up(ranks, device)
+            yield inputs, inputs.statistics(read, entered, ranks.first_matrix(near.get(name), device))

@@ -76,7 +76,7 @@ def check_structure(options: Options) -> None:
     said = f"--method {options.method}" if options.merge is None else "--merge"
     if options.merge is not None and options.merge < 1:
         raise UsageError(f"--merge {options.merge}: at least one block has to go")
-    widths = "it changes no width"
+    by_rank, widths = options.merge is None, "it changes no width"
     against = {
         f"--method {options.method}": options.merge is not None and options.method != "auto" and "choose one",
         "--plan": options.plan is not None and widths,
@@ -88,8 +88,14 @@ def check_structure(options: Options) -> None:
         "--target-latency and --profile": options.by_the_clock and widths,
         f"--basis {options.basis}": options.basis != "shared" and widths,
         f"--cost {options.cost}": options.cost not in (None, "weights") and "it is counted in weights",
-        f"--effort {options.effort}": options.effort != "fast" and "what it leaves is not repaired or healed yet",
-        "--checkpoint": options.checkpoint and "no stock checkpoint is written of it yet",
-        f"--format {','.join(options.formats)}": bool(options.formats) and "it is written as ONNX alone yet",
+        "--effort best": options.effort == "best"
+        and (
+            (by_rank and "its factors are not repaired: use heal")
+            or (options.merge_method == "drop-last" and "the blocks that stay put out what they did: use heal")
+        ),
+        "--format executorch": by_rank
+        and "executorch" in options.formats
+        and "its converter does not take two linears behind an attention",
+        "--checkpoint": by_rank and options.checkpoint and "no stock model has two linears in place of one",
     }
     _refuse(said, against)

@@ -19,6 +19,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, padding_mask
 from dotresize_fx.graph import Op
 from dotresize_fx.least_squares import PULL
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.reader_refit import ReaderRefit, best_map
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
@@ -81,16 +82,20 @@ class Sweep:
         repair_rate: float | None = None,
         pull: float = PULL,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.slim_graph = slim
+        self.ranks = ranks or Ranks(alone=True)
+        numbers = self.ranks.mine(len(batches))
+        batches = [batches[i] for i in numbers]
         self.apply, self.refit, self.stream = apply, refit, stream
         self.repair_steps, self.repair_rate, self.seed = repair_steps, repair_rate, seed
         self.masks = [padding_mask(batch) for batch in batches]
         self.dense = ActivationStream(execution := Execution(dense), [execution.start(batch) for batch in batches])
         self.slim = ActivationStream(execution := Execution(slim), [execution.start(batch) for batch in batches])
         # Batches that measure: every eighth, but never so many that none is left to solve with.
-        self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
-        self.reader_refit = ReaderRefit(slim, self.slim, self.masks, self.measuring, pull)
+        self.measuring = {i for i, number in enumerate(numbers) if is_held_out(number)}
+        self.reader_refit = ReaderRefit(slim, self.slim, self.masks, self.measuring, pull, self.ranks)
         self.readers = StreamReaders(stream, self.slim, self.dense, self.masks, self.measuring, pull=pull, refit=refit)
 
     def slim_sublayer(
@@ -187,6 +192,8 @@ class Sweep:
         for i, environment in enumerate(self.slim.environments):
             values = execution.run(dict(environment), self.slim.position, stop, keep=inputs.nodes)
             inputs.add_rows(held_out if i in self.measuring else fitting, values, self.masks[i])
+        for sums in (fitting, held_out):
+            sums.add_up(self.ranks, self.slim_graph.weight(inputs.products[0]).device)
         statistics = inputs.statistics(fitting, GramAccumulator())
         weight = statistics.reader_weight
         assert weight is not None

@@ -40,7 +40,8 @@ def write_checkpoint(
             something else.
     """
     loaded, place = result.loaded, folder / FOLDER
-    made = stock_model(loaded, result.dense, result.slim, result.matches.regions, result.slimmed.plan.widths)
+    slimmed = result.slimmed
+    made = stock_model(loaded, result.dense, slimmed.graph, result.matches.regions, slimmed.plan.widths, slimmed.gone)
     generation = getattr(loaded.model, "generation_config", None)
     if generation is not None:
         made.model.generation_config = generation

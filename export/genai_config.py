@@ -75,8 +75,9 @@ def write_genai_config(graph: FxGraph, config: Any, longest: int, folder: Path) 
     return ""
 
 
-def follow_heads(config: Path, heads: set[tuple[int, int]], folder: Path) -> str:
-    """Copy a model's genai_config.json into ``folder`` with the heads, (number, size), that its caches have now.
+def follow_heads(config: Path, heads: set[tuple[int, int]], folder: Path, gone: int = 0) -> str:
+    """Copy a model's genai_config.json into ``folder`` with the heads, (number, size), that its caches have now, and
+    without so many layers.
 
     Returns why not, else empty.
     """
@@ -86,6 +87,7 @@ def follow_heads(config: Path, heads: set[tuple[int, int]], folder: Path) -> str
         content = json.loads(config.read_text(encoding="utf-8"))
         decoder = content["model"]["decoder"]
         groups = decoder["num_attention_heads"] // decoder["num_key_value_heads"]
+        decoder["num_hidden_layers"] -= gone
     except (ValueError, KeyError, TypeError, ZeroDivisionError):
         return f"no {GENAI_FILE}: what lies beside the model does not say its heads"
     for count, size in heads:

@@ -11,7 +11,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from dotresize_fx.export.capture import Captured, no_fast_path
 from dotresize_fx.export.quiet import quiet_libraries
-from dotresize_fx.export.shallow_forward import fitted_to
+from dotresize_fx.export.shallow_forward import fitted_to, guard_layers_left
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.simplify import simplify
 
@@ -21,6 +21,7 @@ def ready_to_emit(graph: FxGraph) -> FxGraph:
     graph = graph.restore_pointwise()
     graph.refresh_shapes()
     simplify(graph)
+    guard_layers_left(graph.program)
     return graph
 
 

@@ -29,7 +29,7 @@ class NodewiseProgram(ExportedProgram):
     @classmethod
     def of(cls, program: ExportedProgram) -> NodewiseProgram:
         """The same program, its nodes and tensors copied and shared."""
-        return cls(
+        made = cls(
             root=program.graph_module,
             graph=program.graph,
             graph_signature=program.graph_signature,
@@ -40,6 +40,8 @@ class NodewiseProgram(ExportedProgram):
             constants=program.constants,
             verifiers=program.verifiers,
         )
+        made._guards_code = list(program._guards_code)  # which is not told by the graph where inputs are gone
+        return made
 
     def run_decompositions(self, decomp_table: Table | None = None, *args: Any, **kwargs: Any) -> ExportedProgram:
         if decomp_table is None or args or kwargs or not self._decompose(decomp_table):

@@ -57,7 +57,8 @@ def rehearse_checkpoint(
             continue
         slim = truncate_regions(dense, chosen, widths)
         model = stock_model(loaded, dense, slim, chosen, widths).model
-        _compare(model, slim, captured, kind)
+        why = "it uses the width for more than shapes; leave it alone"
+        compare(model, slim, captured, f"whose {kind} width is cut", why)
     cuts = cuts_of(regions, widths, StockWeights(loaded.model, dense))
     stock.narrowed(cuts)  # one by one they are fine; the configuration may not take them together
     return {str(kind): factor for kind, factor in factors.items()}
@@ -90,12 +91,13 @@ def _why_never(dense: FxGraph, region: Region) -> None:
 
 
 @torch.no_grad()
-def _compare(model: torch.nn.Module, slim: FxGraph, captured: Captured, kind: str) -> None:
+def compare(model: torch.nn.Module, slim: FxGraph, captured: Captured, said: str, why: str) -> None:
+    """Raises CheckpointError, which calls the model ``said``, unless it computes what ``slim`` does."""
     inputs = {name: value[1:, :UNTRACED_LENGTH] for name, value in captured.sample.items()}
     found, expected = model(**inputs)[0], Execution(slim).outputs(inputs)[0]
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * scale:
         raise CheckpointError(
-            f"--checkpoint: a {type(model).__name__} whose {kind} width is cut computes something else than the slim "
-            f"program (by {difference:.1e} of {scale:.1e}): it uses the width for more than shapes; leave it alone"
+            f"--checkpoint: a {type(model).__name__} {said} computes something else than the slim program (by "
+            f"{difference:.1e} of {scale:.1e}): {why}"
         )

@@ -1,16 +1,20 @@
-"""What converting a program with fewer blocks needs: names of its inputs and outputs, with fewer layers of cache."""
+"""What converting a program with fewer blocks needs: what it is called with has fewer layers of cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from dotresize_fx.cache_names import PAST
 from dotresize_fx.export.cached_forward import CachedForward, Layers
 from dotresize_fx.export.capture import Captured
+
+_LAYER = re.compile(rf"L\['{PAST}'\]\[(\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,14 @@ def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Capt
         return captured
     sample = {**cached.sample, PAST: cached.sample[PAST][:left]}
     return replace(captured, cache=ShallowForward(cached.sizes[:left], cached.positions, sample, captured.vocabulary))
+
+
+def guard_layers_left(program: torch.export.ExportedProgram) -> None:
+    """Ask of layers that are there what torch noted of sizes of ones that are gone: they are the same in all layers."""
+    given: Mapping[str, Any] = program.example_inputs[1] if program.example_inputs else {}
+    if not (left := len(given.get(PAST, ()))):
+        return
+    program._guards_code = [
+        _LAYER.sub(lambda found: found[0] if int(found[1]) < left else f"L['{PAST}'][0]", asked)
+        for asked in program._guards_code
+    ]

@@ -37,6 +37,7 @@ from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT
 from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.reduce_onnx_graph import reduce_onnx_graph
 from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, slim_onnx_graph
 from dotresize_fx.plan_file import read_plan, write_plan
 from dotresize_fx.program_inputs import Inputs
@@ -50,7 +51,7 @@ from dotresize_fx.report.contents import (
     Report,
 )
 from dotresize_fx.report.write import write_report
-from dotresize_fx.structure_options import RANK_METHODS
+from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.task import reads_text
 
 # What lies beside a model and goes with it, as it is.
@@ -92,7 +93,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         beside = _copy_beside(run, folder)
         write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
-        notes = check_written(run.path, path)
+        notes = check_written(run.path, path, run.slimmed)
         verification = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
     with progress.stage("measure fidelity", len(run.prepared.data.evaluation)) as step:
         fidelity = _fidelity(run, step)
@@ -149,23 +150,21 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         canonical = given.copy()
         canonicalise(canonical, check=options.check)
         graphs = OnnxGraphs(given, canonical, find_regions(canonical))
-    if options.ratio != 0 and not any(graphs.matches.of_kind(*SWEPT)):
+    reduces = changes_structure(options) and options.ratio != 0
+    if options.ratio != 0 and not reduces and not any(graphs.matches.of_kind(*SWEPT)):
         why = why_nothing(model, graphs.matches)
         raise NothingToSlimError(f"{path.name}: no region matched: {why}; `dotresize-fx inspect` shows all of it")
     device = compute_device(options)
     with progress.stage("read calibration inputs"):
         prepared = prepare_onnx_data(given, path, options, device)
         rows = _count_rows(graphs, prepared, device)
-    slimmed = slim_onnx_graph(
-        graphs,
-        prepared.data.calibration,
-        options,
-        progress,
-        task=prepared.task,
-        rows=rows,
-        plan=plan,
-        device=device,
-    )
+    batches = prepared.data.calibration
+    if reduces:
+        slimmed = reduce_onnx_graph(graphs, batches, options, progress, task=prepared.task, device=device)
+    else:
+        slimmed = slim_onnx_graph(
+            graphs, batches, options, progress, task=prepared.task, rows=rows, plan=plan, device=device
+        )
     if quantised := quantised_linears(graphs.matches):
         inlined += (f"{quantised} linears with quantised weights were left alone",)
     slimmed = replace(slimmed, notes=(*inlined, *slimmed.notes))
@@ -197,7 +196,7 @@ def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
         return ()
     inputs = run.slimmed.graph.model.graph.inputs
     heads = {cache_heads(value) for value in inputs if is_past(str(value.name))}
-    return tuple(note for note in (follow_heads(config, heads, folder),) if note)
+    return tuple(note for note in (follow_heads(config, heads, folder, len(run.slimmed.gone)),) if note)
 
 
 def _on_disk(path: Path, work: Path) -> Path:
@@ -218,8 +217,6 @@ def _refuse(options: Options) -> None:
     """
     wanted = {
         f"--effort {options.effort}": options.effort != "fast",
-        f"--method {options.method}": options.method in RANK_METHODS,
-        "--merge": options.merge is not None,
         f"--methods {','.join(options.methods)}": bool(options.methods),
         "--checkpoint": options.checkpoint,
         f"--format {','.join(options.formats)}": bool(set(options.formats) - {"onnx"}),
@@ -230,7 +227,9 @@ def _refuse(options: Options) -> None:
         f"--basis {options.basis}": options.basis != "shared",
     }
     if asked := [option for option, said in wanted.items() if said]:
-        raise UsageError(f"{asked[0]}: not for an ONNX file, which stays what it is but for its widths: leave it out")
+        raise UsageError(
+            f"{asked[0]}: not for an ONNX file, which stays what it is but for widths, ranks and depth: leave it out"
+        )
 
 
 def _verified(run: _Run) -> list[Inputs]:

@@ -119,7 +119,7 @@ class StockConfig:
         return str(getattr(self._config, "attribute_map", {}).get(common, common))
 
     def _config_of(self, changes: Changes) -> Any:
-        return _said(lambda: type(self._config).from_dict(self._fields | dict(changes)), type(self._config).__name__)
+        return said(lambda: type(self._config).from_dict(self._fields | dict(changes)), type(self._config).__name__)
 
     def _shapes(self, changes: Changes) -> dict[str, torch.Size]:
         config = self._config_of(changes)
@@ -128,10 +128,11 @@ class StockConfig:
             with torch.device("meta"):
                 return {key: tensor.shape for key, tensor in self._class(config).state_dict().items()}
 
-        return _said(build, self._class.__name__)
+        return said(build, self._class.__name__)
 
 
-def _said(attempt: Callable[[], T], name: str) -> T:
+def said(attempt: Callable[[], T], name: str) -> T:
+    """What an attempt gives; whatever transformers says against it is a CheckpointError of one line."""
     try:
         with quiet_libraries():
             return attempt()

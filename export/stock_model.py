@@ -14,9 +14,11 @@ from dotresize_fx.export.fit_stock import fit_stock
 from dotresize_fx.export.model_source import LoadedModel
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.stock_config import Cut, StockConfig
+from dotresize_fx.export.stock_layers import layers_of
 from dotresize_fx.export.stock_weights import StockWeights
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.passes.find_blocks import find_blocks
 from dotresize_fx.regions import Region, RegionKind, counted
 
 
@@ -32,18 +34,32 @@ class StockModel:
 
 
 def stock_model(
-    loaded: LoadedModel, dense: FxGraph, slim: FxGraph, regions: Sequence[Region], widths: Mapping[str, int]
+    loaded: LoadedModel,
+    dense: FxGraph,
+    slim: FxGraph,
+    regions: Sequence[Region],
+    widths: Mapping[str, int],
+    gone: Sequence[int] = (),
 ) -> StockModel:
-    """``slim``, made of ``dense`` by cutting its ``regions`` to ``widths`` (by name; others are whole).
+    """``slim``, made of ``dense`` by cutting its ``regions`` to ``widths`` (by name; others are whole), or without the
+    blocks whose numbers are ``gone``.
 
     Raises:
-        CheckpointError: no stock model has these widths, or none has a place for a weight; the message says which.
+        CheckpointError: no stock model has these widths or layers, or none has a place for a weight; the message says
+            which.
     """
     require_stock_class(loaded)
     weights = StockWeights(loaded.model, dense)
-    config, shapes = StockConfig(loaded.model, loaded.config).narrowed(cuts_of(regions, widths, weights))
+    layers = layers_of(weights, find_blocks(dense), gone) if gone else None
+    if layers is None:
+        config, shapes = StockConfig(loaded.model, loaded.config).narrowed(cuts_of(regions, widths, weights))
+    else:
+        config, shapes = layers.shallow(type(loaded.model), loaded.config)
+        weights.leave_out([key for key in loaded.model.state_dict() if layers.number(key) in layers.gone])
     graph = fit_stock(slim, dense)
     state = weights.of(graph)
+    if layers is not None:
+        state = {layers.renamed(key): tensor for key, tensor in state.items()}
     for key, shape in shapes.items():
         if key not in state or state[key].shape != shape:
             found = "is missing" if key not in state else f"is {list(state[key].shape)}"
@@ -51,16 +67,17 @@ def stock_model(
     if not weights.tied(graph):
         config = type(config).from_dict(config.to_dict() | {"tie_word_embeddings": False})
     model = _load(type(loaded.model), config, state)
-    _fit_buffers(model, loaded.model)
+    _fit_buffers(model, dict(loaded.model.named_buffers()) if layers is None else layers.buffers(loaded.model))
     before, after = loaded.config.to_dict(), config.to_dict()
     changes = {name: (before.get(name), value) for name, value in after.items() if before.get(name) != value}
     return StockModel(model, config, changes)
 
 
 def require_stock_class(loaded: LoadedModel) -> None:
-    """Raises CheckpointError where the model's code is not transformers' own."""
-    if loaded.program is not None:
-        raise CheckpointError("--checkpoint: a program has no stock class of transformers: export the model's folder")
+    """Raises CheckpointError where the model's code is not transformers' own, or it comes without a configuration."""
+    if loaded.program is not None or loaded.config is None:
+        what = "a module in memory" if loaded.program is None else "a program"
+        raise CheckpointError(f"--checkpoint: {what} comes without what a stock model is made of: export its folder")
     if type(loaded.model).__module__.partition(".")[0] != "transformers":
         name = type(loaded.model).__name__
         raise CheckpointError(f"--checkpoint: {name} is code that came with the model, not a class of transformers")
@@ -102,9 +119,8 @@ def _load(model_class: Any, config: Any, state: Mapping[str, torch.Tensor]) -> A
     return model.eval().requires_grad_(False)
 
 
-def _fit_buffers(model: torch.nn.Module, dense: torch.nn.Module) -> None:
+def _fit_buffers(model: torch.nn.Module, known: Mapping[str, torch.Tensor]) -> None:
     """What a model computes of its widths beside its shapes: a factor on embeddings goes into their table (Gemma)."""
-    known = dict(dense.named_buffers())
     for name, buffer in model.named_buffers():
         before = known.get(name)
         if before is None or (before.shape == buffer.shape and torch.allclose(before, buffer, rtol=1e-7, atol=0)):

@@ -90,6 +90,16 @@ class StockWeights:
             key for key in self._turns if any(self._has(place, ends, region.readers) for place in self._behind(key))
         }
 
+    def keys_of(self, ops: Collection[str]) -> set[str]:
+        """The names of the model's parameters that these ops of the dense graph have."""
+        return {key for key in self._turns if any(place.op in ops for place in self._behind(key))}
+
+    def leave_out(self, keys: Collection[str]) -> None:
+        """Parameters of layers that are gone: nothing asks for them any more."""
+        for key in keys:
+            self._stored.pop(key, None)
+            self._turns.pop(key, None)
+
     @staticmethod
     def _has(place: _Place, ends: Collection[str], readers: Collection[str]) -> bool:
         return place.op in ends or (place.op in readers and not place.is_bias)
@@ -146,7 +156,14 @@ class StockWeights:
 
     def _turn(self, key: str, dense: Graph) -> Turn:
         stored, seen = self._stored[key], self._read(dense, key)
-        for turn in _TURNS:
+
+        def patches(rows: torch.Tensor) -> torch.Tensor:
+            """One in a row each."""
+            return rows.reshape(-1, *stored.shape[1:])
+
+        for turn in (*_TURNS, patches):
+            if seen.numel() != stored.numel():
+                break
             turned = turn(seen)
             if turned.shape == stored.shape and (
                 torch.equal(turned, stored) or torch.allclose(turned, stored, rtol=0, atol=ROUNDING)

@@ -17,6 +17,7 @@ from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.layers import closed_up
 from dotresize_fx.onnx_form.start import is_cache
 from dotresize_fx.passes.slim_onnx_graph import Inputs, SlimmedOnnx
 
@@ -124,8 +125,10 @@ def _as_stated(model: ir.Model, stated: Stated) -> Iterator[None]:
             value.shape, value.type = shape, kind
 
 
-def check_written(dense: Path, slim: Path) -> tuple[str, ...]:
+def check_written(dense: Path, slim: Path, slimmed: SlimmedOnnx) -> tuple[str, ...]:
     """onnx.checker, shapes included, on the slim file; a note where it already refused the dense one.
+
+    Of blocks that went the caches are gone, and the others' numbers closed up.
 
     Raises:
         VerificationError: it passes the dense file and not the slim one, or inputs or outputs are others than before.
@@ -142,19 +145,24 @@ def check_written(dense: Path, slim: Path) -> tuple[str, ...]:
             f"the slim ONNX does not pass onnx.checker: {said}: nothing was written; please report this model"
         )
     first, second = (without_weights(path).graph for path in (dense, slim))
+    gone = slimmed.gone_caches
+    caches = {name for pair in slimmed.dense.caches.items() for name in pair} - gone
+    names = closed_up(caches, gone)
     for kind in ("input", "output"):
-        old, new = ([_declared(value) for value in getattr(graph, kind)] for graph in (first, second))
-        if old != new:
+        kept = [value for value in getattr(first, kind) if value.name not in gone]
+        old = [_declared(value, names.get(value.name, value.name)) for value in kept]
+        if old != [_declared(value, value.name) for value in getattr(second, kind)]:
             raise VerificationError(
                 f"the {kind}s of the slim ONNX are not the dense one's: nothing was written; please report this model"
             )
     return notes
 
 
-def _declared(value: onnx.ValueInfoProto) -> bytes:
-    """All of it, but of a cache the number and size of its heads."""
+def _declared(value: onnx.ValueInfoProto, name: str) -> bytes:
+    """All of it, by this name, but of a cache the number and size of its heads."""
     copied = onnx.ValueInfoProto()
     copied.CopyFrom(value)
+    copied.name = name
     sizes = copied.type.tensor_type.shape.dim
     if is_cache(value.name) and len(sizes) == 4:
         for axis in (1, 3):

@@ -19,8 +19,9 @@ class DropLayers(Pass):
         for block in self.blocks:
             inside = set(block.ops)
             for name in block.ops[:-1]:
-                output = graph.op(name).output
-                read = all(user.name in inside for user in graph.users(output))
+                op = graph.op(name)
+                output = op.output
+                read = all(user.name in inside for value in (output, *graph.beside(op)) for user in graph.users(value))
                 promise(read, f"{name}, inside a block, is read from outside")
                 put_out = output in graph.outputs and name not in block.caches
                 promise(not put_out, f"{name}, inside a block, is an output of the graph")
@@ -34,10 +35,12 @@ class DropLayers(Pass):
         if caches := [name for block in self.blocks for name in block.caches]:
             graph.remove_caches(caches)
         for block in from_the_back:  # also what writes into a tensor of its own, which is not found dead
-            graph.remove_ops([name for name in block.ops if name in graph.positions])
+            graph.remove_ops([name for name in block.ops if name in graph.positions and name not in block.caches])
         graph.remove_dead()
         return PassResult(tuple(records))
 
     def ensures(self, graph: Graph) -> None:
-        left = {name for block in self.blocks for name in block.ops} & set(graph.positions)
+        # An output keeps its name: one that a block put out hands the stream on now, a cache is another layer's.
+        inside = {name for block in self.blocks for name in block.ops} - {value.name for value in graph.outputs}
+        left = inside & set(graph.positions)
         promise(not left, f"ops of a dropped block are left: {sorted(left)}")

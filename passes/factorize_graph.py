@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
+from dotresize_fx.calibration_runs import AnyGraph, rank_sums
 from dotresize_fx.cost import block_linears, count_cost
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.fidelity import Inputs
-from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph, Kind, Op
 from dotresize_fx.passes.factorize_linear import FactorizeLinear, why_not_factorized
 from dotresize_fx.passes.find_blocks import Block, find_blocks
@@ -23,16 +24,16 @@ _PASSED = (Kind.KEEP, Kind.RESHAPE, Kind.ADD)
 
 
 @dataclass(frozen=True)
-class Factorized:
+class Factorized(Generic[AnyGraph]):
     """A graph with linears of lower rank; ``ranks`` and held-out ``errors`` by op name, and notes for the report."""
 
-    graph: FxGraph
+    graph: AnyGraph
     ranks: Mapping[str, int]
     errors: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
 
-def published_ranks(graph: FxGraph, ratio: float, *, everywhere: bool = False) -> list[RankCut]:
+def published_ranks(graph: Graph, ratio: float, *, everywhere: bool = False) -> list[RankCut]:
     """The cuts that LLM-ROM makes for a ratio: all linears of the last blocks, with one budget (rank/budget.py).
 
     ``everywhere``: all blocks, with one budget for all, which the paper warns of.
@@ -69,7 +70,7 @@ def stream_target(graph: Graph, op: Op, states: Collection[str]) -> str:
 
 
 def factorize_graph(
-    dense: FxGraph,
+    dense: AnyGraph,
     batches: Sequence[Inputs],
     cuts: Sequence[RankCut],
     progress: Progress,
@@ -79,15 +80,28 @@ def factorize_graph(
     sequential: bool = True,
     guard: bool = True,
     check: bool = False,
-) -> Factorized:
-    """A copy of ``dense`` with two linears for each of ``cuts``. The rest: see RankSweep and FactorizeLinear.
+    device: str = "cpu",
+) -> Factorized[AnyGraph]:
+    """A copy of ``dense`` with two linears for each of ``cuts``. The rest: see RankSweep, ``rank_sums`` and
+    FactorizeLinear.
 
     Raises:
         UsageError: a rank that is 0 or beyond its linear's size, or that the guard refuses.
     """
     slim = dense.copy()
-    how = {"published": published, "dense_targets": dense_targets, "sequential": sequential}
-    found = factorize(dense, slim, batches, cuts, progress, guard=guard, check=check, **how)
+    found = factorize(
+        dense,
+        slim,
+        batches,
+        cuts,
+        progress,
+        published=published,
+        dense_targets=dense_targets,
+        sequential=sequential,
+        guard=guard,
+        check=check,
+        device=device,
+    )
     slim.refresh_shapes()
     left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
     return Factorized(
@@ -99,8 +113,8 @@ def factorize_graph(
 
 
 def factorize(
-    dense: FxGraph,
-    slim: FxGraph,
+    dense: AnyGraph,
+    slim: AnyGraph,
     batches: Sequence[Inputs],
     cuts: Sequence[RankCut],
     progress: Progress,
@@ -110,6 +124,7 @@ def factorize(
     sequential: bool = True,
     guard: bool = True,
     check: bool = False,
+    device: str = "cpu",
 ) -> dict[str, RankSolution]:
     """:func:`factorize_graph` in place, of a ``slim`` copy that may have changed before; returns what was solved for,
     by op name.
@@ -121,8 +136,9 @@ def factorize(
             raise UsageError(f"{cut.op}: a rank of {cut.rank} does not go with {rows} x {columns}")
         if not published and slim.bias(op) is None:
             slim.set_bias(op, slim.weight(op).new_zeros(rows))
-    sweep = RankSweep(dense, slim, batches, published=published, dense_targets=dense_targets, sequential=sequential)
+    targets = dense_targets and not published
     with torch.no_grad(), progress.stage("factorize", len(cuts)) as step:
-        found = sweep.solve(cuts, step)
+        sums = rank_sums(dense, slim, batches, dense_targets=targets, sequential=sequential, device=device)
+        found = RankSweep(slim, sums, published=published).solve(cuts, step)
     FactorizeLinear({name: one.factors for name, one in found.items()}, guard=guard)(slim, check=check)
     return found

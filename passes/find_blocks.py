@@ -72,15 +72,17 @@ def _carries(op: Op) -> bool:
 
 
 def _states(graph: Graph) -> list[Value]:
-    """From the embedding on, the values that all ways to the outputs pass through."""
+    """From the embedding on, or of a model without one from its input, the values that all ways to the outputs pass
+    through.
+    """
     order = [op for op in graph.ops if _carries(op)]
-    place = {op.output: i for i, op in enumerate(order)}
+    place = {op.name: i for i, op in enumerate(order)}
     end = len(order)
     following: list[int | None] = [None] * len(order)  # the next op that all ways lead through; ``end`` is the outside
     depth = [0] * (len(order) + 1)
     for i in range(len(order) - 1, -1, -1):
         op = order[i]
-        users = [place[u.output] for u in graph.users(op.output) if u.output in place]
+        users = [place[user.name] for user in _readers(graph, op) if user.name in place]
         ways = [user for user in users if following[user] is not None]
         if op.output in graph.outputs and op.output.name not in graph.caches:
             ways.append(end)
@@ -94,7 +96,14 @@ def _states(graph: Graph) -> list[Value]:
                 assert above is not None
                 met, way = (above, way) if deeper == met else (met, above)
         following[i], depth[i] = met, depth[met] + 1
-    starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING] or list(range(len(order)))
+    starts = [i for i, op in enumerate(order) if op.kind is Kind.EMBEDDING]
+    if not starts and any("quantised" in op.attributes for op in order):
+        raise NothingToSlimError("its table of tokens is quantised, which hides its blocks: give the model before that")
+    if starts:  # not a table of distances, which enters with the first attention
+        reached = {i: _linears_behind(graph, order[i]) for i in starts}
+        starts = [i for i in starts if reached[i] == max(reached.values())]
+    else:
+        starts = [i for i, op in enumerate(order) if any(_is_given(graph, value) for value in op.inputs)]
     at: int | None = max(starts, key=lambda i: (depth[i], -i), default=None)
     found = []
     while at is not None and at != end:
@@ -103,41 +112,64 @@ def _states(graph: Graph) -> list[Value]:
     return found
 
 
+def _linears_behind(graph: Graph, op: Op) -> int:
+    seen, waiting, count = {op.name}, [op], 0
+    while waiting:
+        for user in _readers(graph, waiting.pop()):
+            if user.name not in seen and _carries(user):
+                seen.add(user.name)
+                waiting.append(user)
+                count += user.is_linear
+    return count
+
+
+def _readers(graph: Graph, op: Op) -> list[Op]:
+    """Ops that read anything that the op puts out."""
+    return [user for value in (op.output, *graph.beside(op)) for user in graph.users(value)]
+
+
+def _is_given(graph: Graph, value: Value) -> bool:
+    """Whether it is an input of the graph."""
+    return not value.is_parameter and graph.producer(value) is None
+
+
 def _between(graph: Graph, start: Value, end: Value) -> list[Op]:
     """The ops on the ways from one value to the other, the one that puts out ``end`` the last."""
     behind: dict[str, Op] = {}
-    waiting = [start]
+    waiting = graph.users(start)
     while waiting:
-        for op in graph.users(waiting.pop()):
-            if op.name not in behind and _carries(op):
-                behind[op.name] = op
-                if op.output != end:
-                    waiting.append(op.output)
+        found_behind = [op for op in waiting if op.name not in behind and _carries(op)]
+        behind |= {op.name: op for op in found_behind}
+        waiting = [user for op in found_behind if op.output != end for user in _readers(graph, op)]
     wanted, found = {end.name}, []
     for op in sorted(behind.values(), key=lambda one: graph.positions[one.name], reverse=True):
-        if op.output.name in wanted:
+        if wanted & {value.name for value in (op.output, *graph.beside(op))}:
             found.append(op)
             wanted.update(value.name for value in op.inputs)
     return found[::-1]
 
 
 def _block(graph: Graph, start: Value, ops: Sequence[Op], states: Sequence[str]) -> Block:
-    inside = {start.name: "start"} | {op.output.name: str(i) for i, op in enumerate(ops)}
+    put_out = [(op.output, *graph.beside(op)) for op in ops]
+    inside = {start.name: "start"}
+    inside |= {value.name: f"{i}.{j}" for i, values in enumerate(put_out) for j, value in enumerate(values)}
     seen: dict[str, str] = {}
     form: list[object] = []
     for op in ops:
+        tables = op.inputs[1:] if op.attributes.get("rotary") else ()
         inputs = tuple(
             inside[value.name]
             if value.name in inside
             else f"own {value.shape}"
-            if value.is_parameter and not graph.is_buffer(value)
+            if value.is_parameter and not graph.is_buffer(value) and value not in tables
             else _spelled(graph, value, seen)
             for value in op.inputs
         )
         own = None if op.weight is None else tuple(graph.weight(op).shape)
-        form.append((str(op.kind), op.spelling, _told(op.attributes), inputs, own, op.bias is None))
+        form.append((str(op.kind), op.spelling, _told(op.attributes), graph.details(op), inputs, own, op.bias is None))
     owned = tuple(op.name for op in ops if op.weight is not None or op.bias is not None)
-    caches = tuple(op.output.name for op in ops if op.output.name in graph.caches)
+    handed = [name for op in ops for name in (op.output.name, *op.attributes.get("cache", {}).values())]
+    caches = tuple(name for name in handed if name in graph.caches)
     names = tuple(op.name for op in ops)
     return Block(start, graph.op(names[-1]).output, names, tuple(states), owned, caches, tuple(form))
 
@@ -158,7 +190,7 @@ def _spelled(graph: Graph, value: Value, seen: dict[str, str]) -> str:
         else:
             seen[value.name] = f"value {len(seen)}"  # should a graph go in circles
             read = [_spelled(graph, one, seen) for one in (*op.inputs, op.weight, op.bias) if one is not None]
-            made = repr((str(op.kind), op.spelling, _told(op.attributes), read))
+            made = repr((str(op.kind), op.spelling, _told(op.attributes), graph.details(op), read))
             seen[value.name] = f"{op.spelling} {hash(made):x}"
     return seen[value.name]
 
@@ -169,7 +201,7 @@ def _check(graph: Graph, blocks: Sequence[Block]) -> None:
         inside = set(block.ops)
         for name in block.ops:
             op = graph.op(name)
-            if _is_attention(op) and len(op.inputs) > 2 and not _comes_from(graph, op.inputs[1], inside):
+            if any(not value.is_parameter and not _comes_from(graph, value, inside) for value in _attended(op)):
                 raise NothingToSlimError(
                     "its blocks attend to another stack's output (an encoder-decoder model): their depth cannot change"
                 )
@@ -178,6 +210,13 @@ def _check(graph: Graph, blocks: Sequence[Block]) -> None:
                     raise NothingToSlimError(
                         f"{graph.parameter_name(value)}: blocks share one set of weights, so their depth cannot change"
                     )
+
+
+def _attended(op: Op) -> tuple[Value, ...]:
+    """An attention's queries, keys and values, or weights and values of one that only mixes; nothing of other ops."""
+    if not _is_attention(op) or "scale" not in op.attributes:
+        return ()
+    return op.inputs[: 2 if op.attributes.get("mixes") else 3]
 
 
 def _comes_from(graph: Graph, value: Value, inside: set[str]) -> bool:

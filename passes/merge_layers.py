@@ -36,15 +36,22 @@ class MergeLayers(Pass):
 
     def _merge(self, graph: Graph, one: Op, other: Op) -> None:
         if other.weight is not None:
-            graph.set_weight(other, self._mean(graph.weight(one), graph.weight(other)))
+            mean = self._mean(graph.weight(one), graph.weight(other))
+            if mean is not None:
+                graph.set_weight(other, mean)
         bias, own = graph.bias(one), graph.bias(other)
-        if bias is not None and own is not None:
-            graph.set_bias(graph.op(other.name), self._mean(bias, own))
+        if bias is not None and own is not None and (mean := self._mean(bias, own)) is not None:
+            graph.set_bias(graph.op(other.name), mean)
         for value, mine in zip(one.inputs, other.inputs, strict=True):  # a layer scale, an expert's bias
             if _is_learned(graph, mine) and value != mine:
-                graph.set_parameter(mine, self._mean(graph.parameter(value), graph.parameter(mine)))
+                mean = self._mean(graph.parameter(value), graph.parameter(mine))
+                if mean is not None:
+                    graph.set_parameter(mine, mean)
 
-    def _mean(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def _mean(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
+        """None where the two are the same: constants that a layer has a copy of stay as they are."""
+        if torch.equal(one, other):
+            return None
         mean = self.alpha * one.double() + (1 - self.alpha) * other.double()
         return mean.to(other.dtype)
 

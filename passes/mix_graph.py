@@ -99,7 +99,7 @@ def carry_out(
             dense, slim, regions, WidthPlan(widths), batches, options, progress, task, refit, changed=changed
         )
     slim.refresh_shapes()
-    return Slimmed(slim, tuple(swept), WidthPlan(widths))
+    return Slimmed(slim, tuple(swept), WidthPlan(widths), gone=plan.gone)
 
 
 def _same(one: MixedPlan, other: MixedPlan) -> bool:

@@ -16,6 +16,7 @@ from dotresize_fx.graph import Graph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import left_alone
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.width_plan import WidthPlan, plan_by_curves, plan_uniformly, step_of
@@ -37,13 +38,14 @@ def plan_widths(
     measured: Mapping[str, torch.Tensor] | None = None,
     factors: Mapping[str, int] | None = None,
     clock: Clock | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[WidthPlan, tuple[str, ...]]:
     """A width for each of the regions, and why some of them keep theirs.
 
     ``total`` is the cost of the dense model, of which the options' ratio is a share; where the graph's is less by now,
     that much less is left to remove. ``measured`` are curves of the same graph and text, if there are any yet.
     ``factors`` are, by kind, what widths must be multiples of. A ``clock`` says what widths take; where it has a target
-    this is met instead of the ratio.
+    this is met instead of the ratio. ``ranks`` share the batches.
 
     Raises:
         NothingToSlimError: there is no region, or they hold too little for the ratio.
@@ -93,7 +95,7 @@ def plan_widths(
             with progress.stage("measure sensitivity") as step:
                 chosen = [region for region in regions if region.name in grouped]
                 assert isinstance(graph, FxGraph)  # curves of other forms are measured before
-                curves = measure_curves(graph, chosen, batches, task=task, advanced=step)
+                curves = measure_curves(graph, chosen, batches, task=task, advanced=step, ranks=ranks)
         summed = {group[-1].name: torch.stack([curves[region.name] for region in group]).sum(0) for group in groups}
 
         def timed(aim: float) -> WidthPlan:

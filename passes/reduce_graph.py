@@ -3,34 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
-from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.calibration_runs import AnyGraph
+from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
 from dotresize_fx.passes.factorize_graph import factorize_graph, published_ranks
-from dotresize_fx.passes.merge_graph import merge_graph
+from dotresize_fx.passes.merge_graph import merge_graph, refit_graph
 from dotresize_fx.progress import Progress
+from dotresize_fx.repair import ENCODER_LEARNING_RATE
+from dotresize_fx.task import predicts_tokens
+
+
+@dataclass(frozen=True)
+class Reduced(Generic[AnyGraph]):
+    """A reduced graph, the names of its linears that are two now, the numbers of the blocks that went, and notes for
+    the report.
+    """
+
+    graph: AnyGraph
+    factorized: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def reduce_graph(
-    dense: FxGraph, batches: Sequence[Mapping[str, torch.Tensor]], options: Options, progress: Progress
-) -> tuple[FxGraph, tuple[str, ...]]:
-    """The reduced copy of ``dense``, and notes for the report. Methods as published are not refitted, "aligned" is."""
-    if options.merge is not None:
-        method = options.merge_method or "mka"
-        merged = merge_graph(
+    dense: AnyGraph,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    options: Options,
+    progress: Progress,
+    task: str = "decoder",
+    device: str = "cpu",
+) -> Reduced[AnyGraph]:
+    """A reduced copy of ``dense``. Methods as published are not refitted, "aligned" is, and with more effort all that
+    leave out blocks are: but for "drop-last", behind which the blocks that stay put out what they did. ``device`` is
+    where an ONNX graph runs.
+    """
+    if options.merge is None:
+        cuts = published_ranks(dense, options.ratio or 0.0)
+        found = factorize_graph(
+            dense, batches, cuts, progress, published=options.method == "rom", check=options.check, device=device
+        )
+        return Reduced(found.graph, factorized=tuple(found.ranks), notes=found.notes)
+    method = options.merge_method or "mka"
+    merged = merge_graph(
+        dense, batches, options.merge, progress, method, check=options.check, seed=options.seed, device=device
+    )
+    notes = merged.notes
+    if method == "aligned" or (method != "drop-last" and options.effort != "fast"):
+        notes += refit_graph(
             dense,
+            merged.graph,
             batches,
-            options.merge,
             progress,
-            method,
-            refit=method == "aligned",
+            repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
+            repair_rate=None if predicts_tokens(task) else ENCODER_LEARNING_RATE,
+            pull=PULL if predicts_tokens(task) else ENCODER_PULL,
             check=options.check,
             seed=options.seed,
+            device=device,
         )
-        return merged.graph, merged.notes
-    cuts = published_ranks(dense, options.ratio or 0.0)
-    published = options.method == "rom"
-    found = factorize_graph(dense, batches, cuts, progress, published=published, check=options.check)
-    return found.graph, found.notes
+    return Reduced(merged.graph, gone=merged.gone, notes=notes)

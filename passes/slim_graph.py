@@ -24,6 +24,7 @@ from dotresize_fx.passes.reduce_graph import reduce_graph
 from dotresize_fx.passes.sweep_regions import Slimmed, sweep_regions
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import ATTENTION_KINDS, MatchReport, Region, RegionKind
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.structure_options import changes_structure
@@ -49,12 +50,14 @@ def slim_graph(
     refit: bool | None = None,
     factors: Mapping[str, int] | None = None,
     clock: Clock | None = None,
+    ranks: Ranks | None = None,
 ) -> Slimmed:
     """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
 
     ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
     several ratios. ``factors`` are, by kind, what planned widths must be multiples of.
-    ``clock`` is what widths take, where they are planned by that.
+    ``clock`` is what widths take, where they are planned by that. ``ranks`` share the batches
+    (not where the options are not ``helped``).
 
     ``refit``: whether readers are refitted; None says so of every method but the baseline ``magnitude``.
 
@@ -69,8 +72,8 @@ def slim_graph(
     if options.ratio == 0 and plan is None:
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if changes_structure(options):  # no width is planned
-        reduced, told = reduce_graph(dense, batches, options, progress)
-        return Slimmed(reduced, notes=told)
+        reduced = reduce_graph(dense, batches, options, progress, task)
+        return Slimmed(reduced.graph, notes=reduced.notes, gone=reduced.gone)
     length = dense.attended_length
     if reads_text(task):  # an encoder's batches are as long as their paragraphs
         length = options.sequence_length if task == "encoder" else next(iter(batches[0].values())).shape[1]
@@ -112,7 +115,7 @@ def slim_graph(
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
         chosen, kept = plan_widths(
-            slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock
+            slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock, ranks
         )
         notes += what_was_refused(matches, kinds) + kept
     else:
@@ -120,7 +123,9 @@ def slim_graph(
     widths |= chosen.widths
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
-        swept += sweep_regions(dense, slimmed, regions, chosen, batches, options, progress, task, refit, work, stream)
+        swept += sweep_regions(
+            *(dense, slimmed, regions, chosen, batches, options, progress, task, refit, work, stream), ranks=ranks
+        )
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:
         notes += what_went(cost, options, 1 - cost.total(slimmed) / total)

@@ -33,6 +33,7 @@ from dotresize_fx.task import predicts_tokens
 from dotresize_fx.width_plan import WidthPlan
 
 Inputs = Mapping[str, torch.Tensor]
+REWRITTEN = "what is cut is spelled in parts of other ops: these were rewritten, exactly, to be cut"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class SlimmedOnnx:
     """A slim graph, the dense one that was edited into it, what was cut, and notes for the report.
 
     ``untouched`` says that the dense one is the file's own, of which nothing beside the cut was rewritten. ``pairs``:
-    by region which rotary pairs are left, see :class:`RegionMap`.
+    by region which rotary pairs are left, see :class:`RegionMap`. ``factorized`` are the names of linears that are two
+    now, ``gone`` the numbers of blocks that went, ``gone_caches`` the dense graph's inputs and outputs that did.
     """
 
     graph: OnnxGraph
@@ -59,6 +61,9 @@ class SlimmedOnnx:
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
     pairs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    factorized: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
+    gone_caches: frozenset[str] = frozenset()
 
 
 def slim_onnx_graph(
@@ -108,7 +113,7 @@ def slim_onnx_graph(
     regions = [found.get(region.name, region) for region in regions]
     untouched = dense is graphs.given
     if not untouched:
-        notes += ("what is cut is spelled in parts of other ops: these were rewritten, exactly, to be cut",)
+        notes += (REWRITTEN,)
     slimmed = dense.copy()
     swept, pairs = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
     slimmed.refresh_shapes()
@@ -137,21 +142,23 @@ def _editable(graphs: OnnxGraphs, regions: Sequence[Region]) -> tuple[OnnxGraph,
 
     That is the file's own where neither linears are packed nor heads spelled in other ways.
     """
-    for attempt in _attempts(graphs):
-        found = {_ends(region): region for region in find_regions(attempt).regions}
-        if all(_ends(region) in found for region in regions):
-            return attempt, {region.name: found[_ends(region)] for region in regions}
+    for attempt in attempts(graphs):
+        found = {ends(region): region for region in find_regions(attempt).regions}
+        if all(ends(region) in found for region in regions):
+            return attempt, {region.name: found[ends(region)] for region in regions}
     return graphs.canonical, {region.name: region for region in regions}
 
 
-def _attempts(graphs: OnnxGraphs) -> Iterator[OnnxGraph]:
+def attempts(graphs: OnnxGraphs) -> Iterator[OnnxGraph]:
+    """The file's own graph, and one with all rewritten but its norms."""
     yield graphs.given
     parted = graphs.given.copy()
     canonicalise(parted, check=False, norms=False)
     yield parted
 
 
-def _ends(region: Region) -> tuple[object, ...]:
+def ends(region: Region) -> tuple[object, ...]:
+    """What makes a region the same one in two graphs."""
     return region.name, region.kind, region.width, region.writers, region.readers, region.attention, region.target
 
 
@@ -169,9 +176,9 @@ def _sweep(
     pairs: dict[str, torch.Tensor] = {}
 
     def apply(region: Region, found: RegionMap) -> None:
-        ends = mapped_ends(slimmed, region, found)
+        mapped = mapped_ends(slimmed, region, found)
         apply_map(slimmed, region, found, options.check)
-        check_folded(slimmed, region, ends)
+        check_folded(slimmed, region, mapped)
         if found.pairs is not None:
             pairs[region.name] = found.pairs.cpu()
 

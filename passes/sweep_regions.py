@@ -15,6 +15,7 @@ from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
@@ -27,12 +28,15 @@ from dotresize_fx.width_plan import WidthPlan
 
 @dataclass(frozen=True)
 class Slimmed:
-    """A slim graph, what was cut in it and by which width plan, and notes for the report."""
+    """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the numbers of
+    the dense graph's blocks that it has not.
+    """
 
     graph: FxGraph
     swept: tuple[SweptRegion, ...] = ()
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
 
 
 def sweep_regions(
@@ -49,11 +53,13 @@ def sweep_regions(
     stream: SlimStream | None = None,
     *,
     changed: bool = False,
+    ranks: Ranks | None = None,
 ) -> list[SweptRegion]:
     """Cut the regions to the plan's widths in place, sublayer by sublayer; ``work`` takes finished blocks.
 
     ``refit``: whether readers are refitted. ``stream`` tells how the stream itself was cut, if it was. ``changed``:
-    the stream is not the dense graph's any more, and regions that keep their widths are refitted too.
+    the stream is not the dense graph's any more, and regions that keep their widths are refitted too. ``ranks``: see
+    Sweep.
     """
     sweep = Sweep(
         dense,
@@ -66,6 +72,7 @@ def sweep_regions(
         repair_rate=None if predicts_tokens(task) else ENCODER_LEARNING_RATE,
         pull=PULL if predicts_tokens(task) else ENCODER_PULL,
         seed=options.seed,
+        ranks=ranks,
     )
     swept: list[SweptRegion] = []
     with progress.stage("sweep", len(regions)) as step:

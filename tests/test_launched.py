@@ -15,16 +15,16 @@ Make = Callable[..., Launched]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """``launched(rank, effort="heal", device="cpu")``: one of two processes."""
+    """``launched(rank, helped=True, device="cpu")``: one of two processes."""
     store = torch.distributed.HashStore()
     monkeypatch.setattr("torch.distributed.rendezvous", lambda url: iter([(store, 0, 2)]))
     monkeypatch.setattr(Launched, "others_left", False)
     monkeypatch.setenv("WORLD_SIZE", "2")
 
-    def make(rank: int, effort: str = "heal", device: str = "cpu") -> Launched:
+    def make(rank: int, helped: bool = True, device: str = "cpu") -> Launched:
         monkeypatch.setattr(Launched, "others_left", False)
         monkeypatch.setenv("RANK", str(rank))
-        return Launched(device, effort, lambda said: None)
+        return Launched(device, helped, lambda said: None)
 
     return make
 
@@ -35,23 +35,23 @@ def check() -> None:
 
 def test_without_a_launcher_one_process_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with Launched("cpu", "heal", lambda said: None) as alone, alone.called():
+    with Launched("cpu", True, lambda said: None) as alone, alone.called():
         assert (alone.rank, alone.count) == (0, 1)
         assert not torch.distributed.is_initialized()
 
 
-def test_where_nothing_is_healed_the_others_leave(launched: Make) -> None:
+def test_where_the_first_needs_no_help_the_others_leave(launched: Make) -> None:
     with launched(0) as first:
         assert (first.rank, first.count) == (0, 2)
     with launched(1) as second:
         assert second.wait(check) is False
 
 
-@pytest.mark.parametrize("effort", ["heal", "fast"])
-def test_a_second_run_of_the_first_rank_is_alone(launched: Make, effort: str) -> None:
-    with launched(0, effort):
+@pytest.mark.parametrize("helped", [True, False])
+def test_a_second_run_of_the_first_rank_is_alone(launched: Make, helped: bool) -> None:
+    with launched(0, helped):
         pass
-    with Launched("cpu", "heal", lambda said: None) as again:
+    with Launched("cpu", True, lambda said: None) as again:
         assert again.count == 1
 
 

@@ -22,6 +22,7 @@ from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, redraw_parameters
 from dotresize_fx.probe import probed_width
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
@@ -73,7 +74,7 @@ def test_a_probe_of_scores_is_the_program_that_its_map_gives(
     batches = [tiny_batch(8, 32, padding=3, seed=seed) for seed in range(2)]
     for region in find_regions(dense).of_kind(RegionKind.QUERY_KEY):
         inputs = RegionInputs(dense, region)
-        statistics = dict(sensitivity._dense_statistics(dense, [inputs], batches))[inputs]
+        statistics = dict(sensitivity._dense_statistics(dense, [inputs], batches, Ranks(alone=True)))[inputs]
         assert (statistics.coherence is None) == (kind == "opt")
         cut = probe.Probe(inputs, statistics)
         written = {op.name for op in inputs.writers}

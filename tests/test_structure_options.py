@@ -18,10 +18,12 @@ from dotresize_fx.options import Options
         ({"merge": 1, "merge_method": "best"}, "choose one of mka, aligned, drop-last, drop-least"),
         ({"merge_method": "mka"}, "say with --merge how many"),
         ({"merge": 1, "method": "rom"}, "--merge and --method rom do not go together"),
-        ({"merge": 1, "effort": "best"}, "--merge and --effort best do not go together"),
-        ({"merge": 1, "formats": ("pt2",)}, "--merge and --format pt2 do not go together"),
+        ({"method": "rank", "effort": "best"}, "--method rank and --effort best do not go together"),
+        ({"merge": 1, "merge_method": "drop-last", "effort": "best"}, "the blocks that stay put out what they did"),
+        ({"merge": 1, "formats": ("genai",)}, "--format genai is built from the checkpoint"),
         ({"method": "rom", "checkpoint": True, "uniform": True}, "--method rom and --uniform do not go together"),
         ({"method": "rank", "checkpoint": True}, "--method rank and --checkpoint do not go together"),
+        ({"method": "rom", "formats": ("executorch",)}, "--method rom and --format executorch do not go together"),
         ({"method": "rom", "regions": ("ffn",)}, "--method rom and --regions ffn do not go together"),
         ({"method": "rom", "cost": "macs"}, "it is counted in weights"),
         ({"method": "rom", "profile": True}, "it changes no width"),
@@ -65,3 +67,8 @@ def test_what_does_not_go_with_a_mixed_plan(given: dict[str, object], said: str)
 def test_without_widths_no_kind_is_cut() -> None:
     assert Options(methods=("rank", "depth")).kinds == ()
     assert Options(methods=("width", "depth")).kinds == Options().kinds
+
+
+def test_what_goes_together() -> None:
+    assert Options(merge=1, checkpoint=True, formats=("genai", "pt2"), effort="heal").checkpoint
+    assert Options(method="rank", effort="heal", formats=("openvino",)).effort == "heal"

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dotresize_fx.cache_names import PAST, POSITIONS
+from dotresize_fx.cache_names import PAST, POSITIONS, PRESENT
+from dotresize_fx.fx_form.call_shape import leave_out
 
 if TYPE_CHECKING:
     from dotresize_fx.fx_form.edits import FxEdits
     from dotresize_fx.fx_form.reading import FxReading
 
 aten = torch.ops.aten
-_LAYER = re.compile(rf"({PAST}[._])(\d+)(.*)")
+_LAYER = re.compile(rf"((?:{PAST}|{PRESENT})[._])(\d+)(.*)")
 
 
 def at_start(node: torch.fx.Node, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -54,6 +55,8 @@ def remove_caches(graph: FxEdits, outputs: Collection[str]) -> None:
     signature = graph.program.graph_signature
     gone = {graph.node(name): graph.node(graph.caches.pop(name)) for name in outputs}
     kept = [graph.node(name) for name in graph.caches.values()]
+    numbers = {number: i for i, number in enumerate(sorted({_layer(past.name) for past in kept}))}
+    leave_out(graph.program, [past.name for past in gone.values()], outputs, lambda name: _closed_up(name, numbers))
     end = graph.nodes.output_node()
     results: Any = end.args[0]
     end.args = (tuple(result for result in results if result not in gone),)
@@ -67,14 +70,19 @@ def remove_caches(graph: FxEdits, outputs: Collection[str]) -> None:
     signature.input_specs[:] = [spec for spec in signature.input_specs if spec.arg.name not in names]
     for past in gone.values():
         graph.nodes.erase_node(past)
-    numbers = {number: i for i, number in enumerate(sorted({_layer(past.name) for past in kept}))}
-    renamed = {past.name: _LAYER.sub(rf"\g<1>{numbers[_layer(past.name)]}\g<3>", past.name) for past in kept}
+    renamed = {past.name: _closed_up(past.name, numbers) for past in kept}
     for past in kept:
         past.name = past.target = renamed[past.name]
     for spec in signature.input_specs:
         spec.arg.name = renamed.get(spec.arg.name, spec.arg.name)
     graph.caches.update({name: renamed[past] for name, past in graph.caches.items()})
     graph.changed()
+
+
+def _closed_up(name: str, numbers: Mapping[int, int]) -> str:
+    """``name`` with its layer's new number; one that is of no such layer as it is."""
+    found = _LAYER.match(name)
+    return name if found is None else f"{found[1]}{numbers.get(int(found[2]), found[2])}{found[3]}"
 
 
 def _layer(name: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from dotresize_fx.healing.distillation_loss import Batch, Distillation
 from dotresize_fx.healing.master_weights import MasterWeights
 from dotresize_fx.healing.options import HealOptions
-from dotresize_fx.healing.ranks import Ranks
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.repeated_work import Recorder, RepeatedWork
 
 

@@ -19,7 +19,7 @@ from dotresize_fx.healing.checkpoint import HealCheckpoint, fingerprint
 from dotresize_fx.healing.distillation_loss import Distillation
 from dotresize_fx.healing.master_weights import MasterWeights
 from dotresize_fx.healing.options import PRECISIONS, TASKS, HealOptions, HealResult
-from dotresize_fx.healing.ranks import Ranks
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.repeated_work import CudaRecorder, tf32
 
 # ``advanced`` is called this often over the whole budget.

@@ -64,6 +64,8 @@ class OnnxEditor:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name = self.fresh(f"{name}_before")
         new.name = name
+        if (node := old.producer()) is not None and node.name == name:  # as nodes that were put in are called
+            node.name = old.name
 
     def add_initializer(self, name: str | None, tensor: torch.Tensor) -> ir.Value:
         value = ir.Value(name=self.fresh(str(name)))
@@ -71,10 +73,12 @@ class OnnxEditor:
         self.graph.register_initializer(value)
         return value
 
-    def assign(self, chosen: list[Slot], tensor: torch.Tensor) -> None:
-        """Plug a tensor of the view's orientation into the slots; whatever else has their constant keeps it."""
+    def assign(self, chosen: list[Slot], tensor: torch.Tensor, *, as_stored: bool = False) -> None:
+        """Plug a tensor of the view's orientation, or of the constant's, into the slots; whatever else has their
+        constant keeps it.
+        """
         value, transposed = plugged(chosen[0]), stored_transposed(chosen[0])
-        stored = tensor.T if transposed else tensor
+        stored = tensor.T if transposed and not as_stored else tensor
         private = value.is_initializer() and not value.is_graph_output() and slots(value) == set(chosen)
         if private:
             _store(value, stored)

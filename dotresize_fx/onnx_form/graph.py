@@ -18,7 +18,7 @@ from dotresize_fx.onnx_form.constants import constant
 from dotresize_fx.onnx_form.folding import fold_constants
 from dotresize_fx.onnx_form.form import Form
 from dotresize_fx.onnx_form.fused_ops import RMS_NORM_OPSET, put_together
-from dotresize_fx.onnx_form.heads import HeadEdits
+from dotresize_fx.onnx_form.layers import LayerEdits
 from dotresize_fx.onnx_form.linears import (
     BIASED,
     slots,
@@ -29,7 +29,7 @@ from dotresize_fx.onnx_form.shapes import set_width
 from dotresize_fx.onnx_form.views import normalise_views
 
 
-class OnnxGraph(HeadEdits):
+class OnnxGraph(LayerEdits):
     """The main graph of a model, topologically sorted as ONNX demands; calls of functions are ops not understood.
 
     Edits write to the model in place; fused ops that stand for several are taken apart. Parameters are initializers
@@ -63,7 +63,7 @@ class OnnxGraph(HeadEdits):
         self.changed()
 
     def set_parameter(self, value: Value, tensor: torch.Tensor) -> None:
-        self._editor.assign(list(slots(self._values[value.name])), tensor)
+        self._editor.assign(list(slots(self._values[value.name])), tensor, as_stored=True)
         self.changed()
 
     def set_bias(self, op: Op, tensor: torch.Tensor | None) -> None:

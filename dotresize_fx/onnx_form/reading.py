@@ -12,6 +12,7 @@ from dotresize_fx.graph import Graph, Kind, Op, Value
 from dotresize_fx.onnx_form.attention import SpelledAttention, spelled_attentions
 from dotresize_fx.onnx_form.caches import find_caches
 from dotresize_fx.onnx_form.constants import constant, is_constant_node, to_torch
+from dotresize_fx.onnx_form.details import details
 from dotresize_fx.onnx_form.edits import OnnxEditor, all_values
 from dotresize_fx.onnx_form.form import Form, bodies
 from dotresize_fx.onnx_form.fused_ops import take_apart
@@ -154,6 +155,19 @@ class OnnxReading(Graph):
     def is_buffer(self, value: Value) -> bool:
         tensor = constant(self._values[value.name])
         return tensor is not None and not tensor.dtype.is_floating_point()
+
+    def beside(self, op: Op) -> tuple[Value, ...]:
+        node = self._node(op.name)
+        shown = shown_outputs(node)
+        return tuple(self._value(output) for i, output in enumerate(node.outputs) if i not in shown and output.uses())
+
+    def details(self, op: Op) -> tuple[object, ...]:
+        if op.kind not in (Kind.ATTENTION, Kind.POINTWISE, Kind.OTHER):
+            return ()  # the view tells all of them, whatever defaults the file states
+        node, form = self._node(op.name), self._form(op)
+        nodes = {node, form.core, *(inner for inner, mixing in self._inside.items() if mixing is node)}
+        shown = {value.name for value in (*op.inputs, op.weight, op.bias) if value is not None}
+        return details(sorted(nodes, key=self._order.__getitem__), shown)
 
     def parameter_name(self, value: Value) -> str:
         """Its name; a weight that TorchScript turned and numbered goes by the module of the node that reads it."""

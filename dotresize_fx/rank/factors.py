@@ -49,7 +49,7 @@ def solve_rom(weight: torch.Tensor, bias: torch.Tensor | None, sums: GramAccumul
     weight = weight.double()
     shift = weight.new_zeros(len(weight)) if bias is None else bias.double()
     whole = torch.cat([weight, shift[:, None]], 1)
-    basis = leading(whole @ sums.gram @ whole.T, rank)
+    basis = leading_outputs(whole, sums.gram, rank)
     return Factors(basis.T @ weight, basis, None if bias is None else basis @ (basis.T @ shift))
 
 
@@ -69,7 +69,7 @@ def solve_reduced_rank(
     size = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     pulled = pull * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     fitted = weight.T + solve_positive(gram + pulled, missing[:-1] - torch.outer(mean_x, missing[-1]))
-    basis = leading(fitted.T @ gram @ fitted, rank)
+    basis = leading_outputs(fitted.T, gram, rank)
     first = basis.T @ fitted.T
     return Factors(first, basis, mean_y - basis @ (first @ mean_x))
 
@@ -82,8 +82,30 @@ def output_spectrum(weight: torch.Tensor, sums: GramAccumulator) -> torch.Tensor
     mean = sums.gram[-1, :-1] / sums.tokens
     gram = sums.gram[:-1, :-1] - sums.tokens * torch.outer(mean, mean)
     weight = weight.double()
+    if weight.shape[0] > weight.shape[1]:
+        weight, gram = _root(gram).T, weight.T @ weight  # the other way round the same eigenvalues, and fewer zeros
     values: torch.Tensor = torch.linalg.eigvalsh(weight @ gram @ weight.T).clamp_min(0).flip(0)
-    return values[: min(weight.shape)]
+    return values
+
+
+def leading_outputs(weight: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """(out, rank), orthonormal: the leading eigenvectors of weight @ gram @ weight.T.
+
+    weight: (out, in), gram: (in, in), both float64. More outputs than inputs lie in as many directions as there are
+    inputs, which the eigenvectors of an (in, in) matrix say.
+    """
+    if len(weight) <= len(gram) or rank > len(gram):
+        return leading(weight @ gram @ weight.T, rank)
+    half = weight @ _root(gram)
+    basis: torch.Tensor = torch.linalg.qr(half @ leading(half.T @ half, rank)).Q
+    return basis
+
+
+def _root(gram: torch.Tensor) -> torch.Tensor:
+    """(n, n) R with R @ R.T = gram, which is positive semidefinite up to rounding."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: torch.Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
 
 
 def leading(moments: torch.Tensor, rank: int) -> torch.Tensor:

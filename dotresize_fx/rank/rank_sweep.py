@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from dotresize_fx.activation_stream import ActivationStream
 from dotresize_fx.errors import SolverError
-from dotresize_fx.fidelity import Inputs
-from dotresize_fx.fx_form.execution import Execution
-from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.gram import GramAccumulator, padding_mask, token_rows, with_ones
+from dotresize_fx.gram import GramAccumulator
+from dotresize_fx.graph import Graph
 from dotresize_fx.least_squares import relative_error
 from dotresize_fx.rank.factors import Factors, solve_reduced_rank, solve_rom
-from dotresize_fx.sweep import is_held_out
 
 
 @dataclass(frozen=True)
@@ -35,58 +32,53 @@ class RankSolution:
     error: float | None
 
 
+class RankSums(Protocol):
+    """What is summed over the calibration data for a linear; each form of a graph runs in its own way.
+
+    What a linear should put out (``wanted``) is the dense model's, of one that adds to the stream what makes the stream
+    the dense model's again; without dense targets its own output.
+    """
+
+    def reach(self, source: str) -> None:
+        """Bring the streams to where this value is there and nothing that reads it was run."""
+
+    def gather(self, cut: RankCut) -> tuple[GramAccumulator, GramAccumulator]:
+        """Over what the linear reads, a constant one beside it: what is solved with, ``cross["missing"]`` being what is
+        wanted beyond the linear's own output; and what is held out, with ``cross["wanted"]``.
+        """
+
+    def edited(self) -> None:
+        """A weight of the slim graph is another one now."""
+
+
 class RankSweep:
     """Solves for the factors of a graph's linears and gives each the product for its weight; no op is added.
 
-    ``slim`` is a copy of ``dense`` in which linears that are to take a bias have one. ``published``: as the paper has
-    it; otherwise what a linear should put out is the dense model's, of one that adds to the stream what makes the
-    stream the dense model's again (``dense_targets``; else its own output). ``sequential`` False calibrates all on the
-    dense model.
+    ``graph`` is a copy of the dense one in which linears that are to take a bias have one, ``sums`` are over it.
+    ``published``: as the paper has it.
     """
 
-    def __init__(
-        self,
-        dense: FxGraph,
-        slim: FxGraph,
-        batches: Sequence[Inputs],
-        *,
-        published: bool = False,
-        dense_targets: bool = True,
-        sequential: bool = True,
-    ) -> None:
-        self.graph, self.dense_graph = slim, dense
-        self.published, self.dense_targets = published, dense_targets and not published
-        self.masks = [padding_mask(batch) for batch in batches]
-        self.dense, self.slim = (
-            ActivationStream(execution := Execution(graph), [execution.start(batch) for batch in batches])
-            for graph in (dense, slim if sequential else dense)
-        )
+    def __init__(self, graph: Graph, sums: RankSums, *, published: bool = False) -> None:
+        self.graph, self.sums, self.published = graph, sums, published
 
     def solve(self, cuts: Sequence[RankCut], advanced: Callable[[], None] = lambda: None) -> dict[str, RankSolution]:
         """By op name; the cuts may come in any order. ``advanced`` is called once a cut."""
         groups: dict[str, list[RankCut]] = {}
-        for cut in sorted(cuts, key=lambda one: self.graph.positions[one.op]):
+        positions = self.graph.positions
+        for cut in sorted(cuts, key=lambda one: positions[one.op]):
             groups.setdefault(self.graph.op(cut.op).inputs[0].name, []).append(cut)
         found = {}
         for source, together in groups.items():
-            for stream in (self.slim, self.dense) if self.dense_targets else (self.slim,):
-                position = stream.execution.position(stream.execution.graph.node(source))
-                stream.advance(max(stream.position, position + 1))
+            self.sums.reach(source)
             for cut in together:
-                found[cut.op] = self._solve(cut, source)
+                found[cut.op] = self._solve(cut)
                 advanced()
         return found
 
-    def _solve(self, cut: RankCut, source: str) -> RankSolution:
+    def _solve(self, cut: RankCut) -> RankSolution:
         op = self.graph.op(cut.op)
         weight, bias = self.graph.weight(op), self.graph.bias(op)
-        fitting, held_out = GramAccumulator(), GramAccumulator()
-        for i, (x, wanted) in enumerate(zip(self._read(source), self._wanted(cut, source), strict=True)):
-            rows, wanted = with_ones(token_rows(x, self.masks[i])), token_rows(wanted, self.masks[i])
-            if is_held_out(i):
-                held_out.add(rows, wanted=wanted)
-            else:
-                fitting.add(rows, missing=wanted - self._applied(self.graph, cut.op, rows[:, :-1]))
+        fitting, held_out = self.sums.gather(cut)
         if not fitting.gram.isfinite().all():
             raise SolverError(f"{cut.op}: what it reads on the calibration data is infinite or NaN")
         if self.published:
@@ -100,38 +92,5 @@ class RankSweep:
         self.graph.set_weight(op, factors.product.to(weight.dtype))
         if factors.bias is not None:
             self.graph.set_bias(self.graph.op(cut.op), factors.bias.to(weight.dtype))
+        self.sums.edited()
         return RankSolution(factors, error)
-
-    def _read(self, source: str) -> list[torch.Tensor]:
-        node = self.slim.execution.graph.node(source)
-        return [environment[node] for environment in self.slim.environments]
-
-    def _wanted(self, cut: RankCut, source: str) -> list[torch.Tensor]:
-        """Per batch what the linear should put out."""
-        if not self.dense_targets:
-            return [self._applied(self.graph, cut.op, x) for x in self._read(source)]
-        if cut.target:
-            goals, found = self._ahead(self.dense, [cut.target]), self._ahead(self.slim, [cut.target, cut.op])
-            # Some models run a sublayer with batch and length joined and part them behind the addition.
-            return [(goal - state).reshape_as(out) + out for (goal,), (state, out) in zip(goals, found, strict=True)]
-        node = self.dense_graph.node(self.dense_graph.op(cut.op).inputs[0].name)
-        return [self._applied(self.dense_graph, cut.op, environment[node]) for environment in self.dense.environments]
-
-    @staticmethod
-    def _applied(graph: FxGraph, name: str, x: torch.Tensor) -> torch.Tensor:
-        op = graph.op(name)
-        return torch.nn.functional.linear(x, graph.weight(op), graph.bias(op))
-
-    @staticmethod
-    def _ahead(stream: ActivationStream, names: Sequence[str]) -> list[list[torch.Tensor]]:
-        """Per batch these values, with the stream left where it is."""
-        execution = stream.execution
-        nodes = [execution.graph.node(name) for name in names]
-        stop = max(execution.position(node) for node in nodes) + 1
-        found: list[list[torch.Tensor]] = []
-        for environment in stream.environments:
-            values: Mapping[torch.fx.Node, torch.Tensor] = execution.run(
-                dict(environment), stream.position, stop, keep=nodes
-            )
-            found.append([values[node] for node in nodes])
-        return found

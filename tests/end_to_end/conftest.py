@@ -47,6 +47,10 @@ def _make(kind: str) -> Any:
         return transformers.GPT2LMHeadModel(
             transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=4, **ids)
         )
+    if kind == "mixtral":
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)
+        )
     if kind == "bert":
         return transformers.BertModel(transformers.BertConfig(**SIZES))
     if kind == "albert":

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import transformers
+
+# As short as healing is.
+HEALED = ["--effort", "heal", "--heal-steps", 2]
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -19,10 +23,13 @@ def test_linears_of_a_lower_rank(
     tmp_path: Path, model_folder: Callable[[str], Path], few_tokens: list[str], here: Callable[..., Any]
 ) -> None:
     out = tmp_path / "out"
-    done = here("export", model_folder("deep llama"), out, "--method", "rom", "--ratio", 0.2, *few_tokens, "--quiet")
+    command = ["export", model_folder("deep llama"), out, "--method", "rom", "--ratio", 0.2, *few_tokens, *HEALED]
+    done = here(*command, "--target", "cpu", "--quantize", "int8", "--format", "pt2", "--quiet")
     assert (done.code, done.stderr) == (0, "")
     report = report_of(out)
     assert report["summary"]["verified"] is True
+    assert [row["format"] for row in report["figures"]["formats"]] == ["pt2"]
+    assert any(note.startswith("healed for 2 steps") for note in report["notes"])
     assert any(note.startswith("7 linears are two of a lower rank now") for note in report["notes"])
     assert report["figures"]["slim"]["block_linear_weights"] <= 0.8 * report["figures"]["dense"]["block_linear_weights"]
 
@@ -32,13 +39,21 @@ def test_a_block_less(
 ) -> None:
     out = tmp_path / "out"
     command = ["export", model_folder("deep llama"), out, "--merge", 1, "--merge-method", "aligned", *few_tokens]
-    done = here(*command, "--quiet")
+    done = here(*command, *HEALED, "--repair-steps", 2, "--checkpoint", "--format", "pt2", "--quiet")
     assert (done.code, done.stderr) == (0, "")
     report = report_of(out)
     assert report["summary"]["verified"] is True
-    assert any(note.startswith("aligned: 1 blocks went, 50.0% of the block weights") for note in report["notes"])
+    for said in ("aligned: 1 blocks went, 50.0% of the block weights", "2 sublayers refitted", "healed for 2 steps"):
+        assert any(note.startswith(said) for note in report["notes"])
+    assert [row["format"] for row in report["figures"]["formats"]] == ["pt2"]
     inputs = [one.name for one in onnx.load(out / "model.onnx", load_external_data=False).graph.input]
     assert [name for name in inputs if name.startswith("past")] == ["past_key_values.0.key", "past_key_values.0.value"]
+    checkpoint = report["figures"]["checkpoint"]
+    assert checkpoint["config_changes"] == {"num_hidden_layers": [2, 1]}
+    assert 0 < checkpoint["tokens_equal"] <= checkpoint["tokens_generated"]
+    assert transformers.AutoModelForCausalLM.from_pretrained(out / "checkpoint").config.num_hidden_layers == 1
+    generated = here("generate", out, "the of", "--max-tokens", 4, "--quiet")
+    assert generated.code == 0
 
 
 def test_more_blocks_than_there_are(

@@ -65,6 +65,47 @@ def test_two_ranks_write_what_one_process_finds(
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
 
+SHARES = """
+import json, sys
+import torch
+import dotresize_fx
+from dotresize_fx.fx_form.execution import Execution
+result = dotresize_fx.slim(
+    sys.argv[1], 0.3, calibration=sys.argv[2], calibration_tokens=int(sys.argv[3]), sequence_length=32,
+    evaluation_tokens=64, seed=0,
+)
+ids = torch.arange(2 * 30).view(2, 30)
+outputs = Execution(result.slim).outputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0]
+errors = {one.region.name: one.error for one in result.swept}
+plan = result.slimmed.plan
+torch.save([dict(plan.widths), dict(plan.losses), errors, outputs, result.notes], sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize(("kind", "processes", "tokens"), [("llama", 3, 1000), ("mixtral", 2, 512)])
+def test_ranks_that_share_the_text_find_what_one_does(
+    tmp_path: Path, model_folder: Callable[[str], Path], text_file: Path, kind: str, processes: int, tokens: int
+) -> None:
+    """Text that does not divide evenly, and experts."""
+    (script := tmp_path / "shares.py").write_text(SHARES)
+    found = []
+    for count in (1, processes):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+        given = [model_folder(kind), text_file, tokens, tmp_path / f"{count}.pt"]
+        command = [sys.executable, *start, str(script), *map(str, given)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stderr
+        found.append(torch.load(given[-1]))
+    (widths, losses, errors, outputs, _), (other_widths, other_losses, other_errors, other_outputs, notes) = found
+    assert f"{processes} processes shared the calibration" in notes
+    assert other_widths == widths
+    # Sums in another order, of which small differences of large ones are taken.
+    assert other_losses == pytest.approx(losses, rel=1e-3, abs=1e-9)
+    for name, error in errors.items():
+        assert other_errors[name] == pytest.approx(error, rel=1e-4), name
+    assert float((other_outputs - outputs).abs().max()) < 1e-3 * float(outputs.abs().max())
+
+
 HEALS = """
 import json, sys
 import dotresize_fx
@@ -191,7 +232,7 @@ def test_ctrl_c_while_healing(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["export", "--effort", "fast"]])
+@pytest.mark.parametrize("command", [["inspect"], ["export", "--effort", "best"]])
 def test_what_needs_one_process_runs_in_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -203,7 +244,7 @@ def test_what_needs_one_process_runs_in_one(
     monkeypatch.setattr(Launched, "others_left", False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = [tmp_path / "out"] if command[0] == "export" else []
-    said = "only export --effort heal uses several processes: one of the 2 works, the others leave\n"
+    said = "2 processes were started and this is work for one: the others leave\n"
     for rank, code, start in (("1", 0, ""), ("0", 3, said)):
         monkeypatch.setenv("RANK", rank)
         found = here(command[0], tmp_path / "none", *out, *command[1:])

@@ -21,7 +21,7 @@ from dotresize_fx.export.greedy import greedy
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.healing.hand_out import _with_weights, _without_weights
+from dotresize_fx.hand_out import _with_weights, _without_weights
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions

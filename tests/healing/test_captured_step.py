@@ -17,7 +17,7 @@ from dotresize_fx.healing.batches import Rebatched
 from dotresize_fx.healing.captured_step import CapturedStep, EagerStep, StepData
 from dotresize_fx.healing.distillation_loss import Distillation
 from dotresize_fx.healing.master_weights import MasterWeights
-from dotresize_fx.healing.ranks import Ranks
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.repeated_work import WARM_UP, CudaRecorder, Work
 
 Batch = Mapping[str, torch.Tensor]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from dotresize_fx import hand_out
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.healing import hand_out, heal
+from dotresize_fx.healing import heal
 
 
 class Wire:

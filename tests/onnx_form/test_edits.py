@@ -178,3 +178,24 @@ def test_what_is_not_edited_stays_as_it_was(stream: Any, insert_and_fold: Any) -
     assert {node.outputs[0].name: (node.op_type, node.name) for node in graph.model.graph} == nodes
     assert (graph.model.producer_name, graph.model.metadata_props) == ("somebody", {"origin": "somewhere"})
     assert graph.model.graph.opset_imports == {"": 23}
+
+
+@pytest.mark.parametrize("columns", [8, 12])
+def test_a_parameter_is_set_as_it_is_stored(onnx_graph: Any, run: Any, difference: Any, columns: int) -> None:
+    """Of a Gemm that is no linear in the view, since it stands for one of joined rows; a square one too."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    joined (float[2, 3, 8] x) => (float[2, 3, COLUMNS] y)
+    <int64[2] joined = {-1, 8}, int64[3] parted = {2, 3, COLUMNS}> {
+        a = Reshape(x, joined)
+        b = Gemm(a, "w", "c")
+        y = Reshape(b, parted)
+    }"""
+    shift, x = torch.randn(columns), torch.randn(2, 3, 8)
+    graph = onnx_graph(text.replace("COLUMNS", str(columns)), {"w": torch.randn(columns, 8), "c": shift})
+    op = graph.op("b")
+    assert op.kind is Kind.ADDMM
+    new = torch.randn_like(graph.parameter(op.inputs[2]))
+    assert new.shape == (8, columns)
+    graph.set_parameter(op.inputs[2], new)
+    assert torch.equal(graph.parameter(graph.op("b").inputs[2]), new)
+    assert difference(run(graph, x=x), x @ new + shift) <= EXACT

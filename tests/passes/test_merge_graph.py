@@ -16,6 +16,7 @@ from dotresize_fx.export.cached_runs import onnx_inputs, prompt_inputs
 from dotresize_fx.export.capture import Captured, capture
 from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.emit_onnx import emit_onnx
+from dotresize_fx.export.emit_pt2 import emit_pt2
 from dotresize_fx.export.onnx_session import open_session
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
@@ -145,3 +146,16 @@ def test_the_onnx_has_the_layers_that_are_left(
     found = [torch.from_numpy(one) for one in session.run(None, onnx_inputs(graph, given))]
     # Both float32, sums in other orders.
     assert difference(found, Execution(graph, caches=True).outputs(given)) < 1e-4
+
+
+def test_the_pt2_is_called_with_the_layers_that_are_left(captured: Captured, tmp_path: Path) -> None:
+    graph = captured.graph.copy()
+    DropLayers([find_blocks(graph)[i] for i in (0, 3)])(graph)
+    program = torch.export.load(emit_pt2(captured, graph, tmp_path))
+    _, inputs = program.example_inputs
+    assert len(inputs["past_key_values"]) == BLOCKS - 2
+    found = program.module()(**inputs)
+    assert list(found) == ["logits", *(f"present.{i}.{part}" for i in (0, 1) for part in ("key", "value"))]
+    inputs["past_key_values"][1]["key"] = inputs["past_key_values"][1]["key"][:, :, :1]
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program.module()(**inputs)

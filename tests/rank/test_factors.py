@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dotresize_fx.gram import GramAccumulator, with_ones
-from dotresize_fx.rank.factors import Factors, solve_reduced_rank, solve_rom
+from dotresize_fx.rank.factors import Factors, leading_outputs, output_spectrum, solve_reduced_rank, solve_rom
 
 TOKENS = 200
 
@@ -84,3 +84,20 @@ def test_wanted_outputs_are_met_better_than_by_the_linears_own_directions() -> N
 def test_no_bias_is_made_up_as_published() -> None:
     x, weight, _, _ = drawn(0)
     assert solve_rom(weight, None, summed(x), 2).bias is None
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(9, 4), (4, 9), (6, 6)])
+@pytest.mark.parametrize("seen", [3, 50])
+def test_directions_and_spectrum_are_those_of_the_outputs(rows: int, columns: int, seen: int) -> None:
+    """Of more outputs than inputs the smaller matrix is decomposed; of few tokens some inputs are in no direction."""
+    x, weight, _, _ = drawn(3, rows, columns)
+    x, weight = x[:seen], weight.double()
+    rank = min(rows, columns) - 1
+    basis = leading_outputs(weight, x.T @ x, rank)
+    assert torch.allclose(basis.T @ basis, torch.eye(rank).double(), atol=1e-10)
+    values, vectors = torch.linalg.eigh(weight @ x.T @ x @ weight.T)
+    known = vectors[:, -min(rank, seen) :]  # behind these nothing is put out
+    assert torch.allclose(basis @ (basis.T @ known), known, atol=1e-7)
+    centred = (x - x.mean(0)) @ weight.T
+    expected = torch.linalg.eigvalsh(centred.T @ centred).flip(0)[: min(rows, columns)]
+    assert torch.allclose(output_spectrum(weight, summed(x)), expected.clamp_min(0), atol=1e-9 * float(values[-1]))

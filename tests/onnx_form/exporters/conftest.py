@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from dotresize_fx.cli import main
 from dotresize_fx.export.capture import capture
 from dotresize_fx.export.capture_cache import capture_with_cache
 from dotresize_fx.export.convert_dtype import convert_dtype
@@ -49,6 +53,17 @@ def _tiny(kind: str, make: Callable[..., Any], layers: int) -> Any:
     elif kind == "t5":
         sizes = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": layers, "num_heads": 4}
         model = transformers.T5EncoderModel(transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
+    elif kind in ("albert", "bart"):
+        sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
+        parts = {
+            f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", layers), ("ffn_dim", 64))
+        }
+        parts |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32}
+        model = (
+            transformers.AlbertModel(transformers.AlbertConfig(**plain, **sizes, embedding_size=16))
+            if kind == "albert"
+            else transformers.BartModel(transformers.BartConfig(**plain, **parts, use_cache=False))
+        )
     elif kind == "distilbert":
         config = transformers.DistilBertConfig(**plain, dim=32, hidden_dim=64, n_layers=layers, n_heads=4)
         model = transformers.DistilBertModel(config)
@@ -153,3 +168,44 @@ def exported(
         return path
 
     return make
+
+
+def _random_inputs(path: Path, rows: int, length: int) -> dict[str, np.ndarray[Any, Any]]:
+    generator, made = np.random.default_rng(0), {}
+    for value in onnx.load(path, load_external_data=False).graph.input:
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        if value.name == "attention_mask":
+            made[value.name] = np.ones((rows, length), dtype)
+            made[value.name][::5, :3] = 0
+        elif value.name == "input_ids":
+            made[value.name] = generator.integers(0, 97, (rows, length)).astype(dtype)
+        elif value.name == "pixel_values":
+            made[value.name] = generator.standard_normal((rows, *sizes[1:])).astype(dtype)
+    return made
+
+
+@pytest.fixture(scope="session")
+def random_inputs() -> Callable[..., dict[str, np.ndarray[Any, Any]]]:
+    """``random_inputs(path, rows, length)``: for what has to be given, pixels, or ids and a mask padded on the left."""
+    return _random_inputs
+
+
+@pytest.fixture
+def slim(exported: Any, tmp_path: Path) -> Callable[..., tuple[Path, Path, dict[str, Any]]]:
+    """``slim(kind, way, *options, code=0, layers=1, rows=40)``: (dense file, OUT, report) of an export calibrated on
+    random inputs.
+    """
+
+    def run(
+        kind: str, way: str, *options: str, code: int = 0, layers: int = 1, rows: int = 40
+    ) -> tuple[Path, Path, dict[str, Any]]:
+        path, out = exported(kind, way, layers), tmp_path / "out"
+        np.savez(tmp_path / "inputs.npz", **_random_inputs(path, rows, 12))
+        data = ("--calibration-data", str(tmp_path / "inputs.npz"))
+        with pytest.raises(SystemExit) as ended:
+            main(["export", str(path), str(out), "--quiet", *data, *options])
+        assert ended.value.code == code
+        return path, out, {} if code else json.loads((out / "report.json").read_text())
+
+    return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import onnx
 import pytest
 import torch
 
-from dotresize_fx.cli import main
 from dotresize_fx.export import prove_onnx
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.onnx_form.start import is_cache
@@ -57,38 +55,6 @@ PARTS = [
 ]
 
 
-@pytest.fixture
-def slim(exported: Any, tmp_path: Path) -> Callable[..., tuple[Path, Path, dict[str, Any]]]:
-    """``slim(kind, way, *options)``: (dense file, OUT, report) of an export calibrated on random inputs."""
-
-    def run(kind: str, way: str, *options: str, code: int = 0) -> tuple[Path, Path, dict[str, Any]]:
-        path, out = exported(kind, way), tmp_path / "out"
-        np.savez(tmp_path / "inputs.npz", **inputs(path, 40, 12))
-        data = ("--calibration-data", str(tmp_path / "inputs.npz"))
-        with pytest.raises(SystemExit) as ended:
-            main(["export", str(path), str(out), "--quiet", *data, *options])
-        assert ended.value.code == code
-        return path, out, {} if code else json.loads((out / "report.json").read_text())
-
-    return run
-
-
-def inputs(path: Path, rows: int, length: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Random arrays for what has to be given: pixels, or ids and a mask with padding on the left."""
-    generator, made = np.random.default_rng(0), {}
-    for value in onnx.load(path, load_external_data=False).graph.input:
-        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        if value.name == "attention_mask":
-            made[value.name] = np.ones((rows, length), dtype)
-            made[value.name][::5, :3] = 0
-        elif value.name == "input_ids":
-            made[value.name] = generator.integers(0, 97, (rows, length)).astype(dtype)
-        elif value.name == "pixel_values":
-            made[value.name] = generator.standard_normal((rows, *sizes[1:])).astype(dtype)
-    return made
-
-
 def numbers(path: Path) -> int:
     """How many numbers its floating-point weights are."""
     stored = onnx.load(path, load_external_data=False).graph.initializer
@@ -101,7 +67,9 @@ def cut_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("kind", "way"), ALL)
-def test_what_an_exporter_wrote_is_slimmed(slim: Callable[..., Any], kind: str, way: str) -> None:
+def test_what_an_exporter_wrote_is_slimmed(
+    slim: Callable[..., Any], random_inputs: Callable[..., Any], kind: str, way: str
+) -> None:
     path, out, report = slim(kind, way, "--ratio", "0.3")
     assert report["summary"]["verified"]
     assert cut_of(report)
@@ -109,7 +77,7 @@ def test_what_an_exporter_wrote_is_slimmed(slim: Callable[..., Any], kind: str, 
     assert report["figures"]["verification"]["against"] == prove_onnx.TWIN
     assert numbers(out / "model.onnx") < numbers(path)
     model = OnnxModel(out / "model.onnx")
-    (answer, *_) = model(model.at_start(inputs(path, 3, 9))) if way != "genai" else [np.zeros(1)]
+    (answer, *_) = model(model.at_start(random_inputs(path, 3, 9))) if way != "genai" else [np.zeros(1)]
     assert np.isfinite(answer).all()
 
 

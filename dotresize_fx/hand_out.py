@@ -1,25 +1,26 @@
-"""What rank 0 found alone, handed to the ranks that help it to heal: two programs and batches, the same to the bit."""
+"""What rank 0 found alone, handed to the ranks that help it: two programs and batches, the same to the bit."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.healing.ranks import Ranks
+from dotresize_fx.ranks import Ranks
 
 
 class Handed(NamedTuple):
-    """The programs, lists of batches, and whether it is a "decoder" or an "encoder"."""
+    """The programs, lists of batches, and the task; ``numbers`` are what else has to be known, by name."""
 
     dense: FxGraph
     slim: FxGraph
     sources: Sequence[Sequence[Inputs]]
     task: str
+    numbers: Mapping[str, Mapping[str, int] | None] = {}
 
 
 def give(handed: Handed) -> None:
@@ -41,7 +42,8 @@ def give(handed: Handed) -> None:
     content = io.BytesIO()
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     caches = [dict(graph.caches) for graph in (handed.dense, handed.slim)]
-    torch.save([programs, keys, caches, shapes, sources, handed.task], content)
+    numbers = {name: None if part is None else dict(part) for name, part in handed.numbers.items()}
+    torch.save([programs, keys, caches, shapes, sources, handed.task, numbers], content)
     device = tensors[0].device
     buffer = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8).to(device)
     ranks.share_first([torch.tensor([len(buffer)], device=device)])
@@ -54,7 +56,7 @@ def take(device: str) -> Handed:
     ranks = Ranks()
     ranks.share_first([size := torch.zeros(1, dtype=torch.int64, device=device)])
     ranks.share_first([buffer := torch.empty(int(size), dtype=torch.uint8, device=device)])
-    programs, keys, caches, shapes, sources, task = torch.load(
+    programs, keys, caches, shapes, sources, task, numbers = torch.load(
         io.BytesIO(buffer.cpu().numpy().tobytes()), weights_only=True
     )
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
@@ -63,7 +65,7 @@ def take(device: str) -> Handed:
     for graph, known in zip((dense, slim), caches, strict=True):
         graph.caches.update(known)
     here = [[{name: value.to(device) for name, value in batch.items()} for batch in part] for part in sources]
-    return Handed(dense, slim, here, task)
+    return Handed(dense, slim, here, task, numbers)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
