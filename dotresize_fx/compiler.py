@@ -209,7 +209,9 @@ def slim_with(
     text = None if given else load_text(chosen.calibration)
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
-        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code, memory=chosen.memory)
+        # What other processes are to be handed is held in memory.
+        memory = replace(chosen.memory, lazy=chosen.memory.lazy and launched.count == 1)
+        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code, memory=memory)
     if text is not None:
         check_tokenizer(loaded)
         check_length(chosen.sequence_length, longest_text(loaded.model), SEQUENCE_LENGTH)
