@@ -40,7 +40,6 @@ from dotresize_fx.report.contents import (
     SideFigures,
 )
 from dotresize_fx.report.write import write_report
-from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.task import reads_text
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     slim = write_verified(result, plain, work)
     notes = result.notes + slim.notes
     result.loaded.write_auxiliary_files(folder)
-    if not (options.methods or changes_structure(options)):  # widths alone would not make this model again
+    if not (result.slimmed.gone or result.slimmed.factorized):  # widths alone would not make this model again
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
     if result.captured.cache is not None:
         why = write_genai_config(result.slim, result.loaded.config, result.captured.longest, folder)

@@ -165,7 +165,8 @@ def _of_text(
     inputs = _described(graph, None)
     free = IDS in inputs.names and all(isinstance(size, str) for spec in inputs.specs for size in spec.sizes)
     if not free or not {IDS, MASK} >= set(inputs.names):
-        raise UsageError(f"{path.name} reads {inputs.described()}, which text does not give: give --calibration-data")
+        why = "with fixed sizes, which texts are not of" if IDS in inputs.names else "which text does not give"
+        raise UsageError(f"{path.name} reads {inputs.described()}, {why}: give --calibration-data")
     text = load_text(options.calibration)
     try:
         with quiet_libraries():
@@ -238,7 +239,7 @@ def _refused(error: Exception, names: str, batch: Inputs) -> DotresizeError:
     if any(words in str(error) for words in (*UNKNOWN, NOT_HERE)):
         return UnknownOpError(
             f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; take a newer one, or "
-            "--device cuda for what it has there alone"
+            "convert what it lacks (bfloat16 to float16)"
         )
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
     return CalibrationError(f"{names}: the model does not take {shapes}: {first_line(error)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir
 
-from dotresize_fx.errors import BadWeightsError, ModelNotFoundError
+from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.onnx_form.graph import OnnxGraph
@@ -17,6 +17,8 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
 
 SUFFIX = ".onnx"
+# Of older ones axes are attributes, which what is put in for the calibration does not have.
+LEAST_OPSET = 13
 
 
 def is_onnx_source(name: object) -> bool:
@@ -46,6 +48,7 @@ def load_onnx(name: Path | str) -> onnx_ir.Model:
     Raises:
         ModelNotFoundError: there is no such file, it is no ONNX model or cut off, or its data lies outside its folder.
         BadWeightsError: external data is missing or cut off.
+        UsageError: an opset below LEAST_OPSET.
     """
     path = Path(name)
     path = path / ONNX_FILE if path.is_dir() else path
@@ -57,6 +60,11 @@ def load_onnx(name: Path | str) -> onnx_ir.Model:
         raise ModelNotFoundError(f"{path} is no ONNX model, or is cut off: fetch or export it again") from error
     if not model.ir_version or not len(model.graph):  # other bytes can look like a message with nothing known in it
         raise ModelNotFoundError(f"{path} is no ONNX model, or an empty one: give a file that an exporter wrote")
+    if 0 < (opset := model.graph.opset_imports.get("", 0)) < LEAST_OPSET:
+        raise UsageError(
+            f"{path}: opset {opset} is too old, {LEAST_OPSET} is the least: export it again, or convert it with "
+            "onnx.version_converter"
+        )
     for tensor in _external(model):
         _check(path, tensor)
     if not _is_sorted(model):  # as ONNX Runtime's own converter to float16 leaves it, which ONNX does not allow

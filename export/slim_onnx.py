@@ -20,7 +20,7 @@ from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.inline_weights import move_out
 from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
-from dotresize_fx.export.onnx_session import require_onnx_runtime
+from dotresize_fx.export.onnx_session import CUDA, has_provider, require_onnx_runtime, require_provider
 from dotresize_fx.export.onnx_source import load_onnx
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
@@ -38,7 +38,7 @@ from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.reduce_onnx_graph import reduce_onnx_graph
-from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, slim_onnx_graph
+from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, attended_length, slim_onnx_graph
 from dotresize_fx.plan_file import read_plan, write_plan
 from dotresize_fx.program_inputs import Inputs
 from dotresize_fx.progress import Progress
@@ -91,7 +91,8 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     with progress.stage("write ONNX"):
         path = write_onnx(run.slimmed, run.stated, _timed(run), folder, work)
         beside = _copy_beside(run, folder)
-        write_plan(run.slimmed.plan, folder / PLAN_FILE)
+        if not (run.slimmed.gone or run.slimmed.factorized):  # widths alone would not make this model again
+            write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path, run.slimmed)
         verification = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
@@ -107,7 +108,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         own = {side: {n: value.numpy() for n, value in given.items() if is_past(n)} for side, given in fed.items()}
         models = {"dense": run.path, "slim": path}
         latency = measure_latency(models, inputs, runs=LATENCY_RUNS, work=work, own=own)
-    length = MACS_LENGTH if reads_text(run.prepared.task) else next(iter(_timed(run).values())).shape[-1]
+    length = MACS_LENGTH if reads_text(run.prepared.task) else attended_length(run.graphs.canonical, _timed(run))
     figures = Figures(
         dense=side_figures(run.slimmed.dense, latency["dense"], onnx_size(run.path), length),
         slim=side_figures(run.slimmed.graph, latency["slim"], onnx_size(path), length),
@@ -154,7 +155,7 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
     if options.ratio != 0 and not reduces and not any(graphs.matches.of_kind(*SWEPT)):
         why = why_nothing(model, graphs.matches)
         raise NothingToSlimError(f"{path.name}: no region matched: {why}; `dotresize-fx inspect` shows all of it")
-    device = compute_device(options)
+    device = _device(options)
     with progress.stage("read calibration inputs"):
         prepared = prepare_onnx_data(given, path, options, device)
         rows = _count_rows(graphs, prepared, device)
@@ -169,6 +170,18 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
         inlined += (f"{quantised} linears with quantised weights were left alone",)
     slimmed = replace(slimmed, notes=(*inlined, *slimmed.notes))
     return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+
+
+def _device(options: Options) -> str:
+    """Where ONNX Runtime runs: on a GPU where it is asked for, or where torch and ONNX Runtime both have it.
+
+    Raises:
+        MissingExtraError: a GPU was asked for, of which this ONNX Runtime knows nothing.
+    """
+    device = compute_device(options)
+    if device == "cuda" and options.device == "cuda":
+        require_provider(CUDA, "--device cuda: ")
+    return device if device == "cpu" or has_provider(CUDA) else "cpu"
 
 
 def _count_rows(graphs: OnnxGraphs, prepared: OnnxData, device: str) -> Callable[[Inputs], int]:
@@ -217,7 +230,6 @@ def _refuse(options: Options) -> None:
     """
     wanted = {
         f"--effort {options.effort}": options.effort != "fast",
-        f"--methods {','.join(options.methods)}": bool(options.methods),
         "--checkpoint": options.checkpoint,
         f"--format {','.join(options.formats)}": bool(set(options.formats) - {"onnx"}),
         f"--dtype {options.dtype}": options.dtype != "float32",
@@ -226,6 +238,11 @@ def _refuse(options: Options) -> None:
         "--target-latency and --profile": options.by_the_clock,
         f"--basis {options.basis}": options.basis != "shared",
     }
+    if options.methods:
+        raise UsageError(
+            f"--methods {','.join(options.methods)}: one budget for all is planned for programs alone yet: take "
+            "--ratio, --method rank or --merge"
+        )
     if asked := [option for option, said in wanted.items() if said]:
         raise UsageError(
             f"{asked[0]}: not for an ONNX file, which stays what it is but for widths, ranks and depth: leave it out"

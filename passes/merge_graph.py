@@ -140,10 +140,10 @@ def _told(dense: Graph, slim: Graph, gone: Sequence[int], alphas: Sequence[float
     before, after = (count_cost(graph, 1).block_linear_weights for graph in (dense, slim))
     share = f", {1 - after / before:.1%} of the block weights" if before else ""  # all may be quantised
     told = ", ".join(
-        f"{i}" if not alphas else f"{i} ({alpha:.2f} in {i + 1})"
+        f"{i}" if not alphas else f"{i} (merged into {i + 1}, of which it is {alpha:.0%})"
         for i, alpha in sorted(itertools.zip_longest(gone, alphas, fillvalue=0.0))
     )
-    return (f"{method}: {len(gone)} blocks went{share}: {told}",)
+    return (f"{method}: {counted(len(gone), 'block')} went{share}, counted from 0: {told}",)
 
 
 def refit_graph(

@@ -99,7 +99,9 @@ def carry_out(
             dense, slim, regions, WidthPlan(widths), batches, options, progress, task, refit, changed=changed
         )
     slim.refresh_shapes()
-    return Slimmed(slim, tuple(swept), WidthPlan(widths), gone=plan.gone)
+    return Slimmed(
+        slim, tuple(swept), WidthPlan(widths), gone=plan.gone, factorized=tuple(cut.op for cut in plan.ranks)
+    )
 
 
 def _same(one: MixedPlan, other: MixedPlan) -> bool:

@@ -73,7 +73,7 @@ def slim_graph(
         return Slimmed(slimmed, notes=("ratio 0: nothing was cut",))
     if changes_structure(options):  # no width is planned
         reduced = reduce_graph(dense, batches, options, progress, task)
-        return Slimmed(reduced.graph, notes=reduced.notes, gone=reduced.gone)
+        return Slimmed(reduced.graph, notes=reduced.notes, gone=reduced.gone, factorized=reduced.factorized)
     length = dense.attended_length
     if reads_text(task):  # an encoder's batches are as long as their paragraphs
         length = options.sequence_length if task == "encoder" else next(iter(batches[0].values())).shape[1]

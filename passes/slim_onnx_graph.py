@@ -9,6 +9,7 @@ import torch
 
 from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import UsageError
+from dotresize_fx.graph import Kind
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
@@ -91,7 +92,7 @@ def slim_onnx_graph(
     if plan is not None:
         check_plan(plan, matches, options.method)
     _refuse_stream(options, plan, matches)
-    length = next(iter(batches[0].values())).shape[-1]
+    length = attended_length(canonical, batches[0])
     cost = CostModel(options.cost or "weights", options.sequence_length if task == "encoder" else length)
     total = cost.total(canonical)
     regions, notes = choose_regions(canonical, matches.regions, SWEPT if plan else options.kinds)
@@ -102,9 +103,10 @@ def slim_onnx_graph(
     else:
         curves: Mapping[str, torch.Tensor] = {}
         if options.allocation != "uniform" and regions:
+            own_biases(probed := canonical.copy(), regions)
             with progress.stage("measure sensitivity", len(regions)) as step:
                 curves = measure_onnx_curves(
-                    canonical, regions, batches, task=task, rows=rows, device=device, advanced=step
+                    probed, regions, batches, task=task, rows=rows, device=device, advanced=step
                 )
         chosen, kept = plan_widths(canonical, regions, batches, total, cost, options, progress, task, curves)
         notes += what_was_refused(matches, options.kinds) + kept
@@ -115,11 +117,28 @@ def slim_onnx_graph(
     if not untouched:
         notes += (REWRITTEN,)
     slimmed = dense.copy()
+    own_biases(slimmed, _swept(regions, chosen))
     swept, pairs = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:
         notes += what_went(cost, options, 1 - cost.total(slimmed) / total)
     return SlimmedOnnx(slimmed, dense, untouched, tuple(swept), chosen, notes, pairs)
+
+
+def attended_length(graph: OnnxGraph, inputs: Inputs) -> int:
+    """How many keys a query attends to on these inputs: what the graph says, else the size behind the batch."""
+    keys = [op.inputs[1].shape[-2:-1] for op in graph.ops if op.kind is Kind.ATTENTION and len(op.inputs) > 1]
+    stated = [size for sizes in keys for size in sizes if isinstance(size, int)]
+    value = next(iter(inputs.values()))
+    return max(stated) if stated else value.shape[1] if value.ndim > 1 else 1
+
+
+def own_biases(graph: OnnxGraph, regions: Sequence[Region]) -> None:
+    """Give each writer a bias of its own where several have one constant: what stands in for one stands in for all."""
+    for op in (graph.op(name) for region in regions for name in region.writers):
+        bias = graph.bias(op)
+        if op.bias is not None and bias is not None and len(graph.users(op.bias)) > 1:
+            graph.set_bias(op, bias)
 
 
 def _refuse_stream(options: Options, plan: WidthPlan | None, matches: MatchReport) -> None:

@@ -29,7 +29,7 @@ from dotresize_fx.width_plan import WidthPlan
 @dataclass(frozen=True)
 class Slimmed:
     """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the numbers of
-    the dense graph's blocks that it has not.
+    the dense graph's blocks that it has not, ``factorized`` the names of its linears that are two.
     """
 
     graph: FxGraph
@@ -37,6 +37,7 @@ class Slimmed:
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
     gone: tuple[int, ...] = ()
+    factorized: tuple[str, ...] = ()
 
 
 def sweep_regions(

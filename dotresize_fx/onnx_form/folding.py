@@ -103,4 +103,5 @@ def _computed(graph: ir.Graph, node: ir.Node, largest: int) -> np.ndarray[Any, A
     except Exception:  # whatever the evaluator makes of an op or a dtype it does not know
         return None
     (found,) = results
-    return found if found.size <= largest and found.ndim < 2 else None
+    plain = isinstance(found, np.ndarray) and found.dtype.kind in "biuf"  # no text, none of the types numpy lacks
+    return found if plain and found.size <= largest and found.ndim < 2 else None

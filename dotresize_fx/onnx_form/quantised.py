@@ -15,13 +15,36 @@ _WEIGHTS = {
 
 
 def quantised_weight(node: ir.Node) -> tuple[str, tuple[int, int]] | None:
-    """Name of a node's quantised matrix, and its shape as a linear's weight, (out, in); None where it has none."""
+    """Name of a node's quantised matrix, and its shape as a linear's weight, (out, in); None where it has none.
+
+    What a convolution or a lookup reads is no linear's.
+    """
     place = _WEIGHTS.get(node.op_type)
     value = node.inputs[place] if place is not None and len(node.inputs) > place else None
     tensor = constant(value)
-    if value is None or tensor is None or len(tensor.shape) < 2:
+    if value is None or tensor is None:
         return None
     if "N" in node.attributes and "K" in node.attributes:  # packed in blocks
         return str(value.name), (int(attribute(node, "N", 0)), int(attribute(node, "K", 0)))
-    columns, rows = (int(size) for size in tensor.shape.numpy()[:2])
-    return str(value.name), (rows, columns)
+    if len(tensor.shape) != 2:
+        return None
+    turned = _is_turned(node)
+    if turned is None:
+        return None
+    columns, rows = (int(size) for size in tensor.shape.numpy())
+    return str(value.name), (columns, rows) if turned else (rows, columns)
+
+
+def _is_turned(node: ir.Node) -> bool | None:
+    """Whether the matrix is stored as (out, in); None where a DequantizeLinear's is multiplied by nothing."""
+    if node.op_type != "DequantizeLinear":
+        return bool(attribute(node, "transB", 0))
+    for use in node.outputs[0].uses():
+        turned, reader, place = False, use.node, use.idx
+        if reader.op_type == "Transpose":
+            turned = True
+            for other in reader.outputs[0].uses():
+                reader, place = other.node, other.idx
+        if reader.op_type in ("MatMul", "Gemm") and place == 1:
+            return turned != bool(attribute(reader, "transB", 0))
+    return None

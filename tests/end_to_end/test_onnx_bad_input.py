@@ -237,4 +237,27 @@ def test_weights_of_bfloat16_need_a_device_that_has_them(export: Callable[..., A
         array = numpy_helper.to_array(tensor)
         if array.dtype == np.float32 and array.ndim:
             tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.BFLOAT16, array.shape, array.reshape(-1)))
-    refused(export(model), 15, "--device cuda")
+    refused(export(model), 15, "convert what it lacks (bfloat16 to float16)")
+
+
+def test_an_opset_too_old_for_what_is_put_in(export: Callable[..., Any]) -> None:
+    model = made(PLAIN)
+    model.opset_import[0].version = 11
+    refused(export(model), 2, "opset 11 is too old, 13 is the least")
+
+
+def test_constants_of_types_that_numpy_lacks_are_left(export: Callable[..., Any]) -> None:
+    """They are computed by no one here, and break nothing."""
+    half = "o = Constant <value = float[1] {1.0}> ()  n = Cast <to = 16> (o)  m = Cast <to = 1> (n)"
+    body = f"{half}  {PLAIN.replace('y = Add', 'e = Add')}  y = Mul(e, m)"
+    assert export(made(body)).code == 0
+
+
+def test_a_writer_that_shares_its_bias_with_one_of_another_width(export: Callable[..., Any], tmp_path: Path) -> None:
+    """Zeros that an optimiser made one constant of: what stands in for one while probing must not for the other."""
+    body = PLAIN.replace("y = Add", "v = Add") + '  w = MatMul(v, "other")  z = Add(w, "up.bias")  r = Relu(z)'
+    body += '  p = MatMul(r, "back")  y = Add(p, v)'
+    others = {"other": weights(2)["up.weight"], "back": weights(2)["down.weight"]}
+    assert export(made(body, **others)).code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert sum(row["width_after"] < row["width_before"] for row in report["regions"]) >= 1

@@ -43,7 +43,7 @@ def test_a_block_less(
     assert (done.code, done.stderr) == (0, "")
     report = report_of(out)
     assert report["summary"]["verified"] is True
-    for said in ("aligned: 1 blocks went, 50.0% of the block weights", "2 sublayers refitted", "healed for 2 steps"):
+    for said in ("aligned: 1 block went, 50.0% of the block weights", "2 sublayers refitted", "healed for 2 steps"):
         assert any(note.startswith(said) for note in report["notes"])
     assert [row["format"] for row in report["figures"]["formats"]] == ["pt2"]
     inputs = [one.name for one in onnx.load(out / "model.onnx", load_external_data=False).graph.input]
