@@ -41,7 +41,6 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import MatchReport
 from dotresize_fx.stored_tensors import Spool
-from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
 from dotresize_fx.width_plan import WidthPlan
@@ -360,7 +359,7 @@ def _slim_on_device(
 
             check_alike(slimmed.graph)
             slimmed = replace(slimmed, notes=(*slimmed.notes, f"{launched.count} processes shared the calibration"))
-    if options.effort == "heal" and (slimmed.swept or changes_structure(options)) and options.ratio != 0:
+    if options.effort == "heal" and (slimmed.swept or slimmed.gone or slimmed.factorized):
         from dotresize_fx.hand_out import Handed, give
         from dotresize_fx.together import heal_handed
 

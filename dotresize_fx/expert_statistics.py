@@ -47,7 +47,8 @@ class ExpertGrams(GramAccumulator):
 
     def add_up(self, ranks: Ranks, device: torch.device, names: Sequence[str] = ()) -> None:
         super().add_up(ranks, device, names)
-        self.counts = ranks.sum(self.counts.to(device)).to(self.counts.device)
+        if ranks.count > 1:
+            self.counts = ranks.sum(self.counts.to(device)).to(self.counts.device)
 
     def _start(self, x: torch.Tensor) -> None:
         n = x.shape[-1]

@@ -30,7 +30,8 @@ def give(handed: Handed) -> None:
     places: dict[tuple[object, ...], int] = {}
     tensors: list[torch.Tensor] = []
     programs, keys = [], []
-    for graph in (handed.dense, handed.slim):
+    graphs = list(dict.fromkeys((handed.dense, handed.slim)))  # one, where a copy is still to be slimmed
+    for graph in graphs:
         stored = graph.program.state_dict
         for tensor in stored.values():
             if _identity(tensor) not in places:
@@ -41,7 +42,7 @@ def give(handed: Handed) -> None:
     sources = [[{name: value.cpu() for name, value in batch.items()} for batch in part] for part in handed.sources]
     content = io.BytesIO()
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    caches = [dict(graph.caches) for graph in (handed.dense, handed.slim)]
+    caches = [dict(graph.caches) for graph in graphs]
     numbers = {name: None if part is None else dict(part) for name, part in handed.numbers.items()}
     torch.save([programs, keys, caches, shapes, sources, handed.task, numbers], content)
     device = tensors[0].device
@@ -61,11 +62,11 @@ def take(device: str) -> Handed:
     )
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     ranks.share_first(tensors)
-    dense, slim = (_with_weights(*parts, tensors, device) for parts in zip(programs, keys, strict=True))
-    for graph, known in zip((dense, slim), caches, strict=True):
+    graphs = [_with_weights(*parts, tensors, device) for parts in zip(programs, keys, strict=True)]
+    for graph, known in zip(graphs, caches, strict=True):
         graph.caches.update(known)
     here = [[{name: value.to(device) for name, value in batch.items()} for batch in part] for part in sources]
-    return Handed(dense, slim, here, task, numbers)
+    return Handed(graphs[0], graphs[-1], here, task, numbers)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -53,23 +53,23 @@ class CachedForward:
             position_ids: torch.Tensor | None = None,
             past_key_values: Layers = (),
         ) -> dict[str, Any]:
-            _check_sizes(input_ids, attention_mask, position_ids, past_key_values)
-            extra = {} if position_ids is None else {POSITIONS: position_ids}
-            found = original(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                past_key_values=_cache(past_key_values),
-                use_cache=True,
-                **extra,
-            )
-            layers = found.past_key_values.layers
-            return {"logits": found.logits, "present": [{"key": each.keys, "value": each.values} for each in layers]}
+            return self.run(original, input_ids, attention_mask, position_ids, past_key_values)
 
         model.forward = forward
         try:
             yield
         finally:
             model.forward = original
+
+    def run(
+        self, original: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None, past: Layers
+    ) -> dict[str, Any]:
+        """What ``model`` gives inside :meth:`on`; ``original`` is its own forward pass."""
+        _check_sizes(ids, mask, positions, past)
+        extra = {} if positions is None else {POSITIONS: positions}
+        found = original(input_ids=ids, attention_mask=mask, past_key_values=_cache(past), use_cache=True, **extra)
+        layers = found.past_key_values.layers
+        return {"logits": found.logits, "present": [{"key": each.keys, "value": each.values} for each in layers]}
 
 
 def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,33 +22,19 @@ class ShallowForward(CachedForward):
 
     vocabulary: int = 0
 
-    @contextmanager
-    def on(self, model: torch.nn.Module) -> Iterator[None]:
-        """Inside, ``model`` takes and gives inputs and outputs by these names."""
-        original = model.forward
-
-        def forward(
-            input_ids: torch.Tensor,
-            attention_mask: torch.Tensor,
-            position_ids: torch.Tensor | None = None,
-            past_key_values: Layers = (),
-        ) -> dict[str, object]:
-            rows, length = input_ids.shape
-            first = past_key_values[0]["key"]
-            present = [
-                {
-                    name: torch.cat([value, value.new_zeros(rows, value.shape[1], length, value.shape[3])], 2)
-                    for name, value in layer.items()
-                }
-                for layer in past_key_values
-            ]
-            return {"logits": first.new_zeros(rows, length, self.vocabulary), "present": present}
-
-        model.forward = forward
-        try:
-            yield
-        finally:
-            model.forward = original
+    def run(
+        self, original: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None, past: Layers
+    ) -> dict[str, Any]:
+        rows, length = ids.shape
+        first = past[0]["key"]
+        present = [
+            {
+                name: torch.cat([value, value.new_zeros(rows, value.shape[1], length, value.shape[3])], 2)
+                for name, value in layer.items()
+            }
+            for layer in past
+        ]
+        return {"logits": first.new_zeros(rows, length, self.vocabulary), "present": present}
 
 
 def fitted_to(captured: Captured, program: torch.export.ExportedProgram) -> Captured:

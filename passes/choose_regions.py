@@ -17,6 +17,9 @@ from dotresize_fx.regions import ATTENTION_KINDS, Region, RegionKind, Symmetry, 
 # comes of the cut scores.
 SWEPT = (RegionKind.HEADS, RegionKind.QUERY_KEY, RegionKind.VALUE, RegionKind.EXPERTS, RegionKind.FFN)
 
+# What reads these is fitted anew at the full width where the stream in front of them has changed.
+REFITTED = (RegionKind.VALUE, RegionKind.FFN)
+
 
 def choose_regions(
     graph: Graph, found: Sequence[Region], kinds: Sequence[RegionKind]

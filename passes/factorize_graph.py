@@ -17,7 +17,7 @@ from dotresize_fx.passes.factorize_linear import FactorizeLinear, why_not_factor
 from dotresize_fx.passes.find_blocks import Block, find_blocks
 from dotresize_fx.progress import Progress
 from dotresize_fx.rank.budget import budget_rank, last_blocks
-from dotresize_fx.rank.rank_sweep import RankCut, RankSolution, RankSweep
+from dotresize_fx.rank.rank_sweep import RankCut, RankSweep
 
 # What may stand between a linear and the sum that the stream takes it in by.
 _PASSED = (Kind.KEEP, Kind.RESHAPE, Kind.ADD)
@@ -75,6 +75,7 @@ def factorize_graph(
     cuts: Sequence[RankCut],
     progress: Progress,
     *,
+    slim: AnyGraph | None = None,
     published: bool = False,
     dense_targets: bool = True,
     sequential: bool = True,
@@ -82,53 +83,13 @@ def factorize_graph(
     check: bool = False,
     device: str = "cpu",
 ) -> Factorized[AnyGraph]:
-    """A copy of ``dense`` with two linears for each of ``cuts``. The rest: see RankSweep, ``rank_sums`` and
-    FactorizeLinear.
+    """``slim``, a copy of ``dense`` that may have changed before (None: a fresh one), with two linears for each of
+    ``cuts``, in place. The rest: see RankSweep, ``rank_sums`` and FactorizeLinear.
 
     Raises:
         UsageError: a rank that is 0 or beyond its linear's size, or that the guard refuses.
     """
-    slim = dense.copy()
-    found = factorize(
-        dense,
-        slim,
-        batches,
-        cuts,
-        progress,
-        published=published,
-        dense_targets=dense_targets,
-        sequential=sequential,
-        guard=guard,
-        check=check,
-        device=device,
-    )
-    slim.refresh_shapes()
-    left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
-    return Factorized(
-        slim,
-        {name: one.factors.rank for name, one in found.items()},
-        {name: one.error for name, one in found.items() if one.error is not None},
-        (f"{len(found)} linears are two of a lower rank now: {1 - left:.1%} of the block weights went",),
-    )
-
-
-def factorize(
-    dense: AnyGraph,
-    slim: AnyGraph,
-    batches: Sequence[Inputs],
-    cuts: Sequence[RankCut],
-    progress: Progress,
-    *,
-    published: bool = False,
-    dense_targets: bool = True,
-    sequential: bool = True,
-    guard: bool = True,
-    check: bool = False,
-    device: str = "cpu",
-) -> dict[str, RankSolution]:
-    """:func:`factorize_graph` in place, of a ``slim`` copy that may have changed before; returns what was solved for,
-    by op name.
-    """
+    slim = dense.copy() if slim is None else slim
     for cut in cuts:
         op = slim.op(cut.op)
         rows, columns = slim.weight(op).shape
@@ -141,4 +102,11 @@ def factorize(
         sums = rank_sums(dense, slim, batches, dense_targets=targets, sequential=sequential, device=device)
         found = RankSweep(slim, sums, published=published).solve(cuts, step)
     FactorizeLinear({name: one.factors for name, one in found.items()}, guard=guard)(slim, check=check)
-    return found
+    slim.refresh_shapes()
+    left = count_cost(slim, 1).block_linear_weights / count_cost(dense, 1).block_linear_weights
+    return Factorized(
+        slim,
+        {name: one.factors.rank for name, one in found.items()},
+        {name: one.error for name, one in found.items() if one.error is not None},
+        (f"{len(found)} linears are two of a lower rank now: {1 - left:.1%} of the block weights went",),
+    )

@@ -20,7 +20,7 @@ from dotresize_fx.graph import Graph
 from dotresize_fx.least_squares import PULL
 from dotresize_fx.passes.align_blocks import align_blocks
 from dotresize_fx.passes.check_folded import check_folded, mapped_ends
-from dotresize_fx.passes.choose_regions import choose_regions, sublayers
+from dotresize_fx.passes.choose_regions import REFITTED, choose_regions, sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.drop_layers import DropLayers
 from dotresize_fx.passes.find_blocks import Block, find_blocks
@@ -28,7 +28,7 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.merge_layers import MergeLayers
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import Region, RegionKind, counted
+from dotresize_fx.regions import Region, counted
 from dotresize_fx.transport.align_regions import rotation_between
 
 # Of the mean diagonal: towards no rotation where tokens do not say.
@@ -163,7 +163,7 @@ def refit_graph(
     one of its name. The rest: see Sweep. Returns a note on what was fitted, or that nothing of the kind was found.
     """
     try:
-        regions, _ = choose_regions(slim, find_regions(slim).regions, (RegionKind.VALUE, RegionKind.FFN))
+        regions, _ = choose_regions(slim, find_regions(slim).regions, REFITTED)
     except NothingToSlimError as error:
         return (f"nothing was refitted: {error}",)
 

@@ -10,20 +10,18 @@ import torch
 from dotresize_fx.cost import CostModel
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import choose_regions
+from dotresize_fx.passes.choose_regions import REFITTED, choose_regions
 from dotresize_fx.passes.drop_layers import DropLayers
-from dotresize_fx.passes.factorize_graph import factorize
+from dotresize_fx.passes.factorize_graph import factorize_graph
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.plan_mixed import MixedPlan, Offers, check_reached
 from dotresize_fx.passes.sweep_regions import Slimmed, sweep_regions
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.prices import price_graph
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import MatchReport, RegionKind
+from dotresize_fx.regions import MatchReport
 from dotresize_fx.sweep import SweptRegion, is_held_out
 from dotresize_fx.width_plan import WidthPlan
-
-REFITTED = (RegionKind.VALUE, RegionKind.FFN)
 
 
 def mix_graph(
@@ -83,8 +81,7 @@ def carry_out(
         DropLayers([offers.blocks[i] for i in plan.gone])(slim, check=options.check)
         slim.refresh_shapes()
     if plan.ranks:
-        factorize(dense, slim, batches, plan.ranks, progress, check=options.check)
-        slim.refresh_shapes()
+        factorize_graph(dense, batches, plan.ranks, progress, slim=slim, check=options.check)
     swept: list[SweptRegion] = []
     changed = bool(plan.gone or plan.ranks)
     own = {op.name for op in dense.ops} - {cut.op for cut in plan.ranks}

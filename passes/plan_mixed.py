@@ -12,7 +12,7 @@ from dotresize_fx.cost import CostModel
 from dotresize_fx.depth.prices import price_drops
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.mixed.frontier import Frontier, Point, choose, either, hull, scaled, together
+from dotresize_fx.mixed.frontier import DEPTH, RANK, WIDTH, Cut, Frontier, Point, choose, either, hull, scaled, together
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import choose_regions
 from dotresize_fx.passes.factorize_graph import factorable, stream_target
@@ -24,8 +24,6 @@ from dotresize_fx.rank.rank_sweep import RankCut
 from dotresize_fx.regions import MatchReport, Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.width_plan import grid, step_of
-
-WIDTH, RANK, DEPTH = "width", "rank", "depth"
 
 
 @dataclass(frozen=True)
@@ -67,23 +65,26 @@ class Offers:
         self.blocks = find_blocks(graph)
         self.notes: tuple[str, ...] = ()
         self.regions: list[Region] = []
-        self.curves: Mapping[str, torch.Tensor] = {}
-        self.ranks: Mapping[str, torch.Tensor] = {}
-        self.drops: Mapping[str, float] = {}
-        self.steps: Mapping[str, int] = {}
+        self.cuts: dict[Cut, Frontier] = {}  # of each alone
         if WIDTH in methods:
             self.regions, self.notes = choose_regions(graph, matches.regions, options.kinds)
-            self.steps = {one.name: step_of(one, options.multiple, 1, options.finest_step) for one in self.regions}
             with progress.stage("measure sensitivity") as step:
-                self.curves = measure_curves(graph, self.regions, batches, task=task, advanced=step)
+                curves = measure_curves(graph, self.regions, batches, task=task, advanced=step)
+            for region in self.regions:
+                grid_step = step_of(region, options.multiple, 1, options.finest_step)
+                self.cuts[WIDTH, region.name] = self._width(region, curves[region.name], grid_step)
         if RANK in methods:
             names = [op.name for block in self.blocks for op in factorable(graph, block)]
             with progress.stage("measure sensitivity to ranks") as step:
-                self.ranks = measure_rank_curves(graph, names, batches, task=task, advanced=step)
+                ranks = measure_rank_curves(graph, names, batches, task=task, advanced=step)
+            self.cuts |= {(RANK, name): self._rank(name, curve) for name, curve in ranks.items()}
         if DEPTH in methods:
             states = [(block.start.name, block.end.name) for block in self.blocks]
             with progress.stage("measure sensitivity to blocks") as step:
-                self.drops = price_drops(graph, states, batches, task=task, advanced=step)
+                drops = price_drops(graph, states, batches, task=task, advanced=step)
+            for block in self.blocks:
+                cut = DEPTH, block.end.name
+                self.cuts[cut] = hull([Point(cost.of(graph, block.ops), drops[block.end.name], {cut: 0})])
 
     def plan(self, ratio: float, methods: Sequence[str], scales: Mapping[str, float]) -> MixedPlan | None:
         """The least predicted loss, each method's times its scale, that saves ``ratio`` of the cost; None if none does.
@@ -112,19 +113,19 @@ class Offers:
         for region in regions:
             by_width[self._state(block, region.writers[0])].append(region)
         by_rank: dict[str, list[str]] = defaultdict(list)
-        for op in factorable(self.graph, block) if RANK in methods else ():
-            by_rank[self._state(block, op.name)].append(op.name)
+        for name in block.ops:
+            if RANK in methods and (RANK, name) in self.cuts:
+                by_rank[self._state(block, name)].append(name)
         parts = [
             either(
                 scaled(self._widths(by_width[state]), scales.get(WIDTH, 1.0)),
-                scaled(together(*(self._rank(name) for name in by_rank[state])), scales.get(RANK, 1.0)),
+                scaled(together(*(self.cuts[RANK, name] for name in by_rank[state])), scales.get(RANK, 1.0)),
             )
             for state in dict.fromkeys([*by_width, *by_rank])
         ]
         if DEPTH not in methods:
             return together(*parts)
-        gone = Point(self.cost.of(self.graph, block.ops), self.drops[block.end.name], {(DEPTH, block.end.name): 0})
-        return either(together(*parts), scaled(hull([gone]), scales.get(DEPTH, 1.0)))
+        return either(together(*parts), scaled(self.cuts[DEPTH, block.end.name], scales.get(DEPTH, 1.0)))
 
     def _state(self, block: Block, name: str) -> str:
         """The stream's state that the op comes before: its sublayer."""
@@ -139,16 +140,15 @@ class Offers:
         return together(
             *(
                 either(
-                    together(*(self._width(region) for region in parts if region.kind is not RegionKind.HEADS)),
-                    together(*(self._width(region) for region in parts if region.kind is RegionKind.HEADS)),
+                    together(*(self.cuts[WIDTH, one.name] for one in parts if one.kind is not RegionKind.HEADS)),
+                    together(*(self.cuts[WIDTH, one.name] for one in parts if one.kind is RegionKind.HEADS)),
                 )
                 for parts in attentions.values()
             )
         )
 
-    def _width(self, region: Region) -> Frontier:
-        curve, unit = self.curves[region.name], self.cost.per_unit(self.graph, region)
-        step = self.steps[region.name]
+    def _width(self, region: Region, curve: torch.Tensor, step: int) -> Frontier:
+        unit = self.cost.per_unit(self.graph, region)
         widths = [width for width in range(step, region.width, step) if curve[width].isfinite()][::-1]
         losses = curve[widths].cummax(0).values.tolist() if widths else []
         return hull(
@@ -156,9 +156,9 @@ class Offers:
             for width, loss in zip(widths, losses, strict=True)
         )
 
-    def _rank(self, name: str) -> Frontier:
+    def _rank(self, name: str, curve: torch.Tensor) -> Frontier:
         rows, columns = self.graph.weight(self.graph.op(name)).shape
-        most, curve = break_even(rows, columns), self.ranks[name]
+        most = break_even(rows, columns)
         unit = self.cost.of(self.graph, [name]) / (rows * columns)
         step = grid(most)
         return hull(
@@ -167,21 +167,17 @@ class Offers:
         )
 
     def _spelled(self, point: Point) -> MixedPlan:
-        graph = self.graph
-        named = {region.name: region for region in self.regions}
+        saved = dict.fromkeys((WIDTH, RANK, DEPTH), 0.0)
+        for cut, size in point.sizes.items():
+            saved[cut[0]] += next(one.saved for one in self.cuts[cut] if one.sizes.get(cut) == size)
+        ranks = [
+            RankCut(name, point.sizes[RANK, name], stream_target(self.graph, self.graph.op(name), block.states))
+            for block in self.blocks
+            for name in block.ops
+            if (RANK, name) in point.sizes
+        ]
         widths = {name: size for (what, name), size in point.sizes.items() if what == WIDTH}
         gone = [i for i, block in enumerate(self.blocks) if (DEPTH, block.end.name) in point.sizes]
-        ranks, saved = [], dict.fromkeys((WIDTH, RANK, DEPTH), 0.0)
-        for i in gone:
-            saved[DEPTH] += self.cost.of(graph, self.blocks[i].ops)
-        for name, width in widths.items():
-            saved[WIDTH] += (named[name].width - width) * self.cost.per_unit(graph, named[name])
-        for block in self.blocks:
-            for op in block.ops:
-                if (rank := point.sizes.get((RANK, op))) is not None:
-                    ranks.append(RankCut(op, rank, stream_target(graph, graph.op(op), block.states)))
-                    rows, columns = graph.weight(graph.op(op)).shape
-                    saved[RANK] += self.cost.of(graph, [op]) * (1 - rank * (rows + columns) / (rows * columns))
         return MixedPlan(widths, tuple(ranks), tuple(gone), point.loss, saved)
 
 

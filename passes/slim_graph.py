@@ -13,7 +13,7 @@ from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import SWEPT, choose_regions, left_alone
+from dotresize_fx.passes.choose_regions import REFITTED, SWEPT, choose_regions, left_alone
 from dotresize_fx.passes.cut_stream import cut_stream, cuttable_streams
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan, follow_plan
@@ -143,7 +143,7 @@ def _with_parted_stream(graph: FxGraph, matches: MatchReport, options: Options, 
 def _refitted_alone(graph: FxGraph, found: Sequence[Region]) -> list[Region]:
     """Where the stream alone is cut: regions that keep their widths and have readers to refit."""
     try:
-        return choose_regions(graph, found, (RegionKind.VALUE, RegionKind.FFN))[0]
+        return choose_regions(graph, found, REFITTED)[0]
     except NothingToSlimError:
         return []
 

@@ -12,7 +12,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
-from dotresize_fx.passes.choose_regions import sublayers
+from dotresize_fx.passes.choose_regions import REFITTED, sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.progress import Progress
 from dotresize_fx.ranks import Ranks
@@ -98,7 +98,7 @@ def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> 
     """
     cut = [region for region, width in cuts if width < region.width]
     scores = any(region.kind is RegionKind.QUERY_KEY for region in cut)
-    again = (RegionKind.VALUE, RegionKind.FFN) if stream_cut else (RegionKind.VALUE,) if scores else ()
+    again = REFITTED if stream_cut else (RegionKind.VALUE,) if scores else ()
     fewer = [region.attention for region in cut if region.kind is RegionKind.HEADS]
     return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 

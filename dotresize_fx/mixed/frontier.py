@@ -13,7 +13,7 @@ from itertools import pairwise
 
 # (one of METHODS, a region's, an op's or a block's name)
 Cut = tuple[str, str]
-METHODS = ("width", "rank", "depth")
+METHODS = WIDTH, RANK, DEPTH = "width", "rank", "depth"
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def choose(frontiers: Sequence[Frontier], wanted: float) -> Point | None:
     Segments are taken in the order of loss per cost. One that saves more than is wanted by then is an end: it is taken
     there, with what it makes superfluous given back; and left out, to go on with finer ones. The best end is chosen.
     """
+    if wanted <= 0:
+        return NOTHING
     best: Point | None = None
     taken: list[_Segment] = []
     closed: set[int] = set()
@@ -78,7 +80,7 @@ def choose(frontiers: Sequence[Frontier], wanted: float) -> Point | None:
         if best is None or end.loss < best.loss:
             best = end
         closed.add(part.frontier)
-    return NOTHING if wanted <= 0 else best
+    return best
 
 
 @dataclass(frozen=True)
