@@ -19,4 +19,6 @@ class ActivationStream:
         """Run every batch up to the node of this number."""
         for environment in self.environments:
             self.execution.run(environment, self.position, stop)
+            for node, value in environment.items():
+                environment[node] = self.execution.graph.kept_activation(value)
         self.position = stop

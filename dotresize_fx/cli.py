@@ -18,12 +18,15 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import DotresizeError, OutOfMemoryError, OutputError, RanksError, UsageError
 from dotresize_fx.export_arguments import latency_options
 from dotresize_fx.launched import one_is_enough, rank_and_count
+
+if TYPE_CHECKING:
+    from dotresize_fx.options import Options
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -239,7 +242,19 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--target", default="any", help="any: standard ops; cpu, cuda: and ONNX Runtime's fused ops for it (any)"
     )
+    export.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="4GiB, 512MiB: what the process may take; weights stay in their files where they would be too much of it "
+        "(of what is free)",
+    )
     export.add_argument("--device", default="auto", help="where to calibrate and solve: auto, cpu, cuda (auto)")
+    export.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be matched and cut, the memory and the time, from shapes alone: weights are not read, "
+        "nothing is written",
+    )
     export.add_argument("--seed", type=int, default=0)
     export.add_argument("--force", action="store_true", help="replace an OUT that an earlier export wrote")
     export.add_argument("--check", action="store_true", help="run every pass's pre- and postconditions")
@@ -293,6 +308,9 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
     given["formats"] = tuple(name for names in arguments.format for name in names.split(","))
     options = Options(**given)
+    if arguments.dry_run:
+        _dry_run(arguments, options, stop)
+        return
     from dotresize_fx.compiler import export
     from dotresize_fx.memory import give_large_blocks_back
     from dotresize_fx.progress import Progress
@@ -309,6 +327,15 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     )
     print(terminal_table(report))
     print(f"\nwrote {arguments.out} (report.html shows all of it)")
+
+
+def _dry_run(arguments: argparse.Namespace, options: Options, stop: _Stop) -> None:
+    from dotresize_fx.export.dry_run import dry_run
+    from dotresize_fx.progress import Progress
+
+    progress = Progress(quiet=arguments.quiet, check=stop.check)
+    one_is_enough(progress.show)
+    print(dry_run(arguments.model, options, trust_remote_code=arguments.trust_remote_code, progress=progress))
 
 
 def _inspect(arguments: argparse.Namespace, stop: _Stop) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
 from dotresize_fx.clock import Clock
-from dotresize_fx.device import compute_device
+from dotresize_fx.device import compute_device, held_bytes
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.capture import Captured
@@ -25,6 +25,7 @@ from dotresize_fx.export.module_source import Examples
 from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.onnx_source import analyse_onnx, is_onnx_source
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
+from dotresize_fx.forecast import stream_bytes
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
@@ -39,6 +40,7 @@ from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import MatchReport
+from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
 from dotresize_fx.width_plan import WidthPlan
@@ -46,6 +48,11 @@ from dotresize_fx.width_plan import WidthPlan
 if TYPE_CHECKING:
     from dotresize_fx.hand_out import Handed
     from dotresize_fx.report.contents import Report
+
+READ_AS_NEEDED = (
+    "weights were read from the model's files as they were needed, block by block: all of them would have taken too "
+    "much of the memory (--memory-budget)"
+)
 
 __all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim"]
 
@@ -201,7 +208,9 @@ def slim_with(
     text = None if given else load_text(chosen.calibration)
     plan = None if chosen.plan is None else read_plan(chosen.plan)
     with progress.stage("load"):
-        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code)
+        # What other processes are to be handed is held in memory.
+        memory = replace(chosen.memory, lazy=chosen.memory.lazy and launched.count == 1)
+        loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code, memory=memory)
     if text is not None:
         check_tokenizer(loaded)
         check_length(chosen.sequence_length, longest_text(loaded.model), SEQUENCE_LENGTH)
@@ -230,6 +239,11 @@ def slim_with(
         data = prepare_data(text, chosen, loaded.tokenizer, task, captured.longest, device)
         own = _own_text(loaded, data, chosen, device, progress)
     with _work_folder(work) as folder:
+        if loaded.lazy:
+            streams = stream_bytes(dense, sum(next(iter(batch.values())).numel() for batch in data.calibration))
+            dense.spool = Spool(
+                folder, activations=chosen.memory.has_no_room_for_streams(streams), held=held_bytes(device)
+            )
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock
@@ -247,7 +261,7 @@ def slim_with(
         data,
         chosen,
         progress,
-        notes=(*captured.notes, *slimmed.notes),
+        notes=(*((READ_AS_NEEDED,) if loaded.lazy else ()), *captured.notes, *slimmed.notes),
         clock=clock,
         dense_onnx=None if clock is None or work is None else work / ONNX_FILE,
         started=started,

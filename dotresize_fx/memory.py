@@ -1,9 +1,14 @@
-"""Keep the process's memory near what is in use."""
+"""The memory that there is, and a process that stays near what it has in use."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dotresize_fx.errors import UsageError
 
 # glibc's own bound rises with every large block that is freed, and what then comes from the heap is scattered over it
 # and not given back: a run grows to nearly twice what it holds.
@@ -18,3 +23,74 @@ def give_large_blocks_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+
+
+# Weights in float32 may take this share of what there is: the slim model, its ONNX and a block's statistics come too.
+WEIGHTS_SHARE = 0.3
+STREAMS_SHARE = 0.2
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+LEAST_BUDGET = 64 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """``budget`` is how many bytes the process may take for itself, files mapped into it not counted; None is what is
+    free.
+
+    ``lazy`` False: weights are read at once whatever there is, since what is asked for takes them all.
+    """
+
+    budget: int | None = None
+    lazy: bool = True
+
+    def is_short_of(self, weights: int) -> bool:
+        """Whether this many bytes of weights had better stay in their files."""
+        return self.lazy and self._too_much(weights, WEIGHTS_SHARE)
+
+    def has_no_room_for_streams(self, activations: int) -> bool:
+        """Whether activations of this many bytes, both models' on the calibration text, had better wait in files."""
+        return self._too_much(activations, STREAMS_SHARE)
+
+    def _too_much(self, size: int, share: float) -> bool:
+        there = available_memory() if self.budget is None else self.budget
+        return there is not None and size > share * there
+
+
+WHAT_IS_FREE = Memory()
+
+
+def read_size(text: str) -> int:
+    """Bytes of "4GiB", "512MiB", "800MB" or "1.5 GiB".
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if found is None:
+        raise UsageError(f"--memory-budget {text}: say a size such as 4GiB or 512MiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (2 ** _UNITS[unit] if binary else 1000 ** (_UNITS[unit] // 10)))
+
+
+def show_size(size: float) -> str:
+    """As "1.5 GiB" or "512 MiB"."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can still take, after its control group's bound where there is one; None if not told."""
+    found = _number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+)")
+    available = None if found is None else found * 1024
+    bound = _number(Path("/sys/fs/cgroup/memory.max"), r"(\d+)")
+    used = _number(Path("/sys/fs/cgroup/memory.stat"), r"anon (\d+)")
+    if available is None or bound is None or used is None:
+        return available
+    return max(0, min(available, bound - used))
+
+
+def _number(file: Path, pattern: str) -> int | None:
+    try:
+        found = re.search(pattern, file.read_text(encoding="ascii", errors="replace"))
+    except OSError:  # another system
+        return None
+    return None if found is None else int(found[1])

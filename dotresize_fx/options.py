@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dotresize_fx.cost import COSTS
 from dotresize_fx.errors import UsageError
+from dotresize_fx.memory import LEAST_BUDGET, Memory, read_size, show_size
 from dotresize_fx.regions import ATTENTION_KINDS, RegionKind
 from dotresize_fx.solvers import METHODS
 from dotresize_fx.structure_options import RANK_METHODS, changes_structure, check_methods, check_structure
@@ -91,6 +92,9 @@ class Options:
     ``merge`` stands for the ratio too: so many blocks go, by ``merge_method`` (None is "mka"). The methods "rom" and
     "rank" replace linears by two of a lower rank. Both leave widths alone.
 
+    ``memory_budget`` ("4GiB", or bytes): how much memory the process may take for itself; weights stay in the files of
+    a Hugging Face folder until they are needed where they would take too much of it, or without it of what is free.
+
     ``target_latency`` stands for the ratio, which is None then: the share of the dense model's time that ``workload``
     ("prompt=128,decode=64,batch=1"; None is that) is to take on this machine. ``profile``: the ratio is split by what
     the kernels of each width take in it.
@@ -136,6 +140,7 @@ class Options:
     dtype: str = "float32"
     quantize: str | None = None
     device: str = "auto"
+    memory_budget: int | str | None = None
     seed: int = 0
     check: bool = field(default=False)
 
@@ -171,6 +176,14 @@ class Options:
             )
         self._settle_head_sizes()
         self._check_clock()
+        if isinstance(self.memory_budget, str):
+            object.__setattr__(self, "memory_budget", read_size(self.memory_budget))
+        if self.memory_budget is not None and int(self.memory_budget) < LEAST_BUDGET:
+            raise UsageError(
+                f"--memory-budget {self.memory_budget} bytes: at least {show_size(LEAST_BUDGET)} are needed"
+            )
+        if self.memory_budget is not None and (why := self._takes_all_weights):
+            raise UsageError(f"--memory-budget and {why[0]} do not go together: {why[1]}")
         widths = self.checkpoint and self.plan is None and not changes_structure(self)
         if widths and not self.uniform and set(self.kinds) != {RegionKind.RESIDUAL}:
             raise UsageError("--checkpoint: a stock model has one width for all layers: say --uniform too")
@@ -254,6 +267,31 @@ class Options:
         for option, why in against.items():
             if why:
                 raise UsageError(f"{said} and {option} do not go together: {why}")
+
+    @property
+    def _takes_all_weights(self) -> tuple[str, str] | None:
+        """What is asked for that has all weights in memory, and why."""
+        known = {
+            f"--effort {self.effort}": self.effort != "fast" and "it trains in memory",
+            "--regions residual": RegionKind.RESIDUAL in self.kinds and "a stream is cut in all weights at once",
+            "--methods": bool(self.methods) and "it solves the model four times",
+            "--merge": self.merge is not None and "blocks are compared with each other",
+            f"--method {self.method}": self.method in RANK_METHODS and "it changes linears in all blocks at once",
+            "--checkpoint": self.checkpoint and "a stock model is made in memory",
+            "--format": set(self.formats) > {"onnx"} and "other formats are converted in memory",
+            f"--target {self.target}": self.target != "any" and "fusions join weights in memory",
+            f"--dtype {self.dtype}": self.dtype != "float32" and "the float32 ONNX alone is written bit by bit",
+            "--quantize": self.quantize is not None and "the float32 ONNX alone is written bit by bit",
+            "--profile": self.profile and "models of other widths are tried in memory",
+            "--target-latency": self.target_latency is not None and "models of other widths are tried in memory",
+        }
+        return next(((name, why) for name, why in known.items() if why), None)
+
+    @property
+    def memory(self) -> Memory:
+        """What there is, for weights above all."""
+        assert not isinstance(self.memory_budget, str)
+        return Memory(self.memory_budget, lazy=not self._takes_all_weights)
 
     @property
     def by_the_clock(self) -> bool:

@@ -60,7 +60,7 @@ class Probe:
             for op in inputs.writers:
                 kept = at_dense_width(region, found, found.down_of(region, op.name))
                 written = over_heads(region, kept, len(graph.weight(op)))
-                self.weights |= inputs.mapped(op, written)
+                self.weights |= {node: graph.kept(found) for node, found in inputs.mapped(op, written).items()}
             self.departs = [graph.node(name) for name in region.writers]
             return
         assert inputs.output is not None
@@ -71,9 +71,11 @@ class Probe:
             assert inputs.reader is not None
             kept = refit_experts(found, statistics.gram, weight, ridge=RIDGE) @ found.down.mT
             parameter, stored = graph.stored_expert_weight(inputs.reader, kept)
-            self.weights, self.departs = {parameter: stored}, list(parameter.users)
+            self.weights, self.departs = {parameter: graph.kept(stored)}, list(parameter.users)
             return
-        self.change = reader_change(region, statistics, found)
+        assert inputs.reader is not None
+        change = reader_change(region, statistics, found)
+        self.change = graph.kept(change.to(graph.weight(inputs.reader).dtype))
 
     def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
         """What ``wanted`` is with the region cut; ``environment`` was run up to ``start`` and is used up."""

@@ -73,10 +73,11 @@ class ReaderRefit:
             if inputs.output is not None:
                 output = values[inputs.output]
                 # Some models run a sublayer with batch and length joined and part them behind the addition.
-                wanted.append((goals[i] - values[target]).reshape_as(output) + output)
-                own.append(output)
+                goal = (goals[i] - values[target]).reshape_as(output) + output
+                wanted.append(self.graph.kept_activation(goal))
+                own.append(self.graph.kept_activation(output))
                 sums = fitting if solves else held_out
-                sums.add(inputs.read_rows(values, mask), wanted=token_rows(wanted[i], mask))
+                sums.add(inputs.read_rows(values, mask), wanted=token_rows(goal, mask))
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
             near = inputs.coherence(values, mask) if near is None else near

@@ -8,7 +8,7 @@ model's. A few hundred tokens do: every token says how far its whole distributio
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -50,19 +50,20 @@ def measure_curves(
 
     For encoders (``task``) the loss is the cosine that pooled embeddings lose: errors of single tokens average out in
     them and those that a whole sequence shares do not. For outputs of any other kind it is their squared error,
-    relative. Regions come in graph order. ``advanced`` is called once a batch and once a region. ``ranks`` share the
-    batches.
+    relative. Regions come in graph order. ``advanced`` is called once a region and once a batch that prices. ``ranks``
+    share the batches.
     """
     ranks = ranks or Ranks(alone=True)
     watched = [RegionInputs(graph, region) for region in regions]
     shaping, pricing = shaping_and_pricing(graph, batches, task)
-    statistics = _dense_statistics(graph, watched, shaping, advanced, ranks)
-    curves, probes = {}, []
-    for inputs in watched:
-        region, found = inputs.region, statistics.pop(inputs.region.name)
-        curves[region.name] = CURVES[region.kind](region, found)
+    shapes: dict[str, torch.Tensor] = {}
+    probes: list[Probe] = []
+    for inputs, found in _dense_statistics(graph, watched, shaping, ranks):
+        region = inputs.region
+        shapes[region.name] = CURVES[region.kind](region, found)
         probes.append(Probe(inputs, found))
         advanced()
+    curves = {region.name: shapes[region.name] for region in regions}
     prices = price_probes(graph, probes, pricing, task, advanced, ranks)
     for probe in probes:
         name = probe.region.name
@@ -132,49 +133,51 @@ def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
 
 
 def _dense_statistics(
-    graph: FxGraph,
-    watched: Sequence[RegionInputs],
-    batches: Sequence[Inputs],
-    advanced: Callable[[], None],
-    ranks: Ranks,
-) -> dict[str, RegionStatistics]:
-    """What readers read; for queries and keys, which nothing but the attention reads, what their writers do."""
+    graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs], ranks: Ranks
+) -> Iterator[tuple[RegionInputs, RegionStatistics]]:
+    """What readers read; for queries and keys, which nothing but the attention reads, what their writers do.
+
+    All batches go from one watched place to the next together, so that the sums of few regions are held at once.
+    """
     execution = Execution(graph)
-    sums = {inputs.region.name: (inputs.new_sums(), GramAccumulator()) for inputs in watched}
     at: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
     turning: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
+    done: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
     for inputs in watched:
         node = inputs.hidden or inputs.entry
         assert node is not None
         at[node].append(inputs)
+        last = node
         if inputs.turning:  # often behind the linears
-            turning[max(inputs.turning, key=execution.position)].append(inputs)
+            turned = max(inputs.turning, key=execution.position)
+            turning[turned].append(inputs)
+            last = max(node, turned, key=execution.position)
+        done[last].append(inputs)
     execution.hold(way for inputs in watched for way in inputs.routing)
+    sums = {inputs.region.name: (inputs.new_sums(), GramAccumulator()) for inputs in watched}
     near: dict[str, torch.Tensor | None] = {}
-    for batch in (batches[i] for i in ranks.mine(len(batches))):
-        mask, position = padding_mask(batch), 0
-        environment = execution.start(batch)
-        # From one node to the next: what one region watches need not be kept for all.
-        for node in sorted({*at, *turning}, key=execution.position):
-            keep = {node, *(table for inputs in turning.get(node, ()) for table in inputs.turning)}
-            keep |= {way for inputs in at.get(node, ()) for way in inputs.routing}
-            values = execution.run(environment, position, execution.position(node) + 1, keep=keep)
-            position = execution.position(node) + 1
-            for inputs in at.get(node, ()):
+    batches = [batches[i] for i in ranks.mine(len(batches))]
+    masks, environments = [padding_mask(batch) for batch in batches], [execution.start(batch) for batch in batches]
+    position = 0
+    for node in sorted({*at, *turning}, key=execution.position):
+        keep = {node, *(table for inputs in turning[node] for table in inputs.turning)}
+        keep |= {way for inputs in at[node] for way in inputs.routing}
+        stop = execution.position(node) + 1
+        for mask, environment in zip(masks, environments, strict=True):
+            values = execution.run(environment, position, stop, keep=keep)
+            for inputs in at[node]:
                 read, entered = sums[inputs.region.name]
                 if inputs.hidden is not None:
                     inputs.add_rows(read, values, mask)
                 elif (rows := inputs.entry_rows(values, mask)) is not None:
                     entered.add(rows)
-            for inputs in turning.get(node, ()):
+            for inputs in turning[node]:
                 if near.get(inputs.region.name) is None:
                     near[inputs.region.name] = inputs.coherence(values, mask)
-        advanced()
-    found = {}
-    for inputs in watched:
-        name, device = inputs.region.name, graph.weight(inputs.writers[0]).device
-        read, entered = sums.pop(name)
-        read.add_up(ranks, device)
-        entered.add_up(ranks, device)
-        found[name] = inputs.statistics(read, entered, ranks.first_matrix(near.get(name), device))
-    return found
+        position = stop
+        for inputs in done[node]:
+            name, device = inputs.region.name, graph.weight(inputs.writers[0]).device
+            read, entered = sums.pop(name)
+            read.add_up(ranks, device)
+            entered.add_up(ranks, device)
+            yield inputs, inputs.statistics(read, entered, ranks.first_matrix(near.get(name), device))

@@ -143,7 +143,10 @@ class Sweep:
         seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
         for environment in self.dense.environments:
             values = execution.run(environment, self.dense.position, stop, keep=[node, *seen])
-            goals.append(values[node] if self.stream is None else self.stream.project(target, values[node]))
+            goal = values[node] if self.stream is None else self.stream.project(target, values[node])
+            goals.append(execution.graph.kept_activation(goal))
+            for waiting, value in environment.items():
+                environment[waiting] = execution.graph.kept_activation(value)
             for other, kept in seen.items():
                 kept.append(values[other])
         self.dense.position = stop

@@ -23,10 +23,11 @@ UNTRACED_LENGTH = 7
 
 
 def analyse(
-    loaded: LoadedModel, progress: Progress, *, check: bool = False, cache: bool = True
+    loaded: LoadedModel, progress: Progress, *, check: bool = False, cache: bool = True, compare: bool = True
 ) -> tuple[Captured, FxGraph, MatchReport]:
     """Capture, canonicalise and find regions; the model's weights are not changed.
 
+    Without ``compare`` the program is not run beside the model: for one whose weights are not there.
     ``cache``: a decoder's program reads and hands on the keys and values of earlier tokens, where its cache is that.
 
     Raises:
@@ -34,7 +35,7 @@ def analyse(
     """
     with progress.stage("capture"):
         if reads_text(loaded.task):
-            captured = _captured(loaded, cache and loaded.task == "decoder")
+            captured = _captured(loaded, cache and loaded.task == "decoder", compare)
         else:
             captured = capture_module(loaded)
     with progress.stage("find regions"):
@@ -43,15 +44,16 @@ def analyse(
     return captured, captured.graph, matches
 
 
-def _captured(loaded: LoadedModel, cache: bool) -> Captured:
+def _captured(loaded: LoadedModel, cache: bool, compare: bool) -> Captured:
     why = ""
     if cache:
         try:
-            return capture_with_cache(loaded.model)
+            return capture_with_cache(loaded.model, compare=compare)
         except CaptureError as error:
             why = f"the ONNX has no cache, so it generates slowly: {error}"
     captured = capture(loaded.model)
-    _compare_capture(loaded.model, captured)
+    if compare:
+        _compare_capture(loaded.model, captured)
     return replace(captured, notes=(*captured.notes, why)) if why else captured
 
 

@@ -21,6 +21,7 @@ from transformers.exporters.exporter_onnx import OnnxExporter
 from dotresize_fx.errors import CaptureError
 from dotresize_fx.export.cached_forward import CachedForward
 from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.export.stand_ins import stand_ins
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.program_inputs import ProgramInputs
 
@@ -125,11 +126,14 @@ def trace(
     model: torch.nn.Module, sample: Mapping[str, torch.Tensor], shapes: Mapping[str, Any]
 ) -> tuple[torch.export.ExportedProgram, Any]:
     """The program of a forward pass, and what converting it needs; raises whatever torch.export does."""
-    try:
-        with quiet_libraries(), no_fast_path():
-            _StoppedOnnxExporter().export(model, dict(sample), OnnxConfig(dynamic=True, dynamic_shapes=dict(shapes)))
-    except _Captured as captured:
-        return captured.program, captured.metadata
+    with stand_ins(model) as put_back:
+        try:
+            with quiet_libraries(), no_fast_path():
+                config = OnnxConfig(dynamic=True, dynamic_shapes=dict(shapes))
+                _StoppedOnnxExporter().export(model, dict(sample), config)
+        except _Captured as captured:
+            put_back(captured.program)
+            return captured.program, captured.metadata
     raise AssertionError("the exporter handed on no program")
 
 

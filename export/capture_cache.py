@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dotresize_fx.errors import CaptureError
+from dotresize_fx.errors import BadWeightsError, CaptureError
 from dotresize_fx.export.cached_forward import PAST_LENGTH, cached_forward
 from dotresize_fx.export.cached_runs import continued, prompt_inputs
 from dotresize_fx.export.capture import (
@@ -29,8 +29,10 @@ from dotresize_fx.fx_form.graph import FxGraph
 SPLITS = ((0, 16), (0, 1), (9, 7), (15, 1))
 
 
-def capture_with_cache(model: Any) -> Captured:
+def capture_with_cache(model: Any, *, compare: bool = True) -> Captured:
     """Trace the forward pass with keys and values as inputs and outputs, and hold it against the model.
+
+    Without ``compare`` only what it puts out as its cache is.
 
     Raises:
         CaptureError: the cache is something else, or torch.export refused, or the program computes something else;
@@ -43,6 +45,8 @@ def capture_with_cache(model: Any) -> Captured:
     with quiet_libraries():
         try:
             cached = cached_forward(model, sample["input_ids"], sample["attention_mask"])
+        except BadWeightsError:
+            raise
         except Exception as error:  # what a model's own code raises
             raise CaptureError(what_it_said(error)) from error
     auto = torch.export.Dim.AUTO
@@ -61,7 +65,8 @@ def capture_with_cache(model: Any) -> Captured:
         graph.caches.update(find_caches(graph))
         if len(graph.caches) != 2 * len(cached.sizes):
             raise CaptureError("what it puts out as its cache is not the past with the new tokens behind it")
-        _compare(model, captured)
+        if compare:
+            _compare(model, captured)
         return captured
     raise CaptureError(f"torch.export said: {what_it_said(refusal or Exception())}") from refusal
 
@@ -95,6 +100,8 @@ def _compare(model: Any, captured: Captured) -> None:
             same = found.shape == expected.shape and bool(
                 (found - expected)[real].abs().max() <= CAPTURE_TOLERANCE * expected.abs().max()
             )
+        except BadWeightsError:
+            raise
         except Exception:  # sizes that tracing took for constants, or positions that the model cannot be given
             same = False
         if not same:

@@ -25,6 +25,7 @@ from dotresize_fx.export.fuse_skip_norms import fuse_skip_norms
 from dotresize_fx.export.given_program import export_given, ready_to_emit
 from dotresize_fx.export.nodewise_program import NodewiseProgram
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
+from dotresize_fx.export.weights_apart import WeightsApart
 from dotresize_fx.fx_form.graph import FxGraph
 
 # Of a graph with a cache, by the input.
@@ -49,8 +50,7 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
         except Exception:  # the converter knows fewer ops by their newer names, and torch raises what it likes
             exported = None
     if exported is None:
-        program = NodewiseProgram.of(ready_to_emit(graph).program)
-        exported = export_given(OnnxExporter, OnnxConfig(dynamic=True), model, captured, program)
+        exported = _standard(model, captured, graph)
     if captured.cache is not None:
         _name_sizes(exported.graph)
     path = folder / ONNX_FILE
@@ -62,6 +62,18 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
         # numpy writes the arrays, and says of a full disk no more than that some elements did not go.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     return path
+
+
+def _standard(model: torch.nn.Module, captured: Captured, graph: FxGraph) -> onnx_ir.Model:
+    """Weights that are in files stay there until they are written, unless the converter computes with them."""
+    for apart in (True, False):
+        ready = ready_to_emit(graph)
+        weights = WeightsApart(ready.program) if apart else None
+        program = NodewiseProgram.of(ready.program)
+        exported: onnx_ir.Model = export_given(OnnxExporter, OnnxConfig(dynamic=True), model, captured, program)
+        if not weights or weights.put_back(exported):
+            break
+    return exported
 
 
 def _fused(model: torch.nn.Module, captured: Captured, graph: FxGraph, target: str) -> onnx_ir.Model:

@@ -24,7 +24,9 @@ from transformers.models.auto.modeling_auto import (
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
 from dotresize_fx.export.quiet import quiet_libraries
-from dotresize_fx.export.weight_files import file_sha256, first_line, weight_files
+from dotresize_fx.export.weight_files import file_sha256, first_line, float32_bytes, lazy_state, weight_files
+from dotresize_fx.lazy_tensor import LazyTensor, in_memory, no_reading
+from dotresize_fx.memory import WHAT_IS_FREE, Memory
 from dotresize_fx.task import Task
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -46,6 +48,8 @@ class LoadedModel:
 
     A module or a saved program has neither config nor tokenizer, and ``sample``, inputs by name that it was tried with;
     ``program`` is the saved one, for which ``model`` stands in.
+
+    Where ``lazy``, the parameters are :class:`dotresize_fx.lazy_tensor.LazyTensor`.
     """
 
     model: torch.nn.Module
@@ -57,6 +61,7 @@ class LoadedModel:
     sha256: dict[str, str]
     sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
     program: torch.export.ExportedProgram | None = None
+    lazy: bool = False
 
     def write_auxiliary_files(self, folder: Path) -> None:
         """Write ``config.json`` and the tokenizer's files, as far as there are any, into the existing ``folder``."""
@@ -67,11 +72,14 @@ class LoadedModel:
                 self.tokenizer.save_pretrained(folder)
 
 
-def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
+def load_model(
+    name: str, *, trust_remote_code: bool = False, memory: Memory = WHAT_IS_FREE, reads: bool = True
+) -> LoadedModel:
     """Load ``name``: a Hugging Face folder, a ``.gguf`` file, a hub id ``org/name``, or a built-in name.
 
     Built-in names win over the hub, existing paths win over both. Code that comes with a model runs only with
-    ``trust_remote_code``.
+    ``trust_remote_code``. Where ``memory`` has no room for a folder's weights, or without ``reads``, they stay in its
+    files until they are needed (``lazy``).
 
     Raises:
         ModelNotFoundError: nothing of that name, hub out of reach, or not a model that can be loaded.
@@ -82,7 +90,7 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
     if name.lower().endswith(".onnx"):
         raise UsageError(f"{name}: {_NO_ONNX}")
     if path.is_dir():
-        return _load_folder(path, f"folder {path.resolve().name}", trust_remote_code)
+        return _load_folder(path, f"folder {path.resolve().name}", trust_remote_code, memory, reads)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelNotFoundError(f"{name}: not a model: give a Hugging Face folder or a .gguf file")
@@ -91,10 +99,11 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> LoadedModel:
         builtin = BUILTIN_MODELS[name]
         place = fetch_builtin(builtin)
         if place.is_dir():
-            return _load_folder(place, builtin.description, False)
+            return _load_folder(place, builtin.description, False, memory, reads)
         return _load_gguf(place, builtin.description)
     if _HUB_ID.fullmatch(name) and path.suffix.lower() != ".gguf":
-        return _load_folder(_fetch_from_hub(name, trust_remote_code), f"hub model {name}", trust_remote_code)
+        fetched = _fetch_from_hub(name, trust_remote_code)
+        return _load_folder(fetched, f"hub model {name}", trust_remote_code, memory, reads)
     raise ModelNotFoundError(
         f"{name}: no such folder or file; a hub id is org/name, built-in are {', '.join(BUILTIN_MODELS)}"
     )
@@ -113,7 +122,7 @@ def _fetch_from_hub(name: str, trust_remote_code: bool) -> Path:
     return Path(folder)
 
 
-def _load_folder(folder: Path, source: str, trust_remote_code: bool) -> LoadedModel:
+def _load_folder(folder: Path, source: str, trust_remote_code: bool, memory: Memory, reads: bool) -> LoadedModel:
     config_file = folder / "config.json"
     onnx = sorted(file.name for file in folder.glob("*.onnx"))
     if onnx and not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.gguf")):
@@ -136,9 +145,17 @@ def _load_folder(folder: Path, source: str, trust_remote_code: bool) -> LoadedMo
         raise UsageError(f"{folder}: its weights are quantised, which is not supported: give the float model or a GGUF")
     config.transformers_weights = None  # else config.json chooses the weight file, past the checks above
     model_class, task = _model_class(config, folder, trust_remote_code)
-    extra = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    model = _load_weights(model_class, folder, str(folder), **extra)
-    return _finish(model, task, source, [config_file, *weights], folder, trust_remote_code=trust_remote_code)
+    files = [config_file, *weights]
+    extra = {"config": config, "trust_remote_code": trust_remote_code}
+    stored = lazy_state(weights)
+    own_code = not issubclass(model_class, transformers.PreTrainedModel)
+    if own_code and not reads:
+        raise UsageError(f"{folder}: a model of its own code is made in memory: leave out --dry-run")
+    if not own_code and (not reads or memory.is_short_of(float32_bytes(stored))):
+        model = _load_lazily(model_class, stored, folder, **extra)
+        return _finish(model, task, source, files if reads else [], folder, True, trust_remote_code=trust_remote_code)
+    model = _load_weights(model_class, folder, str(folder), use_safetensors=True, **extra)
+    return _finish(model, task, source, files, folder, trust_remote_code=trust_remote_code)
 
 
 def _load_gguf(file: Path, source: str) -> LoadedModel:
@@ -177,8 +194,34 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> tuple[An
     return model_class, "encoder"
 
 
-def _load_weights(model_class: Any, folder: Path, where: str, **extra: Any) -> Any:
-    """The model in float32, with every tensor of it in the checkpoint, in its shape and finite."""
+def _load_lazily(model_class: Any, stored: Mapping[str, LazyTensor], folder: Path, **extra: Any) -> Any:
+    """The model with parameters that are read when they are needed.
+
+    Raises:
+        UsageError: they are not those that the files hold, one by one.
+    """
+    others = (
+        f"{folder}: its weights do not stand in the files as the model has them (experts of their own, say), which "
+        "cannot be read as needed: leave out --memory-budget and --dry-run, on a machine with more memory"
+    )
+    try:
+        with no_reading(others) as refused:
+            model = _load_weights(model_class, None, str(folder), state_dict=dict(stored), **extra)
+    except ModelNotFoundError as error:
+        raise (UsageError(others) if refused() else error) from error
+    if not all(isinstance(parameter, LazyTensor) for parameter in model.parameters()):
+        raise UsageError(others)
+    for module in model.modules():
+        module._buffers.update({name: in_memory(value) for name, value in module._buffers.items() if value is not None})
+    model.config.name_or_path = model.name_or_path = str(folder)
+    return model
+
+
+def _load_weights(model_class: Any, folder: Path | None, where: str, **extra: Any) -> Any:
+    """The model in float32, with every tensor of it in the checkpoint, in its shape and finite.
+
+    Lazy ones are looked at when they are first read.
+    """
     with quiet_libraries():
         try:
             model, info = model_class.from_pretrained(
@@ -203,13 +246,17 @@ def _load_weights(model_class: Any, folder: Path, where: str, **extra: Any) -> A
     if info["error_msgs"]:
         raise BadWeightsError(f"{where}: {' '.join(str(info['error_msgs'][0]).split())}")
     for key, tensor in model.state_dict().items():
+        if isinstance(tensor, LazyTensor):
+            continue
         # The extremes carry any NaN or infinity, without a mask as large as the tensor.
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise BadWeightsError(f"{where}: {key} holds NaN or infinity: the model is broken, fetch it again")
     return model
 
 
-def _finish(model: Any, task: Task, source: str, files: list[Path], folder: Path, **extra: Any) -> LoadedModel:
+def _finish(
+    model: Any, task: Task, source: str, files: list[Path], folder: Path, lazy: bool = False, **extra: Any
+) -> LoadedModel:
     tokenizer, problem = None, None
     with quiet_libraries():
         try:
@@ -223,4 +270,4 @@ def _finish(model: Any, task: Task, source: str, files: list[Path], folder: Path
     config.architectures = [type(model).__name__]
     model.config.use_cache = False
     sha256 = {file.name: file_sha256(file) for file in files}
-    return LoadedModel(model, tokenizer, problem, config, task, source, sha256)
+    return LoadedModel(model, tokenizer, problem, config, task, source, sha256, lazy=lazy)

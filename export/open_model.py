@@ -11,6 +11,7 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.export.model_source import LoadedModel, load_model
 from dotresize_fx.export.module_source import Examples, load_module
 from dotresize_fx.export.program_file import is_program_file, load_program, load_program_file
+from dotresize_fx.memory import WHAT_IS_FREE, Memory
 from dotresize_fx.task import reads_text
 
 Model = str | Path | LoadedModel | torch.nn.Module | torch.export.ExportedProgram
@@ -23,8 +24,16 @@ def reads_given_inputs(model: Model) -> bool:
     return isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)) or is_program_file(model)
 
 
-def open_model(model: Model, example_inputs: Examples | None = None, *, trust_remote_code: bool = False) -> LoadedModel:
-    """
+def open_model(
+    model: Model,
+    example_inputs: Examples | None = None,
+    *,
+    trust_remote_code: bool = False,
+    memory: Memory = WHAT_IS_FREE,
+    reads: bool = True,
+) -> LoadedModel:
+    """``memory`` and ``reads``: see :func:`load_model`; what is no folder is read at once.
+
     Raises:
         UsageError: example inputs that are missing or not wanted, and what the sources say.
         ModelNotFoundError, BadWeightsError: see :func:`load_model`, :func:`load_module`, :func:`load_program_file`.
@@ -41,7 +50,7 @@ def open_model(model: Model, example_inputs: Examples | None = None, *, trust_re
         return load_program(model, "a program in memory")
     if is_program_file(model):
         return load_program_file(Path(model))
-    return load_model(str(model), trust_remote_code=trust_remote_code)
+    return load_model(str(model), trust_remote_code=trust_remote_code, memory=memory, reads=reads)
 
 
 def model_name(loaded: LoadedModel) -> str:

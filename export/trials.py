@@ -75,7 +75,7 @@ def rounding_noise(result: SlimResult, dtype: torch.dtype = torch.float32) -> Ro
     last_bit = torch.finfo(dtype).eps / 2
     for name, weight in weights.items():
         if weight.is_floating_point():
-            weights[name] = weight * (1 + last_bit * torch.randn(weight.shape, generator=generator))
+            weights[name] = moved.kept(weight * (1 + last_bit * torch.randn(weight.shape, generator=generator)))
     largest, rows = 0.0, []
     for inputs in verification_inputs(result):
         mask = padding_input(inputs)

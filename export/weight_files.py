@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
+from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.stored_tensors import lazy_tensors
 
 _INDEX = "model.safetensors.index.json"
 
@@ -54,6 +58,25 @@ def weight_files(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise BadWeightsError(f"{file}: truncated or damaged ({first_line(error)}): fetch it again") from error
     return files if single.is_file() else [index, *files]
+
+
+def lazy_state(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """The tensors of these safetensors files (others are left out), floats in float32; only headers are read.
+
+    Raises:
+        BadWeightsError: a header does not fit its file.
+    """
+    return {
+        name: tensor
+        for file in files
+        if file.suffix == ".safetensors"
+        for name, tensor in lazy_tensors(file, torch.float32).items()
+    }
+
+
+def float32_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """What they take in memory, in float32 throughout."""
+    return sum(tensor.numel() * 4 for tensor in tensors.values())
 
 
 def file_sha256(file: Path) -> str:

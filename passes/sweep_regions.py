@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import REFITTED, sublayers
@@ -19,6 +20,7 @@ from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
+from dotresize_fx.stored_tensors import lazy_tensors
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.task import predicts_tokens
 from dotresize_fx.width_plan import WidthPlan
@@ -102,16 +104,22 @@ def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> 
 
 
 def _write_block(graph: FxGraph, region: Region, work: Path | None) -> None:
-    """Put a finished region's weights into the work folder."""
-    if work is None:
+    """Put a finished region's weights into the work folder; where the graph has a spool, they stay there alone."""
+    if work is None and graph.spool is None:
         return
-    from safetensors.torch import save_file
-
-    folder = work / "blocks"
-    folder.mkdir(exist_ok=True)
     ops = [graph.op(name) for name in (*region.writers, *region.readers)]
     values = {value for op in ops for value in (op.weight, op.bias) if value is not None}
-    tensors: dict[str, torch.Tensor] = {
-        graph.parameter_name(v): graph.parameter(v).detach().contiguous() for v in values
-    }
-    save_file(tensors, folder / f"{region.name}.safetensors")
+    tensors = {graph.parameter_name(v): in_memory(graph.parameter(v)).contiguous() for v in values}
+    stored: dict[str, torch.Tensor] = {}
+    if work is not None:
+        from safetensors.torch import save_file
+
+        folder = work / "blocks"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{region.name}.safetensors"
+        save_file(tensors, file)
+        stored = dict(lazy_tensors(file, checked=False))
+    if graph.spool is not None:
+        for name, tensor in tensors.items():
+            left = stored[name].to(tensor.device) if stored else graph.spool.put(tensor)
+            graph.program.state_dict[name] = torch.nn.Parameter(left, requires_grad=False)

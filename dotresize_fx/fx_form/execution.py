@@ -10,6 +10,7 @@ from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
 
@@ -33,6 +34,7 @@ class Execution:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         results = graph.nodes.output_node().all_input_nodes
         self.results = [node for node in results if caches or node.name not in graph.caches]
+        self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         self._last_use = self._find_last_uses()
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
@@ -58,8 +60,11 @@ class Execution:
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
-        """The tensor behind a parameter placeholder, as it is now."""
-        return self.graph.stored(self._keys[node])
+        """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do."""
+        stored = self.graph.stored(self._keys[node])
+        if not isinstance(stored, LazyTensor) or stored.nbytes > PIECE or node in self._tables:
+            return stored
+        return stored.read() if self.graph.spool is None else self.graph.spool.recent.read(stored)
 
     def run(
         self,
@@ -82,8 +87,9 @@ class Execution:
 
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
-                return environment[node]
-            return given[node] if node in given else self.parameter(node)
+                value = environment[node]
+                return in_memory(value) if isinstance(value, torch.Tensor) else value
+            return in_memory(given[node]) if node in given else self.parameter(node)
 
         with torch.set_grad_enabled(gradients):
             for i in range(start, stop):

@@ -106,6 +106,7 @@ class FxGraph(FxEdits):
                 verifiers=program.verifiers,
             )
         )
+        copied.spool = self.spool
         copied._shapes_stale = self._shapes_stale
         copied.packings.update(self.packings)
         copied.caches.update(self.caches)

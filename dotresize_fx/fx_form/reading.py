@@ -14,6 +14,11 @@ from torch.export.graph_signature import InputKind
 from dotresize_fx.cache_names import PAST
 from dotresize_fx.fx_form.kinds import classify, is_turned_weight
 from dotresize_fx.graph import Graph, Kind, Op, Value
+from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.stored_tensors import Spool
+
+# Bytes; what is smaller would fill no page of a file.
+LEAST_SPOOLED = 1 << 16
 
 
 class FxReading(Graph):
@@ -21,6 +26,8 @@ class FxReading(Graph):
 
     def __init__(self, program: ExportedProgram) -> None:
         self.program = program
+        # Where what is computed waits, if not in memory.
+        self.spool: Spool | None = None
         self._shapes_stale = False
         self._nodes_by_name: dict[str, torch.fx.Node] = {}
 
@@ -179,6 +186,17 @@ class FxReading(Graph):
         found = self.program.state_dict.get(key)
         tensor: torch.Tensor = self.program.constants[key] if found is None else found
         return tensor
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, which takes no memory until it is needed again where the graph has a spool."""
+        return tensor if self.spool is None else self.spool.put(tensor)
+
+    def kept_activation(self, value: Any) -> Any:
+        """A tensor of numbers as :meth:`kept`, where the spool is for activations too; anything else as it is."""
+        if self.spool is None or not self.spool.activations or not isinstance(value, torch.Tensor):
+            return value
+        worth = value.is_floating_point() and value.nbytes >= LEAST_SPOOLED and not isinstance(value, LazyTensor)
+        return self.spool.put(value) if worth else value
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None

@@ -1,0 +1,128 @@
+"""Files of tensors, mapped into memory: safetensors files, and files of our own that only this process reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from dotresize_fx.errors import BadWeightsError
+from dotresize_fx.lazy_tensor import LazyTensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64}
+
+
+def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool = True) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file by name, floats in ``dtype`` where it is given; only the header is read.
+
+    ``checked``: a NaN or an infinity is reported, by the file's and the tensor's name, when the tensor is first read.
+
+    Raises:
+        BadWeightsError: the header does not fit the file, or has a dtype that is not known.
+    """
+    try:
+        with file.open("rb") as stream:
+            header: Mapping[str, dict[str, list[int]]] = json.loads(
+                stream.read(int.from_bytes(stream.read(8), "little"))
+            )
+            data, size = stream.tell(), os.fstat(stream.fileno()).st_size
+            held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        found = {}
+        for name, told in header.items():
+            if name == "__metadata__":
+                continue
+            kind, shape, (begin, end) = DTYPES[str(told["dtype"])], tuple(told["shape"]), told["data_offsets"]
+            if end - begin != math.prod(shape) * kind.itemsize or data + end > size:
+                raise ValueError(f"{name} lies outside of it")
+            source = _view(held, kind, shape, data + begin)
+            source = _checked(source, f"{file}: {name}") if checked else source
+            wanted = dtype if dtype is not None and kind.is_floating_point else kind
+            found[name] = LazyTensor(source, shape, wanted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())
+        raise BadWeightsError(f"{file}: truncated, damaged or of an unknown dtype ({why}): fetch it again") from error
+    return found
+
+
+def _view(held: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(held, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
+
+    return read
+
+
+def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], torch.Tensor]:
+    """The same, which looks at its numbers the first time."""
+    looked = False
+
+    def read() -> torch.Tensor:
+        nonlocal looked
+        tensor = source()
+        if not looked and tensor.is_floating_point() and tensor.numel():
+            # The extremes carry any NaN or infinity, without a mask as large as the tensor.
+            numbers = tensor.float() if tensor.itemsize == 1 else tensor
+            if not torch.stack(numbers.aminmax()).isfinite().all():
+                raise BadWeightsError(f"{where} holds NaN or infinity: the model is broken, fetch it again")
+            looked = True
+        return tensor
+
+    return read
+
+
+class Recent:
+    """What was read of late, ``limit`` bytes of it at most: for a device that is far from the files.
+
+    All batches run through a block one after the other, and each would fetch its weights anew.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit, self._size = limit, 0
+        self._held: dict[int, tuple[LazyTensor, torch.Tensor]] = {}
+
+    def read(self, lazy: LazyTensor) -> torch.Tensor:
+        """Its numbers, read now or held."""
+        if lazy.nbytes > self.limit:
+            return lazy.read()
+        key = id(lazy)
+        pair = self._held.pop(key, None)
+        if pair is None:
+            pair = lazy, lazy.read()
+            self._size += lazy.nbytes
+        self._held[key] = pair  # the latest stands last
+        while self._size > self.limit:
+            oldest, _ = self._held.pop(next(iter(self._held)))
+            self._size -= oldest.nbytes
+        return pair[1]
+
+
+class Spool:
+    """Tensors that wait in files without a name in ``folder``, each of which goes with its tensor.
+
+    ``activations``: those of the sweep's streams too. ``recent`` holds ``held`` bytes of weights that were read.
+    """
+
+    def __init__(self, folder: Path, *, activations: bool = False, held: int = 0) -> None:
+        self._folder, self.activations = folder, activations
+        self.recent = Recent(held)
+
+    def put(self, tensor: torch.Tensor) -> LazyTensor:
+        """The same numbers, on the same device, once they are needed."""
+        with tempfile.TemporaryFile(dir=self._folder) as stream:
+            plain = tensor.detach().contiguous().cpu()
+            stream.write(plain.reshape(-1).view(torch.uint8).numpy().data)  # which tells a full disk
+            stream.flush()
+            held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return LazyTensor(
+            _view(held, tensor.dtype, tuple(tensor.shape), 0), tuple(tensor.shape), tensor.dtype, tensor.device
+        )

@@ -1,0 +1,39 @@
+"""What an export will take, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dotresize_fx.forecast import LIBRARIES, STREAMS, forecast, stream_bytes, stream_width
+from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.regions import RegionKind
+
+
+def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
+    _, graph = tiny_graph("llama")
+    regions = list(find_regions(graph).of_kind(RegionKind.FFN))
+
+    def unread() -> torch.Tensor:
+        raise AssertionError("a weight was read")
+
+    state = graph.program.state_dict
+    for name, tensor in state.items():
+        state[name] = torch.nn.Parameter(LazyTensor(unread, tuple(tensor.shape), tensor.dtype), requires_grad=False)
+
+    def told(**changed: Any) -> Any:
+        given = {"tokens": 1000, "measuring": 100, "length": 50, "device": "cpu", "lazy": True, "spooled": True}
+        return forecast(graph, regions, measured=True, **{**given, **changed})
+
+    assert stream_width(graph) == 32
+    assert stream_bytes(graph, 10) == STREAMS * 10 * 32 * 4
+    least = told()
+    assert least.host > LIBRARIES
+    assert least.gpu == 0
+    assert told(lazy=False).host > least.host
+    assert told(spooled=False, tokens=10**6).host > told(tokens=10**6).host
+    assert told(tokens=10**6).operations > least.operations
+    assert told(tokens=10**6).seconds > 0
+    assert len(least.lines()) == 2

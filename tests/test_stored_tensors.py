@@ -1,0 +1,77 @@
+"""Files of tensors: read when needed, checked when first read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dotresize_fx.errors import BadWeightsError
+from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.stored_tensors import Recent, Spool, lazy_tensors
+
+
+def test_a_file_gives_what_was_saved(tmp_path: Path) -> None:
+    saved = {
+        "weight": torch.randn(5, 3).bfloat16(),
+        "half": torch.randn(2, 2).half(),
+        "ids": torch.arange(3),
+        "nothing": torch.zeros(0, 4),
+        "number": torch.tensor(2.5),
+    }
+    save_file(saved, tmp_path / "some.safetensors")
+    found = lazy_tensors(tmp_path / "some.safetensors", torch.float32)
+    assert found.keys() == saved.keys()
+    for name, tensor in saved.items():
+        wanted = tensor.float() if tensor.is_floating_point() else tensor
+        assert torch.equal(found[name].read(), wanted)
+        assert found[name].dtype is wanted.dtype
+
+
+@pytest.mark.parametrize("kept", [4, 60, -1])
+def test_a_truncated_file_is_found_by_its_header(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "some.safetensors"
+    save_file({"weight": torch.randn(50, 30)}, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(BadWeightsError, match=r"some\.safetensors: truncated, damaged"):
+        lazy_tensors(file)
+
+
+def test_nan_is_found_when_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "some.safetensors"
+    save_file({"good": torch.ones(3), "bad": torch.tensor([1.0, float("nan")])}, file)
+    found = lazy_tensors(file)
+    assert torch.equal(found["good"] + 1, torch.full((3,), 2.0))
+    with pytest.raises(BadWeightsError, match="bad holds NaN or infinity"):
+        _ = found["bad"] + 1
+    assert len(lazy_tensors(file, checked=False)["bad"].read()) == 2
+
+
+def test_a_spool_keeps_tensors_and_leaves_no_file(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    tensors = [torch.randn(7, 5).t(), torch.arange(4), torch.randn(3, dtype=torch.float64)]
+    kept = [spool.put(tensor) for tensor in tensors]
+    assert not list(tmp_path.iterdir())
+    for one, other in zip(kept, tensors, strict=True):
+        assert one.dtype is other.dtype
+        assert torch.equal(one.read(), other)
+
+
+def test_what_was_read_of_late_is_held_up_to_a_limit(tmp_path: Path) -> None:
+    reads: list[str] = []
+
+    def lazy(name: str) -> LazyTensor:
+        def source() -> torch.Tensor:
+            reads.append(name)
+            return torch.ones(10)
+
+        return LazyTensor(source, (10,), torch.float32)
+
+    recent = Recent(limit=100)  # two of them
+    a, b, c = (lazy(name) for name in "abc")
+    for one in (a, b, a, c, a, b):  # b is the one that was not read for longest when c comes
+        assert torch.equal(recent.read(one), torch.ones(10))
+    assert reads == ["a", "b", "c", "b"]
+    assert Recent().read(a) is not Recent().read(a)
