@@ -1,7 +1,8 @@
 """A model slimmed by both ways: from its program, and from the ONNX file that export writes of the dense one.
 
     python benchmarks/onnx_input.py                                                    # minilm-l6
-    python benchmarks/onnx_input.py --model smollm2-135m --calibration-tokens 24576    # minutes on a large machine
+    python benchmarks/onnx_input.py --model smollm2-135m --calibration-tokens 24576    # hours on two cores
+    python benchmarks/onnx_input.py --model smollm2-135m --calibration-tokens 4096 --supports-only
 
 Both get the same batches and seed. "Same supports": the ONNX way follows the other's width plan, and its maps stand in
 for what it would solve for; only how activations are run and summed, readers refitted and maps folded differs then.
@@ -58,6 +59,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="minilm-l6")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--calibration-tokens", type=int, help="those of export where not given")
+    parser.add_argument("--supports-only", action="store_true", help="regions and the row of the same supports alone")
     parser.add_argument("--runs", type=int, default=20, help="of each file, for the latency")
     return parser.parse_args(given)
 
@@ -161,11 +163,15 @@ def row(figure: str, program: str, file: str, asked: str, good: bool | None) -> 
     print(f"| {figure} | {program} | {file} | {asked} | {said} |", flush=True)
 
 
-def compare(ways: BothWays) -> SlimmedOnnx:
-    """Print what the two ways give; returns what the ONNX way does by itself."""
+def compare_regions(ways: BothWays) -> dict[str, str]:
+    """Print whether they are the same; returns the file's names of regions -> the program's."""
     one, other = sizes(ways.matches), sizes(ways.graphs.matches)
     row("regions", str(len(one)), str(len(other)), "the same", one == other)
-    names = paired(ways.graphs.matches, ways.matches)
+    return paired(ways.graphs.matches, ways.matches)
+
+
+def compare_each_by_itself(ways: BothWays, names: Mapping[str, str]) -> SlimmedOnnx:
+    """Print what either way gives by itself; returns what the ONNX way does."""
     with spending("cpu") as by_program:
         program = ways.of_program()
     with spending("cpu") as by_file:
@@ -183,6 +189,11 @@ def compare(ways: BothWays) -> SlimmedOnnx:
     row(figure, f"{lost[0]:.4f}", f"{lost[1]:.4f}", f"within {SAME_FIDELITY}", apart <= SAME_FIDELITY)
     if ways.loaded.task == "encoder":
         row("cosine", f"{1 - lost[0]:.4f}", f"{1 - lost[1]:.4f}", f">= {COSINE}", 1 - lost[1] >= COSINE)
+    return file
+
+
+def compare_with_same_supports(ways: BothWays, names: Mapping[str, str]) -> None:
+    """Print how far outputs differ where the ONNX way takes the program's plan and maps."""
     maps: dict[tuple[str, int], RegionMap] = {}
     with noted(maps):
         program = ways.of_program(method="obs")
@@ -191,7 +202,6 @@ def compare(ways: BothWays) -> SlimmedOnnx:
         followed = ways.of_file(WidthPlan(widths), method="obs")
     away = difference(runs(program.graph), first_output(followed.graph), list(ways.data.evaluation)[:4])
     row("same supports: outputs differ by", "", f"{away:.1e}", f"<= {SAME_OUTPUTS:.0e}", away <= SAME_OUTPUTS)
-    return file
 
 
 def time_files(ways: BothWays, slimmed: SlimmedOnnx, folder: Path, count: int) -> None:
@@ -225,8 +235,10 @@ def main() -> None:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in ways.data.calibration)
         print(f"{ways.loaded.source}; {tokens} calibration tokens of {ways.data.description}; {arguments.ratio:.0%}\n")
         print("| figure | from the program | from the ONNX file | asked | met |\n|---|---|---|---|---|")
-        slimmed = compare(ways)
-        if ways.loaded.task == "encoder":
+        names = compare_regions(ways)
+        slimmed = None if arguments.supports_only else compare_each_by_itself(ways, names)
+        compare_with_same_supports(ways, names)
+        if slimmed is not None and ways.loaded.task == "encoder":
             time_files(ways, slimmed, Path(folder), arguments.runs)
 
 
