@@ -30,7 +30,7 @@ def follow_depth(file: Path, count: int, gone: Collection[int]) -> str:
         kind = fields.get("model_type")
         counted = CONFIG_MAPPING[kind].attribute_map.get(COUNT, COUNT) if kind in CONFIG_MAPPING else COUNT
         changed = StockLayers("", count, frozenset(gone)).closed_up(fields, counted)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, LookupError):
         return _dense("it is not what transformers writes")
     if changed is None:
         return _dense(f"it has no {counted} of {count}")

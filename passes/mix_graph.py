@@ -21,7 +21,7 @@ from dotresize_fx.plan_table import plan_table
 from dotresize_fx.prices import price_graph
 from dotresize_fx.progress import Progress
 from dotresize_fx.rank.low_rank_linear import LowRankLinear
-from dotresize_fx.regions import MatchReport
+from dotresize_fx.regions import MatchReport, counted
 from dotresize_fx.structure_table import depth_table, rank_table
 from dotresize_fx.sweep import SweptRegion, is_held_out
 from dotresize_fx.width_plan import WidthPlan
@@ -127,9 +127,9 @@ def _told(offers: Offers, plan: MixedPlan) -> tuple[str, ...]:
         which = ", ".join(f"{i}" for i in plan.gone)
         told.append(f"{len(plan.gone)} of {len(offers.blocks)} blocks went, {share['depth']}: {which}")
     if plan.ranks:
-        told.append(f"{len(plan.ranks)} linears are two of a lower rank now, {share['rank']}")
+        told.append(f"{counted(len(plan.ranks), 'linear')} of a lower rank now, {share['rank']}")
     if plan.widths:
-        told.append(f"{len(plan.widths)} widths were cut, {share['width']}")
+        told.append(f"{counted(len(plan.widths), 'width')} cut, {share['width']}")
     return tuple(told)
 
 

@@ -21,7 +21,7 @@ def structure_tables(report: Report) -> list[Table]:
             for row in blocks
         ]
         columns = ("Block", "Number", "What became of it", "Its share there")
-        tables.append(Table("Blocks that went", columns, rows, "Numbers are those of the dense model, from 0 on"))
+        tables.append(Table("Blocks that went", columns, rows, "numbers are those of the dense model, from 0 on"))
     if linears := report.low_rank_linears:
         cells = [
             (
@@ -34,6 +34,6 @@ def structure_tables(report: Report) -> list[Table]:
             for row in linears
         ]
         head = ("Linear", "Out × in", "Rank", "Weights", "Held-out error")
-        detail = "Each is two now; the error is relative, of its output on tokens that did not calibrate it"
+        detail = "each is two now; the error is relative, of its output on tokens that did not calibrate it"
         tables.append(Table("Linears of a lower rank", head, cells, detail))
     return tables

@@ -47,7 +47,7 @@ def tokenizer_of(folder: Path) -> Any:
 def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callable[[str], Path], kind: str) -> None:
     out, _ = exported(kind)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
     assert report["seed"] == 0
     assert report["options"]["ratio"] == 0.25
     assert {"python", "torch", "transformers", "onnx", "onnxruntime"} <= set(report["packages"])
