@@ -385,13 +385,13 @@ def export(
 
     ``started``: when the command was, by ``time.perf_counter``.
     """
-    with progress.stage("start", started=started):
-        from dotresize_fx.export.deliver import deliver
-        from dotresize_fx.export.onnx_session import require_onnx_runtime
-        from dotresize_fx.export.output_folder import OutputFolder
-        from dotresize_fx.export.precision import require_runtime
-        from dotresize_fx.export.slim_onnx import slim_onnx_file
+    from dotresize_fx.export.deliver import deliver
+    from dotresize_fx.export.onnx_session import require_onnx_runtime
+    from dotresize_fx.export.output_folder import OutputFolder
+    from dotresize_fx.export.precision import require_runtime
+    from dotresize_fx.export.slim_onnx import slim_onnx_file
 
+    progress.seconds["start"] = time.perf_counter() - started  # imports, mostly
     if is_onnx_source(name):
         with OutputFolder(out, force, name) as folder:
             return slim_onnx_file(name, folder.partial, folder.work, options, progress, started)

@@ -22,12 +22,10 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str, steps: int = 0, *, started: float | None = None) -> Iterator[Callable[[], None]]:
-        """Time a stage; yields what to call after each of its ``steps``. ``started``: when, if it was before, by
-        ``time.perf_counter``.
-        """
+    def stage(self, name: str, steps: int = 0) -> Iterator[Callable[[], None]]:
+        """Time a stage; yields what to call after each of its ``steps``."""
         self.check()
-        started = time.perf_counter() if started is None else started
+        started = time.perf_counter()
         bar = tqdm(
             total=steps or None,
             desc=name,

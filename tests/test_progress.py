@@ -45,13 +45,6 @@ def test_a_stage_entered_twice_adds_up() -> None:
     assert progress.seconds["convert"] >= 0.04
 
 
-def test_a_stage_may_have_begun_before() -> None:
-    progress = Progress(quiet=True)
-    with progress.stage("start", started=time.perf_counter() - 5):
-        pass
-    assert 5 <= progress.seconds["start"] < 6
-
-
 def test_a_failed_stage_is_not_told_as_done(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress()
     with pytest.raises(KeyboardInterrupt), progress.stage("load"):

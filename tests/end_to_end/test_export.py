@@ -49,6 +49,11 @@ def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callab
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["schema_version"] == 3
     assert report["seed"] == 0
+    seconds = report["stage_seconds"]
+    assert list(seconds)[0] == "start"
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
+    if kind == "deep llama":  # a process of its own, which imports everything
+        assert seconds["start"] > 1
     assert report["options"]["ratio"] == 0.25
     assert {"python", "torch", "transformers", "onnx", "onnxruntime"} <= set(report["packages"])
     written = {file.name for file in out.iterdir()} - {"report.json", "report.html"}
