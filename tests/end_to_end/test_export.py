@@ -50,7 +50,7 @@ def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callab
     assert report["schema_version"] == 3
     assert report["seed"] == 0
     seconds = report["stage_seconds"]
-    assert list(seconds)[0] == "start"
+    assert next(iter(seconds)) == "start"
     assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
     if kind == "deep llama":  # a process of its own, which imports everything
         assert seconds["start"] > 1
