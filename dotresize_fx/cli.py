@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import DotresizeError, OutOfMemoryError, OutputError, RanksError, UsageError
 from dotresize_fx.export_arguments import latency_options
 from dotresize_fx.launched import one_is_enough, rank_and_count
+from dotresize_fx.process_start import process_start
 
 if TYPE_CHECKING:
     from dotresize_fx.options import Options
@@ -37,9 +39,11 @@ NO_ROOM = "the GPU has no memory left: take a shorter --sequence-length, fewer -
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, the error's own code, or 130 after Ctrl-C. No traceback for a user's mistake."""
     stop = _Stop()
+    # A process that is not this command's own has run for something else before.
+    started = process_start() if arguments is None else time.perf_counter()
     try:
         try:
-            options = _parser().parse_args(arguments)
+            options = _parser().parse_args(arguments, argparse.Namespace(started=started))
             options.run(options, stop)
         finally:
             if not _flushed(sys.stderr):
@@ -324,6 +328,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
         force=arguments.force,
         trust_remote_code=arguments.trust_remote_code,
         progress=Progress(quiet=arguments.quiet, check=stop.check),
+        started=arguments.started,
     )
     print(terminal_table(report))
     print(f"\nwrote {arguments.out} (report.html shows all of it)")

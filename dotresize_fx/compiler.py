@@ -18,6 +18,7 @@ from dotresize_fx.device import compute_device, held_bytes
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.capture import Captured
+from dotresize_fx.export.check_depth import check_depth
 from dotresize_fx.export.check_text import check_length, check_tokenizer, longest_text
 from dotresize_fx.export.formats import require_formats
 from dotresize_fx.export.model_source import LoadedModel
@@ -34,6 +35,7 @@ from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan
+from dotresize_fx.passes.merge_graph import check_merge
 from dotresize_fx.passes.slim_graph import slim_graph
 from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
@@ -214,9 +216,12 @@ def slim_with(
     if text is not None:
         check_tokenizer(loaded)
         check_length(chosen.sequence_length, longest_text(loaded.model), SEQUENCE_LENGTH)
+    check_depth(loaded, chosen.merge)
     captured, dense, matches = analyse(loaded, progress, check=chosen.check, cache=chosen.cache)
     if plan is not None and chosen.basis == "shared":  # other bases part the stream first, into regions of their own
         check_plan(plan, matches, chosen.method)
+    if chosen.merge is not None:
+        check_merge(dense, chosen.merge, chosen.merge_method or "mka")
     factors: Mapping[str, int] = {}
     if chosen.checkpoint and chosen.ratio != 0:
         from dotresize_fx.export.rehearse_checkpoint import rehearse_checkpoint
@@ -374,19 +379,22 @@ def _slim_on_device(
 
 
 def export(
-    name: str, out: Path, options: Options, *, force: bool, trust_remote_code: bool, progress: Progress
+    name: str, out: Path, options: Options, *, force: bool, trust_remote_code: bool, progress: Progress, started: float
 ) -> Report:
-    """The command line's main job: ``slim`` and ``save`` with finished blocks in a work folder beside ``out``."""
+    """The command line's main job: ``slim`` and ``save`` with finished blocks in a work folder beside ``out``.
+
+    ``started``: when the command was, by ``time.perf_counter``.
+    """
     from dotresize_fx.export.deliver import deliver
     from dotresize_fx.export.onnx_session import require_onnx_runtime
     from dotresize_fx.export.output_folder import OutputFolder
     from dotresize_fx.export.precision import require_runtime
+    from dotresize_fx.export.slim_onnx import slim_onnx_file
 
+    progress.seconds["start"] = time.perf_counter() - started  # imports, mostly
     if is_onnx_source(name):
-        from dotresize_fx.export.slim_onnx import slim_onnx_file
-
         with OutputFolder(out, force, name) as folder:
-            return slim_onnx_file(name, folder.partial, folder.work, options, progress)
+            return slim_onnx_file(name, folder.partial, folder.work, options, progress, started)
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with _alone_or_together(options, progress) as launched:
         require_onnx_runtime()
@@ -395,6 +403,7 @@ def export(
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
             )
+            result = replace(result, started=started)
             return deliver(result, folder.partial, folder.work, checkpoint=options.checkpoint)
 
 

@@ -24,7 +24,7 @@ def read_plan(path: Path) -> WidthPlan:
     """The widths of a file that :func:`write_plan` wrote, edited or not; its losses are not read.
 
     Raises:
-        UsageError: there is no such file, or it is no width plan.
+        UsageError: there is no such file, it is no width plan, or names no width.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -36,6 +36,10 @@ def read_plan(path: Path) -> WidthPlan:
     if not isinstance(widths, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(
             f'--plan {path}: not a width plan: it must hold "schema_version": {SCHEMA_VERSION} and "widths"'
+        )
+    if not widths:
+        raise UsageError(
+            f"--plan {path}: it names no width, so it cuts nothing: take the plan of a run that cut widths, or --ratio"
         )
     for name, width in widths.items():
         if not isinstance(width, int) or isinstance(width, bool):

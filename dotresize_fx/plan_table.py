@@ -14,7 +14,7 @@ _COLUMNS = {
     RegionKind.QUERY_KEY: "query/key head",
     RegionKind.HEADS: "KV heads",
 }
-_NONE = "-"
+NONE = "-"
 KEPT = "kept"
 
 
@@ -36,12 +36,17 @@ def plan_table(regions: Sequence[Region], widths: Mapping[str, int]) -> str:
         layers.setdefault(layer, {})[region.kind] = cells[region.name]
     kinds = [kind for kind in _COLUMNS if any(kind in row for row in layers.values())]
     rows = [["layer", *(_COLUMNS[kind] for kind in kinds)]] if layers else []
-    rows += [[name, *(row.get(kind, _NONE) for kind in kinds)] for name, row in layers.items()]
-    safe = [["".join(c if c.isprintable() else " " for c in cell) for cell in row] for row in rows]
-    lengths = [max(map(len, column)) for column in zip(*safe, strict=True)]
-    lines = [f"  {'  '.join(f'{cell:<{n}}' for cell, n in zip(row, lengths, strict=True)).rstrip()}" for row in safe]
+    rows += [[name, *(row.get(kind, NONE) for kind in kinds)] for name, row in layers.items()]
+    lines = aligned(rows)
     lines[:0] = [f"  residual stream  {cells[region.name]}" for region in streams]
     return "\n".join(["width plan, dense -> slim", *lines])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Indented lines of cells in columns, without what would steer a terminal."""
+    safe = [["".join(c if c.isprintable() else " " for c in cell) for cell in row] for row in rows]
+    lengths = [max(map(len, column)) for column in zip(*safe, strict=True)]
+    return [f"  {'  '.join(f'{cell:<{n}}' for cell, n in zip(row, lengths, strict=True)).rstrip()}" for row in safe]
 
 
 def _layer(region: Region) -> str:

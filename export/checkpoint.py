@@ -41,7 +41,8 @@ def write_checkpoint(
     """
     loaded, place = result.loaded, folder / FOLDER
     slimmed = result.slimmed
-    made = stock_model(loaded, result.dense, slimmed.graph, result.matches.regions, slimmed.plan.widths, slimmed.gone)
+    gone = [block.number for block in slimmed.gone]
+    made = stock_model(loaded, result.dense, slimmed.graph, result.matches.regions, slimmed.plan.widths, gone)
     generation = getattr(loaded.model, "generation_config", None)
     if generation is not None:
         made.model.generation_config = generation

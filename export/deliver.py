@@ -20,6 +20,7 @@ from dotresize_fx.export.open_model import model_name
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.precision import Precision, provider_of, require_runtime
 from dotresize_fx.export.run_report import run_report
+from dotresize_fx.export.shallow_config import shallow_config
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.trials import (
     latency_inputs,
@@ -30,6 +31,7 @@ from dotresize_fx.export.trials import (
 )
 from dotresize_fx.export.verified_onnx import write_verified
 from dotresize_fx.graph import Graph
+from dotresize_fx.passes.find_blocks import find_blocks
 from dotresize_fx.plan_file import write_plan
 from dotresize_fx.report.contents import (
     Figures,
@@ -67,7 +69,12 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
     (plain := folder if other is None else work / "slim").mkdir(exist_ok=True)
     slim = write_verified(result, plain, work)
     notes = result.notes + slim.notes
-    result.loaded.write_auxiliary_files(folder)
+    config, why = result.loaded.config, ""
+    if result.slimmed.gone and config is not None:
+        gone = [block.number for block in result.slimmed.gone]
+        config, why = shallow_config(config, len(find_blocks(result.dense)), gone)
+    result.loaded.write_auxiliary_files(folder, config)
+    notes += (why,) if why else ()
     if not (result.slimmed.gone or result.slimmed.factorized):  # widths alone would not make this model again
         write_plan(result.slimmed.plan, folder / PLAN_FILE)
     if result.captured.cache is not None:
@@ -132,7 +139,7 @@ def deliver(result: SlimResult, folder: Path, work: Path, *, checkpoint: bool = 
         ModelSource(name=model_name(result.loaded), description=result.loaded.source, task=result.task),
         options,
         result.matches,
-        result.swept,
+        result.slimmed,
         figures,
         folder,
         cache=result.captured.cache is not None,

@@ -63,11 +63,14 @@ class LoadedModel:
     program: torch.export.ExportedProgram | None = None
     lazy: bool = False
 
-    def write_auxiliary_files(self, folder: Path) -> None:
-        """Write ``config.json`` and the tokenizer's files, as far as there are any, into the existing ``folder``."""
+    def write_auxiliary_files(self, folder: Path, config: Any | None = None) -> None:
+        """Write ``config.json``, of another ``config`` if one is given, and the tokenizer's files, as far as there are
+        any, into the existing ``folder``.
+        """
+        config = self.config if config is None else config
         with quiet_libraries():
-            if self.config is not None:
-                self.config.save_pretrained(folder)
+            if config is not None:
+                config.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 

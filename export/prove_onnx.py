@@ -90,7 +90,7 @@ def padded_twin(slimmed: SlimmedOnnx) -> Twin | None:
 
 def _multiplied(slimmed: SlimmedOnnx) -> OnnxGraph:
     twin, slim = slimmed.dense.copy(), slimmed.graph
-    for name in slimmed.factorized:
+    for name in (linear.op for linear in slimmed.factorized):
         second = slim.op(name)
         first, weight, bias = slim.producer(second.inputs[0]), slim.weight(second), slim.bias(second)
         assert first is not None
@@ -105,7 +105,7 @@ def _led_past(slimmed: SlimmedOnnx) -> OnnxGraph:
     """The gone blocks are still there, and so are their caches; the others have the slim graph's weights."""
     twin, slim = slimmed.dense.copy(), slimmed.graph
     blocks = find_blocks(twin)
-    for i in sorted(slimmed.gone, reverse=True):
+    for i in sorted((block.number for block in slimmed.gone), reverse=True):
         twin.redirect(twin.op(blocks[i].ops[-1]), blocks[i].start)
     there = twin.positions
     for op in slim.ops:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from dotresize_fx.export.match_rows import linear_rows, region_rows
+from dotresize_fx.export.match_rows import block_rows, linear_rows, rank_rows, region_rows
 from dotresize_fx.export.weight_files import file_sha256
 from dotresize_fx.options import Options
+from dotresize_fx.passes.slim_onnx_graph import SlimmedOnnx
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
 from dotresize_fx.report.contents import Figures, ModelSource, Report
 from dotresize_fx.report.given_options import given_options
 from dotresize_fx.report.provenance import package_versions, this_machine
-from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import reads_text
 
 # What a model that reads no text was not asked.
@@ -29,7 +30,7 @@ def run_report(
     model: ModelSource,
     options: Options,
     matches: MatchReport,
-    swept: Sequence[SweptRegion],
+    slimmed: Slimmed | SlimmedOnnx,
     figures: Figures,
     folder: Path,
     *,
@@ -40,6 +41,7 @@ def run_report(
     started: float,
 ) -> Report:
     """``folder`` holds all that was written; ``started`` is when the run was, by ``time.perf_counter``."""
+    gone = {op for block in slimmed.gone for op in block.ops}
     left_out = {"seed"} if reads_text(model.task) else {"seed", *TEXT_OPTIONS}
     return Report(
         tool_version=version("dotresize-fx"),
@@ -55,8 +57,10 @@ def run_report(
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         },
-        regions=region_rows(matches, swept),
-        linears=linear_rows(matches),
+        regions=region_rows(matches, slimmed.swept, gone),
+        linears=linear_rows(matches, gone),
+        removed_blocks=block_rows(slimmed.gone),
+        low_rank_linears=rank_rows(slimmed.factorized),
         figures=figures,
         stage_seconds={**progress.seconds, "total": time.perf_counter() - started},
         notes=notes,

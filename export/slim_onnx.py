@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from dotresize_fx.export.onnx_source import load_onnx
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
 from dotresize_fx.export.run_report import run_report
+from dotresize_fx.export.shallow_config import CONFIG_FILE, follow_depth
 from dotresize_fx.export.timing import measure_latency
 from dotresize_fx.export.trials import VERIFIED_BATCHES
 from dotresize_fx.export.weight_files import file_sha256
@@ -36,7 +36,9 @@ from dotresize_fx.onnx_form.start import cache_heads, is_past
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT
+from dotresize_fx.passes.find_blocks import find_blocks
 from dotresize_fx.passes.find_regions import find_regions
+from dotresize_fx.passes.merge_graph import check_merge
 from dotresize_fx.passes.reduce_onnx_graph import reduce_onnx_graph
 from dotresize_fx.passes.slim_onnx_graph import OnnxGraphs, SlimmedOnnx, attended_length, slim_onnx_graph
 from dotresize_fx.plan_file import read_plan, write_plan
@@ -76,8 +78,10 @@ class _Run:
     started: float
 
 
-def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progress: Progress) -> Report:
+def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progress: Progress, started: float) -> Report:
     """Fill ``folder`` with the slim file, what lay beside the dense one, the plan and the reports.
+
+    ``started``: when the command was, by ``time.perf_counter``.
 
     Raises:
         UsageError: an option asks for what an ONNX file cannot give.
@@ -87,7 +91,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         SolverError: see :func:`slim_onnx_graph`.
         VerificationError: what was written is not what was solved for.
     """
-    run = _slimmed(name, work, options, progress)
+    run = _slimmed(name, work, options, progress, started)
     with progress.stage("write ONNX"):
         path = write_onnx(run.slimmed, run.stated, _timed(run), folder, work)
         beside = _copy_beside(run, folder)
@@ -122,7 +126,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         _source(run),
         run.options,
         run.graphs.matches,
-        run.slimmed.swept,
+        run.slimmed,
         figures,
         folder,
         cache=any(is_past(str(value.name)) for value in run.graphs.given.model.graph.inputs),
@@ -135,8 +139,7 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     return report
 
 
-def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Run:
-    started = time.perf_counter()
+def _slimmed(name: str, work: Path, options: Options, progress: Progress, started: float) -> _Run:
     require_onnx_runtime()
     _refuse(options)
     plan = None if options.plan is None else read_plan(options.plan)
@@ -155,6 +158,8 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress) -> _Ru
     if options.ratio != 0 and not reduces and not any(graphs.matches.of_kind(*SWEPT)):
         why = why_nothing(model, graphs.matches)
         raise NothingToSlimError(f"{path.name}: no region matched: {why}; `dotresize-fx inspect` shows all of it")
+    if options.merge is not None:
+        check_merge(graphs.canonical, options.merge, options.merge_method or "mka")
     device = _device(options)
     with progress.stage("read calibration inputs"):
         prepared = prepare_onnx_data(given, path, options, device)
@@ -205,11 +210,15 @@ def _copy_beside(run: _Run, folder: Path) -> tuple[str, ...]:
         for companion in COMPANIONS:
             if source is not None and (file := source / companion).is_file():
                 shutil.copyfile(file, folder / companion)
+    notes: tuple[str, ...] = ()
+    if (gone := run.slimmed.gone) and (config := folder / CONFIG_FILE).is_file():
+        count = len(find_blocks(run.slimmed.dense))
+        notes = (follow_depth(config, count, [block.number for block in gone]),)
     if not (config := run.path.with_name(GENAI_FILE)).is_file():
-        return ()
+        return tuple(filter(None, notes))
     inputs = run.slimmed.graph.model.graph.inputs
     heads = {cache_heads(value) for value in inputs if is_past(str(value.name))}
-    return tuple(note for note in (follow_heads(config, heads, folder, len(run.slimmed.gone)),) if note)
+    return tuple(filter(None, (*notes, follow_heads(config, heads, folder, len(gone)))))
 
 
 def _on_disk(path: Path, work: Path) -> Path:

@@ -48,22 +48,39 @@ class StockLayers:
         """The dense model's, by the names that they have then."""
         return {self.renamed(name): one for name, one in model.named_buffers() if self.number(name) not in self.gone}
 
+    def config(self, config: Any) -> Any:
+        """The configuration without the layers that are gone.
+
+        Raises:
+            CheckpointError: it has no field that says how many there are.
+        """
+        name = type(config).__name__
+        counted = getattr(config, "attribute_map", {}).get(COUNT, COUNT)
+        changed = self.closed_up(config.to_dict(), counted)
+        if changed is None:
+            raise CheckpointError(f"--checkpoint: {name} has no field that says {self.count} layers: leave it out")
+        return said(lambda: type(config).from_dict(changed), name)
+
+    def closed_up(self, fields: Mapping[str, Any], counted: str) -> dict[str, Any] | None:
+        """A configuration's ``fields`` without the layers that are gone; None unless ``counted`` says how many there
+        are.
+        """
+        if fields.get(counted) != self.count:
+            return None
+        changed = {field: self._closed_up(field, value) for field, value in fields.items()}
+        changed[counted] = len(self.left)
+        if "attention_types" in fields:  # GPT-Neo's other way to say its attention_layers
+            kinds = [kind for several, times in fields["attention_types"] for kind in several * times]
+            changed["attention_types"] = [[[kinds[i]], 1] for i in self.left]
+        return changed
+
     def shallow(self, model_class: type[torch.nn.Module], config: Any) -> tuple[Any, dict[str, torch.Size]]:
         """The configuration without the layers that are gone, and the shapes of such a model's parameters.
 
         Raises:
             CheckpointError: it cannot say so, or a layer would compute something else under its new number.
         """
-        fields: dict[str, Any] = config.to_dict()
-        name = type(config).__name__
-        counted = getattr(config, "attribute_map", {}).get(COUNT, COUNT)
-        if fields.get(counted) != self.count:
-            raise CheckpointError(f"--checkpoint: {name} has no field that says {self.count} layers: leave it out")
-        changed = fields | {field: self._closed_up(field, value) for field, value in fields.items()}
-        changed[counted] = len(self.left)
-        if "attention_types" in fields:  # GPT-Neo's other way to say its attention_layers
-            changed["attention_types"] = [[[kind], 1] for kind in changed["attention_layers"]]
-        found = said(lambda: type(config).from_dict(changed), name)
+        found = self.config(config)
         dense, shallow = (_described(model_class, one) for one in (config, found))
         self._compare(dense, shallow, model_class.__name__)
         return found, {key: tensor.shape for key, tensor in shallow.state_dict().items()}

@@ -17,6 +17,7 @@ from dotresize_fx.passes.factorize_linear import FactorizeLinear, why_not_factor
 from dotresize_fx.passes.find_blocks import Block, find_blocks
 from dotresize_fx.progress import Progress
 from dotresize_fx.rank.budget import budget_rank, last_blocks
+from dotresize_fx.rank.low_rank_linear import LowRankLinear
 from dotresize_fx.rank.rank_sweep import RankCut, RankSweep
 
 # What may stand between a linear and the sum that the stream takes it in by.
@@ -110,3 +111,14 @@ def factorize_graph(
         {name: one.error for name, one in found.items() if one.error is not None},
         (f"{len(found)} linears are two of a lower rank now: {1 - left:.1%} of the block weights went",),
     )
+
+
+def low_rank_linears(dense: Graph, found: Factorized[AnyGraph]) -> tuple[LowRankLinear, ...]:
+    """The linears of the ``dense`` graph that are two in what was ``found``, in its order."""
+    told = []
+    for name in sorted(found.ranks, key=lambda name: dense.positions[name]):
+        op = dense.op(name)
+        rows, columns = dense.weight(op).shape
+        called = name if op.weight is None else dense.parameter_name(op.weight).removesuffix(".weight")
+        told.append(LowRankLinear(name, called, rows, columns, found.ranks[name], found.errors.get(name)))
+    return tuple(told)

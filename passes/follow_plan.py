@@ -13,7 +13,9 @@ from dotresize_fx.width_plan import WidthPlan, step_of
 
 
 def check_plan(plan: WidthPlan, matches: MatchReport, method: str) -> None:
-    """Raises UsageError unless the plan names widths of this model, in their range, that the method cuts."""
+    """Raises UsageError unless the plan names widths of this model, in their range, that the method cuts, one at
+    least of which is cut.
+    """
     regions = {region.name: region for region in matches.regions}
     for name, width in plan.widths.items():
         if name not in regions:
@@ -29,6 +31,8 @@ def check_plan(plan: WidthPlan, matches: MatchReport, method: str) -> None:
         cuttable = any(kind in kinds for kinds in METHODS.values())
         if width < whole and cuttable and not solvers_for(method, kind):
             raise UsageError(f"--plan cuts {name!r}, a {kind} width, which --method {method} does not cut")
+    if plan.widths and all(width == regions[name].width for name, width in plan.widths.items()):
+        raise UsageError("--plan cuts nothing: every width in it is the model's own: make one smaller, or give --ratio")
     if sum(regions[name].kind is RegionKind.RESIDUAL for name in plan.widths) > 1:
         raise UsageError("--plan names several residual streams: one is supported")
 

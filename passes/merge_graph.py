@@ -13,6 +13,7 @@ from dotresize_fx.calibration_runs import AnyGraph, reader_sweep, stream_states
 from dotresize_fx.cost import count_cost
 from dotresize_fx.depth.choice import DROPS, MERGES, blocks_to_drop, check_count, pairs_to_merge
 from dotresize_fx.depth.features import DepthStatistics, depth_statistics
+from dotresize_fx.depth.gone_block import GoneBlock, gone_block
 from dotresize_fx.depth.similarity import neighbour_similarities
 from dotresize_fx.errors import NothingToSlimError, UsageError
 from dotresize_fx.fidelity import Inputs
@@ -33,6 +34,19 @@ from dotresize_fx.transport.align_regions import rotation_between
 
 # Of the mean diagonal: towards no rotation where tokens do not say.
 LEAN = 1e-3
+
+
+def check_merge(graph: Graph, count: int, method: str) -> None:
+    """Whether ``count`` blocks can go, as far as it can be told without data.
+
+    Raises:
+        UsageError, NothingToSlimError: see :func:`merge_graph`.
+    """
+    blocks = find_blocks(graph)
+    check_count(count, len(blocks))
+    if method in MERGES:
+        _check_weights(graph, blocks)
+        pairs_to_merge([0.0] * (len(blocks) - 1), _alike(blocks), count)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ def merge_graph(
         DropLayers([blocks[i] for i in gone])(slim, check=check)
     else:
         _check_weights(slim, blocks)
-        alike = [one.form == other.form for one, other in itertools.pairwise(blocks)]
+        alike = _alike(blocks)
         likeness = neighbour_similarities(statistics.features[1:]) if any(alike) else [0.0] * len(alike)
         gone = pairs_to_merge(likeness, alike, count)
         alphas = tuple(likeness[i] for i in gone)
@@ -100,6 +114,20 @@ def merge_graph(
         with torch.no_grad():
             notes += refit_graph(dense, slim, batches, progress, check=check, seed=seed, device=device)
     return Merged(slim, tuple(gone), alphas, notes)
+
+
+def merged_blocks(dense: Graph, merged: Merged[AnyGraph]) -> tuple[GoneBlock, ...]:
+    """The blocks of the ``dense`` graph that went."""
+    blocks = find_blocks(dense)
+    if not merged.alphas:
+        return tuple(gone_block(dense, i, blocks[i].ops) for i in merged.gone)
+    pairs = zip(merged.gone, merged.alphas, strict=True)
+    return tuple(gone_block(dense, i, blocks[i].ops, i + 1, alpha) for i, alpha in pairs)
+
+
+def _alike(blocks: Sequence[Block]) -> list[bool]:
+    """Of each pair of neighbours."""
+    return [one.form == other.form for one, other in itertools.pairwise(blocks)]
 
 
 def _check_weights(graph: Graph, blocks: Sequence[Block]) -> None:

@@ -8,18 +8,21 @@ from dataclasses import replace
 import torch
 
 from dotresize_fx.cost import CostModel
+from dotresize_fx.depth.gone_block import gone_block
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import REFITTED, choose_regions
 from dotresize_fx.passes.drop_layers import DropLayers
-from dotresize_fx.passes.factorize_graph import factorize_graph
+from dotresize_fx.passes.factorize_graph import factorize_graph, low_rank_linears
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.plan_mixed import MixedPlan, Offers, check_reached
 from dotresize_fx.passes.sweep_regions import Slimmed, sweep_regions
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.prices import price_graph
 from dotresize_fx.progress import Progress
-from dotresize_fx.regions import MatchReport
+from dotresize_fx.rank.low_rank_linear import LowRankLinear
+from dotresize_fx.regions import MatchReport, counted
+from dotresize_fx.structure_table import depth_table, rank_table
 from dotresize_fx.sweep import SweptRegion, is_held_out
 from dotresize_fx.width_plan import WidthPlan
 
@@ -59,9 +62,7 @@ def mix_graph(
     if len(methods) > 1 or not tried:
         attempt("all", check_reached(offers.plan(ratio, methods, scales), ratio, methods))
     name, plan, best, _ = min(tried, key=lambda one: one[3])
-    progress.show(
-        plan_table(offers.regions, {region.name: region.width for region in offers.regions} | dict(plan.widths))
-    )
+    _show(offers, plan, best, progress)
     notes = (*offers.notes, *_told(offers, plan), _compared(tried, name))
     return replace(best, notes=notes)
 
@@ -80,14 +81,16 @@ def carry_out(
     if plan.gone:
         DropLayers([offers.blocks[i] for i in plan.gone])(slim, check=options.check)
         slim.refresh_shapes()
+    linears: tuple[LowRankLinear, ...] = ()
     if plan.ranks:
-        factorize_graph(dense, batches, plan.ranks, progress, slim=slim, check=options.check)
+        found = factorize_graph(dense, batches, plan.ranks, progress, slim=slim, check=options.check)
+        linears = low_rank_linears(dense, found)
     swept: list[SweptRegion] = []
     changed = bool(plan.gone or plan.ranks)
     own = {op.name for op in dense.ops} - {cut.op for cut in plan.ranks}
-    found = [region for region in find_regions(slim).regions if own.issuperset((*region.writers, *region.readers))]
+    there = [region for region in find_regions(slim).regions if own.issuperset((*region.writers, *region.readers))]
     kinds = {region.kind for region in offers.regions} | (set(REFITTED) if changed else set())
-    regions, _ = choose_regions(slim, found, tuple(kinds))
+    regions, _ = choose_regions(slim, there, tuple(kinds))
     regions = [region for region in regions if region.name in plan.widths or (changed and region.kind in REFITTED)]
     widths = {region.name: plan.widths.get(region.name, region.width) for region in regions}
     if regions:
@@ -96,13 +99,24 @@ def carry_out(
             dense, slim, regions, WidthPlan(widths), batches, options, progress, task, refit, changed=changed
         )
     slim.refresh_shapes()
-    return Slimmed(
-        slim, tuple(swept), WidthPlan(widths), gone=plan.gone, factorized=tuple(cut.op for cut in plan.ranks)
-    )
+    gone = tuple(gone_block(dense, i, offers.blocks[i].ops) for i in plan.gone)
+    return Slimmed(slim, tuple(swept), WidthPlan(widths), gone=gone, factorized=linears)
 
 
 def _same(one: MixedPlan, other: MixedPlan) -> bool:
     return (one.widths, one.ranks, one.gone) == (other.widths, other.ranks, other.gone)
+
+
+def _show(offers: Offers, plan: MixedPlan, found: Slimmed, progress: Progress) -> None:
+    """What is planned, of each method that cuts; the widths of blocks that go are none."""
+    gone = {name for block in found.gone for name in block.ops}
+    if found.gone:
+        progress.show(depth_table(found.gone))
+    if found.factorized:
+        progress.show(rank_table(found.factorized))
+    left = [region for region in offers.regions if not gone.issuperset((*region.writers, *region.readers))]
+    if left:
+        progress.show(plan_table(left, {region.name: region.width for region in left} | dict(plan.widths)))
 
 
 def _told(offers: Offers, plan: MixedPlan) -> tuple[str, ...]:
@@ -113,16 +127,10 @@ def _told(offers: Offers, plan: MixedPlan) -> tuple[str, ...]:
         which = ", ".join(f"{i}" for i in plan.gone)
         told.append(f"{len(plan.gone)} of {len(offers.blocks)} blocks went, {share['depth']}: {which}")
     if plan.ranks:
-        which = ", ".join(f"{_parameter(offers.graph, cut.op)} {cut.rank}" for cut in plan.ranks)
-        told.append(f"{len(plan.ranks)} linears are two of a lower rank now, {share['rank']}: {which}")
+        told.append(f"{counted(len(plan.ranks), 'linear')} of a lower rank now, {share['rank']}")
     if plan.widths:
-        told.append(f"{len(plan.widths)} widths were cut, {share['width']}")
+        told.append(f"{counted(len(plan.widths), 'width')} cut, {share['width']}")
     return tuple(told)
-
-
-def _parameter(graph: FxGraph, name: str) -> str:
-    weight = graph.op(name).weight
-    return name if weight is None else graph.parameter_name(weight).removesuffix(".weight")
 
 
 def _compared(tried: Sequence[tuple[str, MixedPlan, Slimmed, float]], chosen: str) -> str:

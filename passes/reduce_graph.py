@@ -9,24 +9,25 @@ from typing import Generic
 import torch
 
 from dotresize_fx.calibration_runs import AnyGraph
+from dotresize_fx.depth.gone_block import GoneBlock
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
-from dotresize_fx.passes.factorize_graph import factorize_graph, published_ranks
-from dotresize_fx.passes.merge_graph import merge_graph, refit_graph
+from dotresize_fx.passes.factorize_graph import factorize_graph, low_rank_linears, published_ranks
+from dotresize_fx.passes.merge_graph import merge_graph, merged_blocks, refit_graph
 from dotresize_fx.progress import Progress
+from dotresize_fx.rank.low_rank_linear import LowRankLinear
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
+from dotresize_fx.structure_table import depth_table, rank_table
 from dotresize_fx.task import predicts_tokens
 
 
 @dataclass(frozen=True)
 class Reduced(Generic[AnyGraph]):
-    """A reduced graph, the names of its linears that are two now, the numbers of the blocks that went, and notes for
-    the report.
-    """
+    """A reduced graph, its linears that are two now, the dense one's blocks that went, and notes for the report."""
 
     graph: AnyGraph
-    factorized: tuple[str, ...] = ()
-    gone: tuple[int, ...] = ()
+    factorized: tuple[LowRankLinear, ...] = ()
+    gone: tuple[GoneBlock, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -47,11 +48,15 @@ def reduce_graph(
         found = factorize_graph(
             dense, batches, cuts, progress, published=options.method == "rom", check=options.check, device=device
         )
-        return Reduced(found.graph, factorized=tuple(found.ranks), notes=found.notes)
+        linears = low_rank_linears(dense, found)
+        progress.show(rank_table(linears))
+        return Reduced(found.graph, factorized=linears, notes=found.notes)
     method = options.merge_method or "mka"
     merged = merge_graph(
         dense, batches, options.merge, progress, method, check=options.check, seed=options.seed, device=device
     )
+    gone = merged_blocks(dense, merged)
+    progress.show(depth_table(gone))
     notes = merged.notes
     if method == "aligned" or (method != "drop-last" and options.effort != "fast"):
         notes += refit_graph(
@@ -66,4 +71,4 @@ def reduce_graph(
             seed=options.seed,
             device=device,
         )
-    return Reduced(merged.graph, gone=merged.gone, notes=notes)
+    return Reduced(merged.graph, gone=gone, notes=notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.onnx_form.graph import OnnxGraph
@@ -36,7 +37,9 @@ def reduce_onnx_graph(
     dense = _editable(graphs, options)
     blocks = find_blocks(dense)
     reduced = reduce_graph(dense, batches, options, progress, task, device)
-    outputs = [name for i in reduced.gone for name in blocks[i].caches]
+    outputs = [name for block in reduced.gone for name in blocks[block.number].caches]
+    # Matches are those of the canonical graph, whose ops may have other names.
+    named = find_blocks(graphs.canonical) if reduced.gone else []
     untouched = dense is graphs.given
     return SlimmedOnnx(
         reduced.graph,
@@ -44,7 +47,7 @@ def reduce_onnx_graph(
         untouched,
         notes=(*reduced.notes, *(() if untouched else (REWRITTEN,))),
         factorized=reduced.factorized,
-        gone=reduced.gone,
+        gone=tuple(replace(block, ops=frozenset(named[block.number].ops)) for block in reduced.gone),
         gone_caches=frozenset(name for output in outputs for name in (output, dense.caches[output])),
     )
 

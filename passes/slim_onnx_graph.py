@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dotresize_fx.cost import CostModel
+from dotresize_fx.depth.gone_block import GoneBlock
 from dotresize_fx.errors import UsageError
 from dotresize_fx.graph import Kind
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
@@ -26,6 +27,7 @@ from dotresize_fx.passes.slim_graph import too_few_tokens, what_was_refused, wha
 from dotresize_fx.passes.sweep_regions import cut_or_refitted
 from dotresize_fx.plan_table import plan_table
 from dotresize_fx.progress import Progress
+from dotresize_fx.rank.low_rank_linear import LowRankLinear
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import MatchReport, Region, RegionKind
 from dotresize_fx.solvers import solvers_for
@@ -51,8 +53,8 @@ class SlimmedOnnx:
     """A slim graph, the dense one that was edited into it, what was cut, and notes for the report.
 
     ``untouched`` says that the dense one is the file's own, of which nothing beside the cut was rewritten. ``pairs``:
-    by region which rotary pairs are left, see :class:`RegionMap`. ``factorized`` are the names of linears that are two
-    now, ``gone`` the numbers of blocks that went, ``gone_caches`` the dense graph's inputs and outputs that did.
+    by region which rotary pairs are left, see :class:`RegionMap`. ``factorized`` are the linears that are two now,
+    ``gone`` the blocks that went, ``gone_caches`` the dense graph's inputs and outputs that did.
     """
 
     graph: OnnxGraph
@@ -62,8 +64,8 @@ class SlimmedOnnx:
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
     pairs: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    factorized: tuple[str, ...] = ()
-    gone: tuple[int, ...] = ()
+    factorized: tuple[LowRankLinear, ...] = ()
+    gone: tuple[GoneBlock, ...] = ()
     gone_caches: frozenset[str] = frozenset()
 
 

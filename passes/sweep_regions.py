@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dotresize_fx.depth.gone_block import GoneBlock
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
@@ -15,6 +16,7 @@ from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import REFITTED, sublayers
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.progress import Progress
+from dotresize_fx.rank.low_rank_linear import LowRankLinear
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
@@ -28,16 +30,16 @@ from dotresize_fx.width_plan import WidthPlan
 
 @dataclass(frozen=True)
 class Slimmed:
-    """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the numbers of
-    the dense graph's blocks that it has not, ``factorized`` the names of its linears that are two.
+    """A slim graph, what was cut in it and by which width plan, and notes for the report. ``gone`` are the
+    dense graph's blocks that it has not, ``factorized`` its linears that are two.
     """
 
     graph: FxGraph
     swept: tuple[SweptRegion, ...] = ()
     plan: WidthPlan = field(default_factory=lambda: WidthPlan({}))
     notes: tuple[str, ...] = ()
-    gone: tuple[int, ...] = ()
-    factorized: tuple[str, ...] = ()
+    gone: tuple[GoneBlock, ...] = ()
+    factorized: tuple[LowRankLinear, ...] = ()
 
 
 def sweep_regions(

@@ -25,7 +25,7 @@ QUIET = Progress(quiet=True)
 names = st.text(st.characters(codec="utf-8"), max_size=12)
 
 
-@given(widths=st.dictionaries(names, st.integers(0, 10**6), max_size=6), losses=st.booleans())
+@given(widths=st.dictionaries(names, st.integers(0, 10**6), min_size=1, max_size=6), losses=st.booleans())
 def test_widths_come_back(tmp_path_factory: Any, widths: dict[str, int], losses: bool) -> None:
     file = tmp_path_factory.mktemp("plan") / "plan.json"
     write_plan(WidthPlan(widths, dict.fromkeys(widths, 0.25) if losses else {}), file)
@@ -42,6 +42,7 @@ BAD = {
     "widths of another kind": ('{"schema_version": 1, "widths": [64]}', "not a width plan"),
     "no version": ('{"widths": {}}', "not a width plan"),
     "another version": ('{"schema_version": 2, "widths": {}}', '"schema_version": 1'),
+    "a plan of nothing": ('{"schema_version": 1, "widths": {}}', "it names no width, so it cuts nothing"),
     "a width that is text": ('{"schema_version": 1, "widths": {"ffn": "64"}}', "the width of 'ffn' must be a whole"),
     "a broken width": ('{"schema_version": 1, "widths": {"ffn": 6.5}}', "whole number, not 6.5"),
     "a truth": ('{"schema_version": 1, "widths": {"ffn": true}}', "whole number, not True"),
@@ -134,6 +135,7 @@ REFUSED: dict[str, tuple[dict[str, int], str]] = {
     "a name that is none": ({"model.layers.7.mlp": 32}, "--plan names 'model.layers.7.mlp', which is no width"),
     "wider than it is": ({"model.layers.0.mlp": 65}, "must be from 1 to 64"),
     "no width": ({"model.layers.0.mlp": 0}, "must be from 1 to 64"),
+    "whole widths": ({"model.layers.0.mlp": 64, "model.layers.1.mlp": 64}, "--plan cuts nothing: every width in it"),
     "half a rotary pair": ({"model.layers.0.self_attn query_key": 5}, "rotary pairs need an even one"),
     "heads and values": (
         {"model.layers.0.self_attn kv_heads": 1, "model.layers.0.self_attn value": 4},

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from dotresize_fx.report import figure_rows as words
 from dotresize_fx.report.bench_contents import BenchReport, Finding, Loss, Phase, RunFigures, WorkloadFigures
+from dotresize_fx.report.table import Table
 from dotresize_fx.report.terminal_table import WIDTH, plain_text, takes_ascii, wrapped
 
 #: Of groups of nodes the terminal prints so many, those that ate most.
 SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The first column is of names, the others of figures."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    detail: str = ""
 
 
 def sizes_table(report: BenchReport) -> Table:

@@ -15,7 +15,8 @@ from dotresize_fx.task import Task
 
 REPORT_FILE = "report.json"
 # 2: ``cache`` says which inputs and outputs the ONNX of a decoder has.
-SCHEMA_VERSION = 2
+# 3: ``removed_blocks`` and ``low_rank_linears``; ``regions`` has none of blocks that went, and their linears no roles.
+SCHEMA_VERSION = 3
 
 Scalar = str | int | float | bool | None
 
@@ -86,6 +87,35 @@ class LinearRow:
     @property
     def status(self) -> Literal["matched", "skipped"]:
         return "matched" if self.roles else "skipped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockRow:
+    """A block that went, ``index`` counted from 0 in the dense model, as are all numbers of blocks.
+
+    ``name`` is what the names of its weights begin with, empty where they have nothing in common. Merged into the block
+    ``merged_into``, it weighed ``alpha`` in it and that one 1 - alpha (which may be in the list itself: it went into
+    the next with what it had taken in). Both None: it was dropped.
+    """
+
+    index: int
+    name: str = ""
+    merged_into: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankRow:
+    """A linear from ``d_in`` to ``d_out`` that is two now, by way of ``rank``.
+
+    ``error`` is ||slim - wanted|| / ||wanted|| of what it puts out on batches not solved with.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,7 +330,8 @@ class Report:
     """One run of the compiler.
 
     ``inputs_sha256`` and ``outputs_sha256`` map file names to hex digests (outputs: every file of OUT except
-    the reports). ``stage_seconds`` keeps the order of the stages and may end in ``total``. ``cache``: model.onnx
+    the reports). ``stage_seconds`` keeps the order of the stages and may end in ``total``. ``regions``, of the
+    dense model, are those of blocks that stay, ``linears`` all of them. ``cache``: model.onnx
     reads ``past_key_values.N.key`` and ``.value`` and puts out ``present.N.key`` and ``.value`` beside ``logits``;
     without it no cache goes in or out.
     """
@@ -316,6 +347,8 @@ class Report:
     outputs_sha256: dict[str, str] = field(default_factory=dict)
     regions: tuple[RegionRow, ...] = ()
     linears: tuple[LinearRow, ...] = ()
+    removed_blocks: tuple[BlockRow, ...] = ()
+    low_rank_linears: tuple[RankRow, ...] = ()
     figures: Figures = Figures()
     stage_seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

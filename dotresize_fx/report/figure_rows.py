@@ -239,6 +239,8 @@ def verdict_parts(report: Report) -> list[str]:
     first = figures.fidelity[0] if figures.fidelity else None
     if isinstance(first, DecoderFidelity) and first.excess is not None:
         parts.append(f"excess {number(first.excess)} nats")
+        if first.top1_agreement is not None:
+            parts.append(f"top-1 agreement {share(first.top1_agreement)}")
     elif isinstance(first, OutputFidelity) and first.relative_error is not None:
         parts.append(f"outputs off by {share(first.relative_error)}")
     elif isinstance(first, EncoderFidelity) and first.mean_cosine is not None:

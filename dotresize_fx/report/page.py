@@ -22,6 +22,7 @@ from dotresize_fx.report.format_rows import format_rows
 from dotresize_fx.report.given_options import typed_options
 from dotresize_fx.report.latency_plot import latency_plot
 from dotresize_fx.report.precision_rows import precision_rows
+from dotresize_fx.report.structure_tables import structure_tables
 from dotresize_fx.report.templates import render
 
 _KINDS = {
@@ -81,6 +82,7 @@ def render_page(report: Report) -> str:
         "tiles": _tiles(report),
         "rows": [*words.figure_rows(report), *precision_rows(report), *format_rows(report)],
         "plots": [_region_plot(kind, rows) for kind, rows in _by_kind(report.regions).items()],
+        "structure": structure_tables(report),
         "marks": marks,
         "ticks": ticks,
         "conditions": words.conditions(marks[0].latency) if marks else "",
@@ -125,6 +127,8 @@ def _tiles(report: Report) -> list[Tile]:
     first = figures.fidelity[0] if figures.fidelity else None
     if isinstance(first, DecoderFidelity) and first.excess is not None:
         note = f"perplexity {words.number(first.dense_perplexity)} → {words.number(first.slim_perplexity)}"
+        if first.top1_agreement is not None:
+            note += f", top-1 agreement {words.share(first.top1_agreement)}"
         tiles.append(Tile("Excess", words.number(first.excess), "nats", note))
     elif isinstance(first, OutputFidelity) and first.relative_error is not None:
         tiles.append(Tile("Error of outputs", words.share(first.relative_error), "", "relative, on held-out inputs"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 
+from dotresize_fx.regions import counted
 from dotresize_fx.report.contents import Report
 from dotresize_fx.report.figure_rows import NOT_MEASURED, duration, figure_rows, size, verdict
 from dotresize_fx.report.format_rows import format_rows
@@ -33,8 +34,12 @@ def terminal_table(report: Report, *, ascii_only: bool | None = None) -> str:
     matched = sum(linear.status == "matched" for linear in report.linears)
     why = "" if matched == len(report.linears) else ", report.html says why the others were skipped"
     total = duration(report.stage_seconds.get("total"))
+    structure = [
+        *([f"{counted(len(report.removed_blocks), 'block')} went"] if report.removed_blocks else []),
+        *([f"{counted(len(report.low_rank_linears), 'linear')} of a lower rank"] if report.low_rank_linears else []),
+    ]
     closing = [
-        f"{changed} of {len(report.regions)} regions narrowed; "
+        f"{'; '.join([*structure, f'{changed} of {len(report.regions)} regions narrowed'])}; "
         f"{matched} of {len(report.linears)} linears matched{why}.",
         f"Peak memory: export {size(figures.peak_export_bytes)}, "
         f"ONNX Runtime child {size(figures.peak_runtime_bytes)}; "

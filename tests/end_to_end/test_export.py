@@ -47,8 +47,13 @@ def tokenizer_of(folder: Path) -> Any:
 def test_the_report_tells_what_is_there(exported: Exported, model_folder: Callable[[str], Path], kind: str) -> None:
     out, _ = exported(kind)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
     assert report["seed"] == 0
+    seconds = report["stage_seconds"]
+    assert next(iter(seconds)) == "start"
+    assert sum(seconds.values()) - seconds["total"] <= seconds["total"]
+    if kind == "deep llama":  # a process of its own, which imports everything
+        assert seconds["start"] > 1
     assert report["options"]["ratio"] == 0.25
     assert {"python", "torch", "transformers", "onnx", "onnxruntime"} <= set(report["packages"])
     written = {file.name for file in out.iterdir()} - {"report.json", "report.html"}

@@ -31,6 +31,12 @@ def test_linears_of_a_lower_rank(
     assert [row["format"] for row in report["figures"]["formats"]] == ["pt2"]
     assert any(note.startswith("healed for 2 steps") for note in report["notes"])
     assert any(note.startswith("7 linears are two of a lower rank now") for note in report["notes"])
+    ranks = {row["name"]: (row["d_in"], row["d_out"]) for row in report["low_rank_linears"]}
+    assert (len(ranks), ranks["model.layers.1.mlp.down_proj"]) == (7, (64, 32))
+    assert all(row["rank"] < min(row["d_in"], row["d_out"]) for row in report["low_rank_linears"])
+    assert report["removed_blocks"] == []
+    assert "7 linears of a lower rank; 0 of" in done.stdout
+    assert "Linears of a lower rank" in (out / "report.html").read_text(encoding="utf-8")
     assert report["figures"]["slim"]["block_linear_weights"] <= 0.8 * report["figures"]["dense"]["block_linear_weights"]
 
 
@@ -45,9 +51,18 @@ def test_a_block_less(
     assert report["summary"]["verified"] is True
     for said in ("aligned: 1 block went, 50.0% of the block weights", "2 sublayers refitted", "healed for 2 steps"):
         assert any(note.startswith(said) for note in report["notes"])
+    (block,) = report["removed_blocks"]
+    assert (block["index"], block["name"], block["merged_into"]) == (0, "model.layers.0", 1)
+    assert 0 < block["alpha"] < 1
+    assert not any("layers.0" in row["name"] for row in report["regions"])
+    assert "1 block went; 0 of" in done.stdout
+    assert f"top-1 agreement {100 * report['figures']['fidelity'][0]['top1_agreement']:.1f} %" in " ".join(
+        done.stdout.split()
+    )
     assert [row["format"] for row in report["figures"]["formats"]] == ["pt2"]
     inputs = [one.name for one in onnx.load(out / "model.onnx", load_external_data=False).graph.input]
     assert [name for name in inputs if name.startswith("past")] == ["past_key_values.0.key", "past_key_values.0.value"]
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 1
     checkpoint = report["figures"]["checkpoint"]
     assert checkpoint["config_changes"] == {"num_hidden_layers": [2, 1]}
     assert 0 < checkpoint["tokens_equal"] <= checkpoint["tokens_generated"]
@@ -59,10 +74,11 @@ def test_a_block_less(
 def test_more_blocks_than_there_are(
     tmp_path: Path, model_folder: Callable[[str], Path], few_tokens: list[str], here: Callable[..., Any]
 ) -> None:
-    done = here("export", model_folder("deep llama"), tmp_path / "out", "--merge", 2, *few_tokens, "--quiet")
+    done = here("export", model_folder("deep llama"), tmp_path / "out", "--merge", 2, *few_tokens)
     assert done.code == 2
-    assert "the model has 2 blocks, of which one at least has to stay" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    *stages, said = done.stderr.strip().splitlines()
+    assert said == "dotresize-fx: --merge 2: the model has 2 blocks, of which one at least has to stay"
+    assert [line.split()[0] for line in stages] == ["load"]  # before it is captured
     assert not (tmp_path / "out").exists()
 
 

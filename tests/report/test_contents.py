@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dotresize_fx.errors import OutputError
 from dotresize_fx.report.contents import (
+    BlockRow,
     DecoderFidelity,
     EncoderFidelity,
     Figures,
@@ -23,6 +24,7 @@ from dotresize_fx.report.contents import (
     LinearRow,
     Machine,
     ModelSource,
+    RankRow,
     RegionRow,
     Report,
     SideFigures,
@@ -142,7 +144,7 @@ class Page(HTMLParser):
 
 def test_json_holds_every_field_and_survives_json() -> None:
     content = json.loads(json.dumps(FULL.to_json(), allow_nan=False))
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert set(content) == {field.name for field in dataclasses.fields(Report)} | {
         "schema_version",
         "summary",
@@ -208,6 +210,27 @@ def test_page_shows_what_the_report_holds() -> None:
         assert shown in text, shown
 
 
+STRUCTURE = dataclasses.replace(
+    EMPTY,
+    removed_blocks=(BlockRow(index=2, name="layers.2", merged_into=3, alpha=0.4375), BlockRow(index=5)),
+    low_rank_linears=(RankRow(name="layers.7.up", d_in=32, d_out=64, rank=8, error=0.0625),),
+)
+
+
+def test_blocks_that_went_and_ranks_are_fields_and_tables() -> None:
+    content = STRUCTURE.to_json()
+    assert content["removed_blocks"] == [
+        {"index": 2, "name": "layers.2", "merged_into": 3, "alpha": 0.4375},
+        {"index": 5, "name": "", "merged_into": None, "alpha": None},
+    ]
+    assert content["low_rank_linears"] == [{"name": "layers.7.up", "d_in": 32, "d_out": 64, "rank": 8, "error": 0.0625}]
+    text = Page(render_page(STRUCTURE)).text
+    assert "layers.2 2 merged into 3 43.8 %" in text
+    assert "block 5 5 dropped –" in text
+    assert "layers.7.up 64 × 32 8 −62.5 % 6.2 %" in text
+    assert "Depth and rank" not in render_page(FULL)
+
+
 def test_page_of_nothing_measured_says_so_and_shows_no_figure() -> None:
     page = render_page(EMPTY)
     text = Page(page).text
@@ -240,8 +263,12 @@ def test_names_out_of_model_files_cannot_become_markup() -> None:
     region = dataclasses.replace(FULL.regions[0], name=evil, notes={evil: evil}, writers=(evil,), kind=evil)
     linear = LinearRow(name=evil, shape=(1, 1), reason=evil)
     model = ModelSource(name=evil, description=evil, task="encoder")
+    structure = {
+        "removed_blocks": (BlockRow(index=0, name=evil),),
+        "low_rank_linears": (RankRow(name=evil, d_in=4, d_out=4, rank=1),),
+    }
     report = dataclasses.replace(
-        FULL, regions=(region,), linears=(linear,), model=model, options={evil: evil}, notes=(evil,)
+        FULL, regions=(region,), linears=(linear,), model=model, options={evil: evil}, notes=(evil,), **structure
     )
     parsed = Page(render_page(report))
     assert "script" not in {tag for tag, _ in parsed.tags}

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dotresize_fx.report.contents import (
+    BlockRow,
     DecoderFidelity,
     EncoderFidelity,
     Figures,
     Latency,
     Machine,
     ModelSource,
+    RankRow,
     Report,
     SideFigures,
     Verification,
@@ -80,7 +82,8 @@ REPORT = Report(
 )
 
 EXPECTED = """\
-tiny (decoder): 20.0 % of block weights removed, 1.21x faster, excess 0.180 nats, verified to 1.2e-4
+tiny (decoder): 20.0 % of block weights removed, 1.21x faster, excess 0.180 nats, top-1 agreement
+  83.4 %, verified to 1.2e-4
 ----------------------------------------------------------------------------------------------------
                                                    dense              slim                    change
 ----------------------------------------------------------------------------------------------------
@@ -117,6 +120,20 @@ def test_table_follows_the_terminals_encoding(encoding: str, sign: str, monkeypa
     table = terminal_table(REPORT)
     assert f"123.2 {sign} 2.1 ms" in table
     table.encode(encoding)
+
+
+def test_what_went_beside_widths_is_counted() -> None:
+    blocks = (BlockRow(index=0), BlockRow(index=3))
+    ranks = (RankRow(name="up", d_in=8, d_out=8, rank=2),)
+    table = terminal_table(dataclasses.replace(REPORT, removed_blocks=blocks, low_rank_linears=ranks), ascii_only=True)
+    assert "\n2 blocks went; 1 linear of a lower rank; 0 of 0 regions narrowed; 0 of 0 linears matched.\n" in table
+
+
+def test_an_agreement_that_was_not_measured_is_left_out() -> None:
+    (found,) = REPORT.figures.fidelity
+    fidelity = (dataclasses.replace(found, top1_agreement=None),)
+    report = dataclasses.replace(REPORT, figures=dataclasses.replace(REPORT.figures, fidelity=fidelity))
+    assert "excess 0.180 nats, verified" in terminal_table(report, ascii_only=True)
 
 
 def test_nothing_measured_is_said_for_every_figure() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.export import prove_onnx
@@ -148,15 +150,31 @@ def test_what_an_exporter_wrote_is_reduced(
     assert report["figures"]["verification"]["against"] == against
     went = 1 / layers if "--merge" in options else 0.2
     assert report["summary"]["block_weights_removed"] == pytest.approx(went, abs=0.03)
+    blocks, ranks = report["removed_blocks"], report["low_rank_linears"]
+    assert len(blocks) == ("--merge" in options)
+    assert bool(ranks) == ("--merge" not in options)
+    assert all(row["rank"] * (row["d_in"] + row["d_out"]) <= row["d_in"] * row["d_out"] for row in ranks)
+    assert sum(row["kind"] == "ffn" for row in report["regions"]) == layers - len(blocks)
     before, after = (onnx.load(file, load_external_data=False) for file in (path, out / "model.onnx"))
     if "--merge" not in options:
         assert [value.name for value in before.graph.input] == [value.name for value in after.graph.input]
     assert {node.domain for node in after.graph.node} <= {node.domain for node in before.graph.node}
 
 
-def test_a_file_without_a_block_goes_on_behind_a_past(slim: Callable[..., Any]) -> None:
+@pytest.fixture
+def beside_a_config(exported: Any) -> Iterator[Path]:
+    """A Llama's file, for as long as a test lasts beside its configuration."""
+    path: Path = exported("llama", "any", LAYERS)
+    transformers.LlamaConfig(num_hidden_layers=LAYERS).save_pretrained(path.parent)
+    yield path
+    path.with_name("config.json").unlink()
+
+
+def test_a_file_without_a_block_goes_on_behind_a_past(slim: Callable[..., Any], beside_a_config: Path) -> None:
     """Its caches are gone, the others' numbers close up, and a prompt in two goes gives what it gives in one."""
-    _, out, _ = slim("llama", "any", "--merge", "1", "--merge-method", "drop-least", layers=LAYERS, rows=60)
+    path, out, _ = slim("llama", "any", "--merge", "1", "--merge-method", "drop-least", layers=LAYERS, rows=60)
+    assert path == beside_a_config
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == LAYERS - 1
     session = open_session(out / "model.onnx")
     layers = [f"{i}.{part}" for i in range(LAYERS - 1) for part in ("key", "value")]
     names = [one.name for one in session.get_inputs()]
