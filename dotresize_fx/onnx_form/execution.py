@@ -73,9 +73,14 @@ class OnnxExecution:
         return {name: to_runtime(tensor, self.device) for name, tensor in empty.items()}
 
     def completed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All inputs of the graph: a cache that is not given is empty, see :func:`at_start`."""
+        """All inputs of the graph: a cache that is not given is empty, see :func:`at_start`.
+
+        What is bfloat16 may be given in float32, since there are no arrays of it.
+        """
         given = {str(value.name): value for value in self.model.graph.inputs}
-        return {name: inputs[name] if name in inputs else at_start(given[name], inputs) for name in self.inputs}
+        whole = {name: inputs[name] if name in inputs else at_start(given[name], inputs) for name in self.inputs}
+        coarse = {name for name in whole if given[name].dtype == ir.DataType.BFLOAT16}
+        return {name: tensor.bfloat16() if name in coarse else tensor for name, tensor in whole.items()}
 
     def piece(
         self,
