@@ -17,7 +17,7 @@ def to_bfloat16(array: Array) -> Any:
     """Floats of any precision, rounded to the nearest, as a value in the CPU's memory."""
     from onnxruntime import OrtValue
 
-    floats = np.ascontiguousarray(array, np.float32)
+    floats = np.asarray(array, np.float32, order="C")
     bits = floats.view(np.uint32)
     nearest = (bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16  # of two as near the even one
     halves = np.where(np.isnan(floats), 0x7FC0, nearest).astype(np.uint16)  # what is added would make NaN a number

@@ -112,7 +112,8 @@ def _spec(value: ir.Value, below: int | None) -> InputSpec:
     if value.shape is None or value.dtype is None:
         raise CalibrationError(f"input {name} has no shape or type: export the model with one")
     try:
-        dtype = to_torch_dtype(value.dtype)
+        # There are no arrays of bfloat16: what is read as that is given in float32.
+        dtype = torch.float32 if value.dtype == ir.DataType.BFLOAT16 else to_torch_dtype(value.dtype)
     except (TypeError, ValueError) as error:
         raise CalibrationError(f"input {name} is no tensor of numbers: cut such a part off the model") from error
     sizes = tuple(
@@ -141,7 +142,7 @@ def _of_arrays(graph: OnnxGraph, execution: OnnxExecution, options: Options, dev
         predicts = predicted_ids(graph, run, sample)
         positions = _positions(graph, execution, inputs, sample)
     except OnnxRuntimeError as error:
-        raise _refused(error, names, sample) from error
+        raise _refused(error, names, sample, execution) from error
     try:
         data = prepare_inputs(files, inputs, positions, names, device)
     except CalibrationError as error:
@@ -176,7 +177,10 @@ def _of_text(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     sample = _some_text(inputs, 2, 8)
-    predicts = predicted_ids(graph, lambda batch: execution.outputs(batch)[:1], sample)
+    try:
+        predicts = predicted_ids(graph, lambda batch: execution.outputs(batch)[:1], sample)
+    except OnnxRuntimeError as error:
+        raise _refused(error, "text", sample, execution) from error
     task: Task = "decoder" if predicts else "encoder"
     if task == "encoder" and MASK not in inputs.names:
         raise UsageError(f"{path.name} reads no {MASK}, so that padded text is not told: give --calibration-data")
@@ -225,7 +229,7 @@ def _try(execution: OnnxExecution, prepared: OnnxData) -> None:
     try:
         answers = execution.outputs(largest)[0]
     except OnnxRuntimeError as error:
-        raise _refused(error, "the data", largest) from error
+        raise _refused(error, "the data", largest, execution) from error
     _check_numbers(answers, prepared.data.description)
 
 
@@ -234,12 +238,15 @@ def _check_numbers(answers: torch.Tensor, names: str) -> None:
         raise CalibrationError(f"{names}: the model puts out NaN on it: it overflows, or this is no input of it")
 
 
-def _refused(error: Exception, names: str, batch: Inputs) -> DotresizeError:
+def _refused(error: Exception, names: str, batch: Inputs, execution: OnnxExecution) -> DotresizeError:
     """What a failed run says: of the model, where this ONNX Runtime lacks what it is made of, or of the data."""
     if any(words in str(error) for words in (*UNKNOWN, NOT_HERE)):
+        advice = "take a newer one, or convert what it lacks"
+        if any(value.dtype == ir.DataType.BFLOAT16 for value in execution.constants.values()):
+            there = "which a CPU hardly computes: take --device cuda" if execution.device == "cpu" else "which it lacks"
+            advice = f"the model is in bfloat16, {there}, or convert it to float16"
         return UnknownOpError(
-            f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; take a newer one, or "
-            "convert what it lacks (bfloat16 to float16)"
+            f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; {advice}"
         )
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
     return CalibrationError(f"{names}: the model does not take {shapes}: {first_line(error)}")

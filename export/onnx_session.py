@@ -220,7 +220,7 @@ class OnnxModel:
 
         # What is empty has no address on a device.
         places = {name: device if value.size else "cpu" for name, value in inputs.items()}
-        arrays = {name: np.ascontiguousarray(value) for name, value in self._rounded(inputs).items()}
+        arrays = {name: np.asarray(value, order="C") for name, value in self._rounded(inputs).items()}
 
         def made(name: str) -> Any:
             if name in self._coarse:

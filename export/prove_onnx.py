@@ -190,9 +190,7 @@ def _taken(output: torch.Tensor, places: Sequence[tuple[int, torch.Tensor]]) -> 
 
 
 @torch.no_grad()
-def _compare_rewritten(
-    given: OnnxGraph, rewritten: OnnxGraph, batch: Inputs, relative: float, device: str
-) -> None:
+def _compare_rewritten(given: OnnxGraph, rewritten: OnnxGraph, batch: Inputs, relative: float, device: str) -> None:
     both = (OnnxExecution(graph, device).outputs(batch) for graph in (given, rewritten))
     for one, other in zip(*both, strict=True):
         one, other = one.float(), other.float()
