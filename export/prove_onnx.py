@@ -175,9 +175,8 @@ def verify_onnx(
     found = replace(comparison.within_shares(relative), against=against)
     if not found.passed:
         raise VerificationError(
-            f"the slim ONNX differs from {against} by "
-            f"{found.max_abs_difference:.2e} (tolerance {found.tolerance:.0e}): nothing was written; please report this "
-            "model"
+            f"the slim ONNX differs from {against} by {found.max_abs_difference:.2e} (tolerance "
+            f"{found.tolerance:.0e}): nothing was written; please report this model"
         )
     return found
 
