@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,7 +185,8 @@ def _of_text(
     task: Task = "decoder" if predicts else "encoder"
     if task == "encoder" and MASK not in inputs.names:
         raise UsageError(f"{path.name} reads no {MASK}, so that padded text is not told: give --calibration-data")
-    longest = _longest(execution, inputs, min(int(tokenizer.model_max_length), max(options.sequence_length, 2)))
+    stated = min(int(tokenizer.model_max_length), _stated_positions(path.parent))
+    longest = _longest(execution, inputs, min(stated, max(options.sequence_length, 2)))
     check_length(options.sequence_length, longest, SEQUENCE_LENGTH)
     options = replace(options, calibration_tokens=options.tokens_that_calibrate(task))
     data = prepare_data(text, options, tokenizer, task, longest, device)
@@ -201,6 +203,23 @@ def _some_text(inputs: ProgramInputs, rows: int, length: int) -> dict[str, torch
     below = next((spec.below for spec in inputs.specs if spec.name == IDS), None) or 2
     ids = torch.randint(0, below, (rows, length), generator=torch.Generator().manual_seed(0))
     return {spec.name: (ids if spec.name == IDS else torch.ones_like(ids)).to(spec.dtype) for spec in inputs.specs}
+
+
+def _stated_positions(folder: Path) -> int:
+    """How many tokens the configuration beside a file gives a sequence; what is rotated takes more and makes less of
+    them.
+    """
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        return sys.maxsize
+    try:
+        with quiet_libraries():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception:  # whatever reading it raises: an unknown model type, say, whose file runs all the same
+        return sys.maxsize
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
+    return positions if positions > 0 else sys.maxsize
 
 
 def _longest(execution: OnnxExecution, inputs: ProgramInputs, wanted: int) -> int:

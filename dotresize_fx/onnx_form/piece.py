@@ -81,8 +81,7 @@ class Piece:
         return available is not None and name not in available and self._execution.position(name) >= 0
 
     def _add_constant(self, name: str) -> None:
-        tensor = self._execution.constants[name].const_value
-        assert tensor is not None
+        tensor = self._execution.constants[name]
         if self._execution.feeds(name):
             self._weights[name] = constant_to_runtime(tensor, self._execution.device)
             return

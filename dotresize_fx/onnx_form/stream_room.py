@@ -28,8 +28,8 @@ class StreamRoom:
         kept = "the dense one alone was kept" if self.streams else "none was kept"
         return (
             f"calibrated in one shot: two activation streams of {show_size(self.size)} each do not fit, {kept}. No "
-            "sublayer makes good what those before it lost, which costs fidelity: give --memory-budget more, or "
-            "--calibration-tokens less",
+            "sublayer makes good what those before it lost, which costs fidelity (MiniLM-L6 at 20 %: 1 - cosine 0.0161 "
+            "instead of 0.0150): give it more memory, or calibrate on less",
         )
 
 
