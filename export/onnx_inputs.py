@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from dotresize_fx.export.capture_module import predicted_ids, samples_apart
 from dotresize_fx.export.check_text import check_length
 from dotresize_fx.export.onnx_session import UNKNOWN
 from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.export.text_lengths import IDS, longest, some_text, stated_positions
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.graph import Kind
 from dotresize_fx.input_batches import prepare_inputs, read_inputs
@@ -28,7 +28,6 @@ from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.program_inputs import Inputs, InputSpec, ProgramInputs
 from dotresize_fx.task import Task
 
-IDS = "input_ids"
 # What ONNX Runtime says of an op that it has no kernel for on this device.
 NOT_HERE = "Could not find an implementation for"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
@@ -177,7 +176,7 @@ def _of_text(
         raise UsageError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    sample = _some_text(inputs, 2, 8)
+    sample = some_text(inputs, 2, 8)
     try:
         predicts = predicted_ids(graph, lambda batch: execution.outputs(batch)[:1], sample)
     except OnnxRuntimeError as error:
@@ -185,60 +184,17 @@ def _of_text(
     task: Task = "decoder" if predicts else "encoder"
     if task == "encoder" and MASK not in inputs.names:
         raise UsageError(f"{path.name} reads no {MASK}, so that padded text is not told: give --calibration-data")
-    stated = min(int(tokenizer.model_max_length), _stated_positions(path.parent))
-    longest = _longest(execution, inputs, min(stated, max(options.sequence_length, 2)))
-    check_length(options.sequence_length, longest, SEQUENCE_LENGTH)
+    stated = min(int(tokenizer.model_max_length), stated_positions(path.parent))
+    most = longest(execution, inputs, min(stated, max(options.sequence_length, 2)))
+    check_length(options.sequence_length, most, SEQUENCE_LENGTH)
     options = replace(options, calibration_tokens=options.tokens_that_calibrate(task))
-    data = prepare_data(text, options, tokenizer, task, longest, device)
+    data = prepare_data(text, options, tokenizer, task, most, device)
     calibration, evaluation = (
         [{spec.name: batch[spec.name].to(spec.dtype) for spec in inputs.specs} for batch in part]
         for part in (data.calibration, data.evaluation)
     )
     data = replace(data, calibration=calibration, evaluation=evaluation)
     return OnnxData(data, inputs, task, predicts)
-
-
-def _some_text(inputs: ProgramInputs, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random ids of the table that they look up, and a mask of ones."""
-    below = next((spec.below for spec in inputs.specs if spec.name == IDS), None) or 2
-    ids = torch.randint(0, below, (rows, length), generator=torch.Generator().manual_seed(0))
-    return {spec.name: (ids if spec.name == IDS else torch.ones_like(ids)).to(spec.dtype) for spec in inputs.specs}
-
-
-def _stated_positions(folder: Path) -> int:
-    """How many tokens the configuration beside a file gives a sequence; what is rotated takes more and makes less of
-    them.
-    """
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        return sys.maxsize
-    try:
-        with quiet_libraries():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception:  # whatever reading it raises: an unknown model type, say, whose file runs all the same
-        return sys.maxsize
-    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
-    return positions if positions > 0 else sys.maxsize
-
-
-def _longest(execution: OnnxExecution, inputs: ProgramInputs, wanted: int) -> int:
-    """The most tokens that a sequence may have, up to ``wanted``: tables of positions end somewhere."""
-
-    def takes(length: int) -> bool:
-        try:
-            execution.outputs(_some_text(inputs, 1, length))
-        except OnnxRuntimeError:
-            return False
-        return True
-
-    if takes(wanted):
-        return wanted
-    least, most = 1, wanted
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if takes(middle) else (least, middle)
-    return least
 
 
 def _try(execution: OnnxExecution, prepared: OnnxData) -> None:
