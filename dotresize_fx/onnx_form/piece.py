@@ -172,7 +172,7 @@ class NoDeviceError(OnnxRuntimeError):
 _FUSES_NORMS = "SimplifiedLayerNormFusion"
 
 
-def open_session(runtime: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
+def session_of(runtime: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
     """A session; where ONNX Runtime's own fusion of norms breaks it, one without that."""
     try:
         return runtime.InferenceSession(model, options, providers=providers)
@@ -194,7 +194,7 @@ def start_session(runtime: Any, model: bytes, options: Any, device: str) -> Any:
         runtime.preload_dlls()  # CUDA's libraries out of Python packages, where the system has none
     # Each session has a store of its own, which would double with every block that it lacks.
     how = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-    session = open_session(runtime, model, options, [("CUDAExecutionProvider", how)])
+    session = session_of(runtime, model, options, [("CUDAExecutionProvider", how)])
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise NoDeviceError(
             "ONNX Runtime could not start CUDAExecutionProvider: check the driver, or take --device cpu"
