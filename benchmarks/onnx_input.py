@@ -60,6 +60,11 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--calibration-tokens", type=int, help="those of export where not given")
     parser.add_argument("--supports-only", action="store_true", help="regions and the row of the same supports alone")
+    parser.add_argument(
+        "--streams",
+        action="store_true",
+        help="compare only how many activation streams the file's sweep keeps: two, or one shot over one or none",
+    )
     parser.add_argument("--runs", type=int, default=20, help="of each file, for the latency")
     return parser.parse_args(given)
 
@@ -121,7 +126,7 @@ class BothWays:
         batches = list(self.data.calibration)
         return slim_graph(self.dense, self.matches, batches, chosen, Progress(quiet=True), task=self.loaded.task)
 
-    def of_file(self, plan: WidthPlan | None = None, **options: object) -> SlimmedOnnx:
+    def of_file(self, plan: WidthPlan | None = None, streams: int | None = None, **options: object) -> SlimmedOnnx:
         return slim_onnx_graph(
             self.graphs,
             self.data.calibration,
@@ -130,6 +135,7 @@ class BothWays:
             task=self.loaded.task,
             rows=lambda batch: batch["input_ids"].numel(),
             plan=plan,
+            streams=streams,
         )
 
     @torch.no_grad()
@@ -204,6 +210,17 @@ def compare_with_same_supports(ways: BothWays, names: Mapping[str, str]) -> None
     row("same supports: outputs differ by", "", f"{away:.1e}", f"<= {SAME_OUTPUTS:.0e}", away <= SAME_OUTPUTS)
 
 
+def compare_streams(ways: BothWays) -> None:
+    """Print what one plan of widths gives by how many streams its sweep keeps."""
+    figure = "excess, nats" if ways.loaded.task == "decoder" else "1 - cosine"
+    print(f"| streams | seconds to sweep | {figure} |\n|---|---|---|")
+    plan = ways.of_file().plan
+    for streams in (2, 1, 0):
+        with spending("cpu") as spent:
+            slimmed = ways.of_file(WidthPlan(plan.widths), streams)
+        print(f"| {streams} | {spent.seconds:.0f} | {ways.lost(first_output(slimmed.graph)):.4f} |", flush=True)
+
+
 def time_files(ways: BothWays, slimmed: SlimmedOnnx, folder: Path, count: int) -> None:
     """Print latency beside MACs, at every batch."""
     (work := folder / "work").mkdir()
@@ -234,6 +251,9 @@ def main() -> None:
         ways = BothWays(arguments, Path(folder))
         tokens = sum(int(batch["attention_mask"].sum()) for batch in ways.data.calibration)
         print(f"{ways.loaded.source}; {tokens} calibration tokens of {ways.data.description}; {arguments.ratio:.0%}\n")
+        if arguments.streams:
+            compare_streams(ways)
+            return
         print("| figure | from the program | from the ONNX file | asked | met |\n|---|---|---|---|---|")
         names = compare_regions(ways)
         slimmed = None if arguments.supports_only else compare_each_by_itself(ways, names)

@@ -28,6 +28,8 @@ def give_large_blocks_back() -> None:
 # Weights in float32 may take this share of what there is: the slim model, its ONNX and a block's statistics come too.
 WEIGHTS_SHARE = 0.3
 STREAMS_SHARE = 0.2
+# Streams that cannot wait in files: without them fidelity is lost.
+KEPT_STREAMS_SHARE = 0.5
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 LEAST_BUDGET = 64 << 20
 
@@ -51,8 +53,15 @@ class Memory:
         """Whether activations of this many bytes, both models' on the calibration text, had better wait in files."""
         return self._too_much(activations, STREAMS_SHARE)
 
-    def _too_much(self, size: int, share: float) -> bool:
-        there = available_memory() if self.budget is None else self.budget
+    def has_room_for_kept_streams(self, activations: int, there: int | None = None) -> bool:
+        """Whether activations of this many bytes may stay where they are computed, ``there`` the bytes that are free
+        there (None: the process's memory).
+        """
+        return not self._too_much(activations, KEPT_STREAMS_SHARE, there)
+
+    def _too_much(self, size: int, share: float, there: int | None = None) -> bool:
+        if there is None:
+            there = available_memory() if self.budget is None else self.budget
         return there is not None and size > share * there
 
 

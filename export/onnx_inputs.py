@@ -17,6 +17,7 @@ from dotresize_fx.export.capture_module import predicted_ids, samples_apart
 from dotresize_fx.export.check_text import check_length
 from dotresize_fx.export.onnx_session import UNKNOWN
 from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.export.text_lengths import IDS, longest, some_text, stated_positions
 from dotresize_fx.export.weight_files import first_line
 from dotresize_fx.graph import Kind
 from dotresize_fx.input_batches import prepare_inputs, read_inputs
@@ -27,7 +28,6 @@ from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.program_inputs import Inputs, InputSpec, ProgramInputs
 from dotresize_fx.task import Task
 
-IDS = "input_ids"
 # What ONNX Runtime says of an op that it has no kernel for on this device.
 NOT_HERE = "Could not find an implementation for"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
@@ -112,7 +112,8 @@ def _spec(value: ir.Value, below: int | None) -> InputSpec:
     if value.shape is None or value.dtype is None:
         raise CalibrationError(f"input {name} has no shape or type: export the model with one")
     try:
-        dtype = to_torch_dtype(value.dtype)
+        # There are no arrays of bfloat16: what is read as that is given in float32.
+        dtype = torch.float32 if value.dtype == ir.DataType.BFLOAT16 else to_torch_dtype(value.dtype)
     except (TypeError, ValueError) as error:
         raise CalibrationError(f"input {name} is no tensor of numbers: cut such a part off the model") from error
     sizes = tuple(
@@ -141,7 +142,7 @@ def _of_arrays(graph: OnnxGraph, execution: OnnxExecution, options: Options, dev
         predicts = predicted_ids(graph, run, sample)
         positions = _positions(graph, execution, inputs, sample)
     except OnnxRuntimeError as error:
-        raise _refused(error, names, sample) from error
+        raise _refused(error, names, sample, execution) from error
     try:
         data = prepare_inputs(files, inputs, positions, names, device)
     except CalibrationError as error:
@@ -175,47 +176,25 @@ def _of_text(
         raise UsageError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    sample = _some_text(inputs, 2, 8)
-    predicts = predicted_ids(graph, lambda batch: execution.outputs(batch)[:1], sample)
+    sample = some_text(inputs, 2, 8)
+    try:
+        predicts = predicted_ids(graph, lambda batch: execution.outputs(batch)[:1], sample)
+    except OnnxRuntimeError as error:
+        raise _refused(error, "text", sample, execution) from error
     task: Task = "decoder" if predicts else "encoder"
     if task == "encoder" and MASK not in inputs.names:
         raise UsageError(f"{path.name} reads no {MASK}, so that padded text is not told: give --calibration-data")
-    longest = _longest(execution, inputs, min(int(tokenizer.model_max_length), max(options.sequence_length, 2)))
-    check_length(options.sequence_length, longest, SEQUENCE_LENGTH)
+    stated = min(int(tokenizer.model_max_length), stated_positions(path.parent))
+    most = longest(execution, inputs, min(stated, max(options.sequence_length, 2)))
+    check_length(options.sequence_length, most, SEQUENCE_LENGTH)
     options = replace(options, calibration_tokens=options.tokens_that_calibrate(task))
-    data = prepare_data(text, options, tokenizer, task, longest, device)
+    data = prepare_data(text, options, tokenizer, task, most, device)
     calibration, evaluation = (
         [{spec.name: batch[spec.name].to(spec.dtype) for spec in inputs.specs} for batch in part]
         for part in (data.calibration, data.evaluation)
     )
     data = replace(data, calibration=calibration, evaluation=evaluation)
     return OnnxData(data, inputs, task, predicts)
-
-
-def _some_text(inputs: ProgramInputs, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random ids of the table that they look up, and a mask of ones."""
-    below = next((spec.below for spec in inputs.specs if spec.name == IDS), None) or 2
-    ids = torch.randint(0, below, (rows, length), generator=torch.Generator().manual_seed(0))
-    return {spec.name: (ids if spec.name == IDS else torch.ones_like(ids)).to(spec.dtype) for spec in inputs.specs}
-
-
-def _longest(execution: OnnxExecution, inputs: ProgramInputs, wanted: int) -> int:
-    """The most tokens that a sequence may have, up to ``wanted``: tables of positions end somewhere."""
-
-    def takes(length: int) -> bool:
-        try:
-            execution.outputs(_some_text(inputs, 1, length))
-        except OnnxRuntimeError:
-            return False
-        return True
-
-    if takes(wanted):
-        return wanted
-    least, most = 1, wanted
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if takes(middle) else (least, middle)
-    return least
 
 
 def _try(execution: OnnxExecution, prepared: OnnxData) -> None:
@@ -225,7 +204,7 @@ def _try(execution: OnnxExecution, prepared: OnnxData) -> None:
     try:
         answers = execution.outputs(largest)[0]
     except OnnxRuntimeError as error:
-        raise _refused(error, "the data", largest) from error
+        raise _refused(error, "the data", largest, execution) from error
     _check_numbers(answers, prepared.data.description)
 
 
@@ -234,12 +213,15 @@ def _check_numbers(answers: torch.Tensor, names: str) -> None:
         raise CalibrationError(f"{names}: the model puts out NaN on it: it overflows, or this is no input of it")
 
 
-def _refused(error: Exception, names: str, batch: Inputs) -> DotresizeError:
+def _refused(error: Exception, names: str, batch: Inputs, execution: OnnxExecution) -> DotresizeError:
     """What a failed run says: of the model, where this ONNX Runtime lacks what it is made of, or of the data."""
     if any(words in str(error) for words in (*UNKNOWN, NOT_HERE)):
+        advice = "take a newer one, or convert what it lacks"
+        if any(value.dtype == ir.DataType.BFLOAT16 for value in execution.constants.values()):
+            there = "which a CPU hardly computes: take --device cuda" if execution.device == "cpu" else "which it lacks"
+            advice = f"the model is in bfloat16, {there}, or convert it to float16"
         return UnknownOpError(
-            f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; take a newer one, or "
-            "convert what it lacks (bfloat16 to float16)"
+            f"this ONNX Runtime does not have all that the model is made of: {first_line(error)}; {advice}"
         )
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
     return CalibrationError(f"{names}: the model does not take {shapes}: {first_line(error)}")

@@ -15,21 +15,34 @@ from dotresize_fx.export.runtime_child import RuntimeChild
 from dotresize_fx.report.contents import Verification
 
 Array = np.ndarray[Any, Any]
+# Of an output that is nothing but zeros.
+LEAST_SCALE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class CaseComparison:
-    """One case: the largest |actual - expected| over all outputs, and the largest finite |expected|.
+    """One case: of each output the largest |actual - expected|, and its scale, the largest finite |expected|.
 
-    The difference is infinite where either side holds a NaN or the shapes differ. ``relative_differences`` are each
-    output's, with its own largest |expected| as scale.
+    A difference is infinite where either side holds a NaN or the shapes differ.
     """
 
-    max_abs_difference: float
-    max_abs_expected: float
-    relative_differences: tuple[float, ...]
+    differences: tuple[float, ...]
+    scales: tuple[float, ...]
     shapes: tuple[tuple[int, ...], ...]
     expected_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def max_abs_difference(self) -> float:
+        return max(self.differences)
+
+    @property
+    def max_abs_expected(self) -> float:
+        return max(self.scales)
+
+    @property
+    def relative_differences(self) -> tuple[float, ...]:
+        """Each output's, as a share of its scale where it has one."""
+        return tuple(gap / scale if scale else gap for gap, scale in zip(self.differences, self.scales, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,23 @@ class Comparison:
             max_abs_difference=self.max_abs_difference,
             tolerance=tolerance,
             max_abs_output=self.max_abs_expected,
+            cases=len(self.cases),
+        )
+
+    def within_shares(self, share: float) -> Verification:
+        """What is reported where each output may differ by this share of its largest number of all cases: of the one
+        that comes nearest to that.
+        """
+        columns = zip(
+            *(zip(case.differences, case.scales, strict=True) for case in self.cases),
+            strict=True,
+        )
+        outputs = [tuple(map(max, zip(*column, strict=True))) for column in columns]
+        gap, scale = max(outputs, key=lambda output: output[0] / max(output[1], LEAST_SCALE))
+        return Verification(
+            max_abs_difference=gap,
+            tolerance=share * max(scale, LEAST_SCALE),
+            max_abs_output=scale,
             cases=len(self.cases),
         )
 
@@ -96,9 +126,8 @@ def compare_outputs(
         answer = child.ask("compare", **request, threads=count, provider=provider)
     results = tuple(
         CaseComparison(
-            case["max_abs_difference"],
-            case["max_abs_expected"],
-            tuple(case["relative_differences"]),
+            tuple(case["differences"]),
+            tuple(case["scales"]),
             tuple(tuple(shape) for shape in case["shapes"]),
             tuple(tuple(shape) for shape in case["expected_shapes"]),
         )

@@ -23,6 +23,8 @@ from dotresize_fx.errors import (
     OutOfMemoryError,
     UnknownOpError,
 )
+from dotresize_fx.export.bfloat16_values import BFLOAT16, to_array, to_bfloat16
+from dotresize_fx.onnx_form.piece import session_of
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -36,6 +38,11 @@ UNKNOWN = (
 )
 # What ONNX Runtime, CUDA, cuBLAS and C++ say where there is no room; none has an error code that reaches Python.
 _NO_ROOM = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc", "bad allocation")
+
+
+def provider_on(device: str) -> str:
+    """What ONNX Runtime calls the one for ``cpu`` or ``cuda``."""
+    return CUDA if device == "cuda" else CPU
 
 
 def require_onnx_runtime() -> None:
@@ -81,11 +88,13 @@ def open_session(
     provider: str = CPU,
     profile: Path | None = None,
     optimised: bool = True,
+    tf32: bool = True,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on ``threads`` intra-op threads (default: one a physical core).
 
     ``profile`` is how the names of the files begin that its profiler writes. Without ``optimised`` the nodes run as the
-    file has them, and the profiler sees their weights.
+    file has them, and the profiler sees their weights. Without ``tf32`` CUDA does not round what it multiplies in
+    float32, as it does by default.
 
     Raises MissingExtraError (no ONNX Runtime, or one without ``provider``), ModelNotFoundError (no such file),
     BadWeightsError (not an ONNX model, or its external data is missing or cut off), UnknownOpError and
@@ -108,7 +117,8 @@ def open_session(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        how = {"use_tf32": "0"} if provider == CUDA and not tf32 else {}
+        session = session_of(onnxruntime, str(path), options, [(provider, how)])
     except Exception as error:  # its exceptions share no base class but Exception
         if _no_room(error):
             raise run_failed(path, error) from error
@@ -144,7 +154,8 @@ def _no_room(error: Exception) -> bool:
 class OnnxModel:
     """An ONNX file as a callable, in this process: arrays by input name -> outputs in the graph's order.
 
-    float32 arrays are rounded for an input that is float16, so that what feeds one precision feeds all.
+    float32 arrays are rounded for an input in half precision, so that what feeds one precision feeds all; an output
+    in bfloat16, which numpy lacks, comes as float32.
     Takes and raises what :func:`open_session` does; a call raises OnnxRuntimeError for inputs the graph does not
     take, and OutOfMemoryError.
     """
@@ -154,8 +165,10 @@ class OnnxModel:
         self.session = open_session(self.path, **options)
         self._shapes = {item.name: item.shape for item in self.session.get_inputs()}
         self._halves = {item.name for item in self.session.get_inputs() if item.type == "tensor(float16)"}
+        self._coarse = {item.name for item in self.session.get_inputs() if item.type == BFLOAT16}
         self.input_names: tuple[str, ...] = tuple(self._shapes)
         self.output_names: tuple[str, ...] = tuple(item.name for item in self.session.get_outputs())
+        self._bound = bool(self._coarse) or any(item.type == BFLOAT16 for item in self.session.get_outputs())
 
     @property
     def has_cache(self) -> bool:
@@ -187,19 +200,35 @@ class OnnxModel:
 
     def __call__(self, inputs: Mapping[str, Array]) -> list[Array]:
         self.check_names(inputs)
+        if self._bound:
+            bound: list[Array] = self._run(lambda: self._run_bound(inputs))
+            return bound
         outputs: list[Array] = self._run(lambda: self.session.run(None, self._rounded(inputs)))
         return outputs
 
+    def _run_bound(self, inputs: Mapping[str, Array]) -> list[Array]:
+        binding = self.session.io_binding()
+        for name, value in self.values(inputs).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.output_names:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        return [to_array(value) for value in binding.get_outputs()]
+
     def values(self, inputs: Mapping[str, Array], device: str = "cpu") -> dict[str, Any]:
-        """The arrays as the runtime's own, on ``device``."""
+        """The arrays as the runtime's own, on ``device``; bfloat16 goes there when it is bound."""
         from onnxruntime import OrtValue
 
         # What is empty has no address on a device.
         places = {name: device if value.size else "cpu" for name, value in inputs.items()}
-        arrays = {name: np.ascontiguousarray(value) for name, value in self._rounded(inputs).items()}
-        values: dict[str, Any] = self._run(
-            lambda: {name: OrtValue.ortvalue_from_numpy(arrays[name], place, 0) for name, place in places.items()}
-        )
+        arrays = {name: np.asarray(value, order="C") for name, value in self._rounded(inputs).items()}
+
+        def made(name: str) -> Any:
+            if name in self._coarse:
+                return to_bfloat16(arrays[name])
+            return OrtValue.ortvalue_from_numpy(arrays[name], places[name], 0)
+
+        values: dict[str, Any] = self._run(lambda: {name: made(name) for name in places})
         return values
 
     def run_values(self, inputs: Mapping[str, Any]) -> list[Any]:

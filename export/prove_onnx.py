@@ -17,9 +17,11 @@ import torch
 
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export.onnx_runtime import compare_outputs
+from dotresize_fx.export.onnx_session import provider_on
 from dotresize_fx.gram import padding_input
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.runtime_values import to_numpy
 from dotresize_fx.onnx_form.start import MASK
 from dotresize_fx.passes.find_blocks import find_blocks
 from dotresize_fx.passes.region_ends import tables_of
@@ -33,7 +35,7 @@ PRODUCTS = "the dense file with the products of the factors"
 PASSED = "the dense file with the stream led past the blocks that went"
 WITHOUT_TWIN = "the graph that it was written from"
 Inputs = Mapping[str, torch.Tensor]
-# Of the largest output, by dtype of the weights: sums in another order.
+# Of an output's largest number, by dtype of the weights: sums in another order.
 RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 RELATIVE_FLOAT32 = 1e-4
 
@@ -141,9 +143,9 @@ def _padded(tensor: torch.Tensor, axis: int, region: Region, places: torch.Tenso
 
 
 def verify_onnx(
-    given: OnnxGraph, slimmed: SlimmedOnnx, path: Path, batches: Sequence[Inputs], work: Path
+    given: OnnxGraph, slimmed: SlimmedOnnx, path: Path, batches: Sequence[Inputs], work: Path, device: str = "cpu"
 ) -> Verification:
-    """The slim file in ONNX Runtime on these inputs.
+    """The slim file in ONNX Runtime on these inputs, on ``device`` (cpu or cuda). Each output is held to its own size.
 
     Where the file's graph, ``given``, was rewritten to be cut, the rewritten one is held against it first.
 
@@ -152,31 +154,31 @@ def verify_onnx(
     """
     twin = padded_twin(slimmed)
     slim = slimmed.graph
-    execution = OnnxExecution(slim if twin is None else twin.graph)
+    execution = OnnxExecution(slim if twin is None else twin.graph, device)
     run, left = execution.whole(), [name not in slimmed.gone_caches for name in execution.results]
     taken = {} if twin is None else twin.outputs
     feeds = OnnxExecution(slim)
     relative = max((RELATIVE.get(dtype, RELATIVE_FLOAT32) for dtype in _dtypes(slim)), default=RELATIVE_FLOAT32)
     if not slimmed.untouched:
-        _compare_rewritten(given, slimmed.dense, batches[0], relative)
+        _compare_rewritten(given, slimmed.dense, batches[0], relative, device)
 
     def cases() -> Iterator[tuple[dict[str, Any], list[Any]]]:
         for batch in batches:
             found = zip(feeds.results, itertools.compress(run(batch), left), strict=True)
-            expected = [_taken(output, taken.get(name, ())).numpy() for name, output in found]
-            yield {name: value.numpy() for name, value in feeds.completed(batch).items()}, expected
+            expected = [to_numpy(_taken(output, taken.get(name, ()))) for name, output in found]
+            yield {name: to_numpy(value) for name, value in feeds.completed(batch).items()}, expected
 
     masked = all(padding_input(batch) is not None for batch in batches)
-    comparison = compare_outputs(path, cases(), work, mask=MASK if masked else None)
-    allowed = relative * max(comparison.max_abs_expected, 1e-6)
+    provider = provider_on(device)
+    comparison = compare_outputs(path, cases(), work, mask=MASK if masked else None, provider=provider)
     against = WITHOUT_TWIN if twin is None else twin.called
-    if not comparison.max_abs_difference <= allowed:
+    found = replace(comparison.within_shares(relative), against=against)
+    if not found.passed:
         raise VerificationError(
-            f"the slim ONNX differs from {against} by "
-            f"{comparison.max_abs_difference:.2e} (tolerance {allowed:.0e}): nothing was written; please report this "
-            "model"
+            f"the slim ONNX differs from {against} by {found.max_abs_difference:.2e} (tolerance "
+            f"{found.tolerance:.0e}): nothing was written; please report this model"
         )
-    return replace(comparison.within(allowed), against=against)
+    return found
 
 
 def _taken(output: torch.Tensor, places: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
@@ -187,9 +189,9 @@ def _taken(output: torch.Tensor, places: Sequence[tuple[int, torch.Tensor]]) -> 
 
 
 @torch.no_grad()
-def _compare_rewritten(given: OnnxGraph, rewritten: OnnxGraph, batch: Inputs, relative: float) -> None:
-    pairs = zip(OnnxExecution(given).outputs(batch), OnnxExecution(rewritten).outputs(batch), strict=True)
-    for one, other in pairs:
+def _compare_rewritten(given: OnnxGraph, rewritten: OnnxGraph, batch: Inputs, relative: float, device: str) -> None:
+    both = (OnnxExecution(graph, device).outputs(batch) for graph in (given, rewritten))
+    for one, other in zip(*both, strict=True):
         one, other = one.float(), other.float()
         same = (one == other) | (one.isnan() & other.isnan())  # at padding both may be
         away = torch.where(same, 0.0, (one - other).abs())

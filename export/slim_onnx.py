@@ -19,7 +19,13 @@ from dotresize_fx.export.inline_functions import inline_crossed
 from dotresize_fx.export.inline_weights import move_out
 from dotresize_fx.export.onnx_file import ONNX_FILE, onnx_size
 from dotresize_fx.export.onnx_inputs import OnnxData, prepare_onnx_data, rows_of
-from dotresize_fx.export.onnx_session import CUDA, has_provider, require_onnx_runtime, require_provider
+from dotresize_fx.export.onnx_session import (
+    CUDA,
+    has_provider,
+    provider_on,
+    require_onnx_runtime,
+    require_provider,
+)
 from dotresize_fx.export.onnx_source import load_onnx
 from dotresize_fx.export.peak_memory import peak_rss_bytes
 from dotresize_fx.export.prove_onnx import verify_onnx
@@ -32,6 +38,7 @@ from dotresize_fx.export.why_nothing import quantised_linears, why_nothing
 from dotresize_fx.export.write_onnx import LARGE, Stated, check_written, write_onnx
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.runtime_values import to_numpy
 from dotresize_fx.onnx_form.start import cache_heads, is_past
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
@@ -76,6 +83,7 @@ class _Run:
     options: Options
     progress: Progress
     started: float
+    device: str
 
 
 def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progress: Progress, started: float) -> Report:
@@ -93,13 +101,13 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
     """
     run = _slimmed(name, work, options, progress, started)
     with progress.stage("write ONNX"):
-        path = write_onnx(run.slimmed, run.stated, _timed(run), folder, work)
+        path = write_onnx(run.slimmed, run.stated, _timed(run), folder, work, run.device)
         beside = _copy_beside(run, folder)
         if not (run.slimmed.gone or run.slimmed.factorized):  # widths alone would not make this model again
             write_plan(run.slimmed.plan, folder / PLAN_FILE)
     with progress.stage("verify in ONNX Runtime"):
         notes = check_written(run.path, path, run.slimmed)
-        verification = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work)
+        verification = verify_onnx(run.graphs.given, run.slimmed, path, _verified(run), work, run.device)
     with progress.stage("measure fidelity", len(run.prepared.data.evaluation)) as step:
         fidelity = _fidelity(run, step)
     peak = peak_rss_bytes()
@@ -107,11 +115,12 @@ def slim_onnx_file(name: str, folder: Path, work: Path, options: Options, progre
         gc.collect()
         sides = {"dense": run.graphs.given, "slim": run.slimmed.graph}
         fed = {side: OnnxExecution(graph).completed(_timed(run)) for side, graph in sides.items()}
-        inputs = {name: value.numpy() for name, value in fed["slim"].items() if not is_past(name)}
+        inputs = {name: to_numpy(value) for name, value in fed["slim"].items() if not is_past(name)}
         # An empty cache is each side's own: its heads may differ.
-        own = {side: {n: value.numpy() for n, value in given.items() if is_past(n)} for side, given in fed.items()}
+        own = {side: {n: to_numpy(value) for n, value in given.items() if is_past(n)} for side, given in fed.items()}
         models = {"dense": run.path, "slim": path}
-        latency = measure_latency(models, inputs, runs=LATENCY_RUNS, work=work, own=own)
+        provider = provider_on(run.device)
+        latency = measure_latency(models, inputs, runs=LATENCY_RUNS, work=work, own=own, provider=provider)
     length = MACS_LENGTH if reads_text(run.prepared.task) else attended_length(run.graphs.canonical, _timed(run))
     figures = Figures(
         dense=side_figures(run.slimmed.dense, latency["dense"], onnx_size(run.path), length),
@@ -174,7 +183,7 @@ def _slimmed(name: str, work: Path, options: Options, progress: Progress, starte
     if quantised := quantised_linears(graphs.matches):
         inlined += (f"{quantised} linears with quantised weights were left alone",)
     slimmed = replace(slimmed, notes=(*inlined, *slimmed.notes))
-    return _Run(path, stated, graphs, prepared, slimmed, options, progress, started)
+    return _Run(path, stated, graphs, prepared, slimmed, options, progress, started, device)
 
 
 def _device(options: Options) -> str:
@@ -275,7 +284,8 @@ def _timed(run: _Run) -> Inputs:
 
 def _fidelity(run: _Run, step: Callable[[], None]) -> DecoderFidelity | EncoderFidelity | OutputFidelity:
     """The slim graph against the dense one on what did not calibrate."""
-    dense, slim = (OnnxExecution(graph).whole(first=True) for graph in (run.graphs.given, run.slimmed.graph))
+    graphs = run.graphs.given, run.slimmed.graph
+    dense, slim = (OnnxExecution(graph, run.device).whole(first=True) for graph in graphs)
     prepared = run.prepared
     return fidelity_figures(
         lambda batch: dense(batch)[0].float(),

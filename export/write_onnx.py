@@ -51,12 +51,15 @@ class Stated:
         )
 
 
-def write_onnx(slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Path, work: Path) -> Path:
+def write_onnx(
+    slimmed: SlimmedOnnx, stated: Stated, sample: Inputs, folder: Path, work: Path, device: str = "cpu"
+) -> Path:
     """``model.onnx``, with its weights beside it where the file had that or where they are too large for one file.
 
-    ``sample`` are small inputs, run to see which sizes are others now; ``work`` a folder for what is moved on.
+    ``sample`` are small inputs, run on ``device`` to see which sizes are others now; ``work`` a folder for what is
+    moved on.
     """
-    _correct_shapes(slimmed, sample)
+    _correct_shapes(slimmed, sample, device)
     model = slimmed.graph.copy().fused_model()  # of which what was fused is told no more
     tensors = [value.const_value for g in model.graphs() for value in g.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -83,9 +86,9 @@ def _location(tensor: onnx.TensorProto) -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
 
 
-def _correct_shapes(slimmed: SlimmedOnnx, sample: Inputs) -> None:
+def _correct_shapes(slimmed: SlimmedOnnx, sample: Inputs, device: str) -> None:
     """Sizes that a run of the slim graph has others of than one of the dense graph are stated as it has them."""
-    before, after = (_met_shapes(graph, sample) for graph in (slimmed.dense, slimmed.graph))
+    before, after = (_met_shapes(graph, sample, device) for graph in (slimmed.dense, slimmed.graph))
     for node in slimmed.graph.model.graph:
         for value in node.outputs:
             old, new = before.get(str(value.name)), after.get(str(value.name))
@@ -98,9 +101,9 @@ def _correct_shapes(slimmed: SlimmedOnnx, sample: Inputs) -> None:
             value.shape = shape
 
 
-def _met_shapes(graph: OnnxGraph, sample: Inputs) -> dict[str, tuple[int, ...]]:
+def _met_shapes(graph: OnnxGraph, sample: Inputs, device: str) -> dict[str, tuple[int, ...]]:
     """By name, of all that the graph computes."""
-    execution = OnnxExecution(graph)
+    execution = OnnxExecution(graph, device)
     names = [str(output.name) for node in execution.nodes for output in node.outputs if output.name]
     values, _ = execution.piece(0, len(execution.nodes), names).run(execution.start(sample))
     return {name: tuple(value.shape()) for name, value in values.items() if value.is_tensor()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -13,7 +14,9 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.graph import Kind
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.onnx_form.graph import OnnxGraph
+from dotresize_fx.onnx_form.one_shot import OneShotSweep
 from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
+from dotresize_fx.onnx_form.stream_room import stream_room
 from dotresize_fx.onnx_form.sweep import OnnxSweep
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
@@ -79,8 +82,10 @@ def slim_onnx_graph(
     rows: Callable[[Inputs], int],
     plan: WidthPlan | None = None,
     device: str = "cpu",
+    streams: int | None = None,
 ) -> SlimmedOnnx:
     """A slim copy; ``plan`` gives the widths instead of the ratio. ``rows``: how many rows a batch makes, about.
+    ``streams``: how many activation streams the sweep keeps, 2, 1 or 0; None: as many as fit, see :func:`stream_room`.
 
     Raises:
         NothingToSlimError: nothing can be cut, or not by that much.
@@ -120,7 +125,12 @@ def slim_onnx_graph(
         notes += (REWRITTEN,)
     slimmed = dense.copy()
     own_biases(slimmed, _swept(regions, chosen))
-    swept, pairs = _sweep(dense, slimmed, regions, chosen, batches, options, progress, task, device)
+    if streams is None and (cut := _swept(regions, chosen)):
+        room = stream_room(dense, cut[len(cut) // 2].target, batches, options.memory, device)
+        streams, notes = room.streams, (*notes, *room.notes)
+    swept, pairs = _sweep(
+        dense, slimmed, regions, chosen, batches, options, progress, task, device, 2 if streams is None else streams
+    )
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:
         notes += what_went(cost, options, 1 - cost.total(slimmed) / total)
@@ -193,6 +203,7 @@ def _sweep(
     progress: Progress,
     task: str,
     device: str,
+    streams: int,
 ) -> tuple[list[SweptRegion], dict[str, torch.Tensor]]:
     pairs: dict[str, torch.Tensor] = {}
 
@@ -203,7 +214,8 @@ def _sweep(
         if found.pairs is not None:
             pairs[region.name] = found.pairs.cpu()
 
-    sweep = OnnxSweep(
+    sweeping = OnnxSweep if streams == 2 else partial(OneShotSweep, held=streams == 1)
+    sweep = sweeping(
         dense,
         slimmed,
         batches,

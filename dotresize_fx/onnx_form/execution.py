@@ -8,11 +8,12 @@ that share the model's memory: no session holds a copy of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import onnx_ir as ir
 import torch
 
+from dotresize_fx.onnx_form.constants import constant, is_constant_node
 from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.piece import Environment, Piece, reads_of
 from dotresize_fx.onnx_form.runtime_values import from_runtime, to_runtime
@@ -32,8 +33,8 @@ class OnnxExecution:
         self.graph, self.device = graph, device
         self.model: ir.Model = graph.model
         main = self.model.graph
-        self.constants = {
-            str(name): value for name, value in main.initializers.items() if value.const_value is not None
+        self.constants: dict[str, ir.TensorProtocol] = {
+            str(name): value.const_value for name, value in main.initializers.items() if value.const_value is not None
         }
         self.inputs = [str(value.name) for value in main.inputs if value.name not in self.constants]
         self.results = [str(value.name) for value in main.outputs]
@@ -42,6 +43,9 @@ class OnnxExecution:
         self.reads: list[frozenset[str]] = []
         self._static: dict[str, ir.Node] = {}
         for node in main:
+            if is_constant_node(node) and _is_fed(stored := constant(node.outputs[0])):
+                self.constants[str(node.outputs[0].name)] = stored
+                continue
             read = reads_of(node)
             if not node.op_type.startswith("Random") and all(n in self.constants or n in self._static for n in read):
                 self._static |= {str(output.name): node for output in node.outputs if output.name}
@@ -73,9 +77,14 @@ class OnnxExecution:
         return {name: to_runtime(tensor, self.device) for name, tensor in empty.items()}
 
     def completed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """All inputs of the graph: a cache that is not given is empty, see :func:`at_start`."""
+        """All inputs of the graph: a cache that is not given is empty, see :func:`at_start`.
+
+        What is bfloat16 may be given in float32, since there are no arrays of it.
+        """
         given = {str(value.name): value for value in self.model.graph.inputs}
-        return {name: inputs[name] if name in inputs else at_start(given[name], inputs) for name in self.inputs}
+        whole = {name: inputs[name] if name in inputs else at_start(given[name], inputs) for name in self.inputs}
+        coarse = {name for name in whole if given[name].dtype == ir.DataType.BFLOAT16}
+        return {name: tensor.bfloat16() if name in coarse else tensor for name, tensor in whole.items()}
 
     def piece(
         self,
@@ -111,9 +120,7 @@ class OnnxExecution:
 
     def feeds(self, name: str) -> bool:
         """Whether a constant is fed to a session that reads it."""
-        tensor = self.constants[name].const_value
-        assert tensor is not None
-        return tensor.nbytes > FED and tensor.dtype in FEEDABLE
+        return _is_fed(self.constants[name])
 
     def is_static(self, name: str) -> bool:
         """Whether a value follows from constants."""
@@ -128,6 +135,10 @@ FEEDABLE = {
     *(ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL),
     *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64),
 }
+
+
+def _is_fed(tensor: ir.TensorProtocol | None) -> TypeGuard[ir.TensorProtocol]:
+    return tensor is not None and tensor.nbytes > FED and tensor.dtype in FEEDABLE
 
 
 class Whole:

@@ -81,8 +81,7 @@ class Piece:
         return available is not None and name not in available and self._execution.position(name) >= 0
 
     def _add_constant(self, name: str) -> None:
-        tensor = self._execution.constants[name].const_value
-        assert tensor is not None
+        tensor = self._execution.constants[name]
         if self._execution.feeds(name):
             self._weights[name] = constant_to_runtime(tensor, self._execution.device)
             return
@@ -113,7 +112,7 @@ class Piece:
             try:
                 self._session = self._session or self._open(fed, names)
                 found = self._run(fed, computed, names)
-            except MissingExtraError:
+            except (MissingExtraError, NoDeviceError):
                 raise
             except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
                 raise _failed(error) from error
@@ -162,8 +161,45 @@ class Piece:
         options.log_severity_level = 4  # what fails is raised: whether a length is taken is tried out
         # A session runs a few batches: looking for fusions takes longer than they save.
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        provider = "CUDAExecutionProvider" if self._execution.device == "cuda" else "CPUExecutionProvider"
-        return runtime.InferenceSession(proto.SerializeToString(), options, providers=[provider])
+        return start_session(runtime, proto.SerializeToString(), options, self._execution.device)
+
+
+class NoDeviceError(OnnxRuntimeError):
+    """ONNX Runtime could not start on the device."""
+
+
+# Of a bfloat16 norm it makes a node of no provider (1.31), which ends the start.
+_FUSES_NORMS = "SimplifiedLayerNormFusion"
+
+
+def session_of(runtime: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
+    """A session; where ONNX Runtime's own fusion of norms breaks it, one without that."""
+    try:
+        return runtime.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # its exceptions share no base class but Exception
+        if "SimplifiedLayerNormalization" not in str(error) or "rovider type" not in str(error):
+            raise
+        return runtime.InferenceSession(model, options, providers=providers, disabled_optimizers=[_FUSES_NORMS])
+
+
+def start_session(runtime: Any, model: bytes, options: Any, device: str) -> Any:
+    """A session on ``device``. Sums and proofs are of float32, so CUDA must not round what it multiplies (TF32).
+
+    Raises:
+        NoDeviceError: the device's provider does not start, for which ONNX Runtime would take the CPU and say nothing.
+    """
+    if device == "cpu":
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    if hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()  # CUDA's libraries out of Python packages, where the system has none
+    # Each session has a store of its own, which would double with every block that it lacks.
+    how = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    session = session_of(runtime, model, options, [("CUDAExecutionProvider", how)])
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        raise NoDeviceError(
+            "ONNX Runtime could not start CUDAExecutionProvider: check the driver, or take --device cpu"
+        )
+    return session
 
 
 def onnx_runtime() -> Any:

@@ -31,14 +31,26 @@ def constant_to_runtime(tensor: ir.TensorProtocol, device: str = "cpu") -> Runti
 def _value(array: np.ndarray[Any, Any], kind: ir.DataType | None, device: str) -> RuntimeValue:
     from onnxruntime import OrtValue
 
-    if kind is not None:
+    if not array.size:
+        device = "cpu"  # what is empty has no address on a device
+    if kind is None:
+        return OrtValue.ortvalue_from_numpy(array, device, 0)
+    if device == "cpu":
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(kind))
-    # What is empty has no address on a device.
-    return OrtValue.ortvalue_from_numpy(array, device if array.size else "cpu", 0)
+    # numpy has no bfloat16, and ONNX Runtime no copy to a device but of numpy's arrays.
+    copied = torch.from_numpy(array.view(np.int16).copy()).to(device).view(torch.bfloat16)
+    torch.cuda.current_stream().synchronize()  # ONNX Runtime reads it on a stream of its own
+    return OrtValue.from_dlpack(copied)
 
 
 def from_runtime(value: RuntimeValue) -> torch.Tensor:
     """An output of the model as a tensor on the CPU."""
     if value.element_type() == int(ir.DataType.BFLOAT16):
-        return torch.utils.dlpack.from_dlpack(value._ortvalue).clone()
+        return torch.utils.dlpack.from_dlpack(value._ortvalue).clone().cpu()
     return torch.from_numpy(value.numpy())
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor as an array; bfloat16, which numpy lacks, as float32, whose numbers have it among them."""
+    array: np.ndarray[Any, Any] = (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    return array

@@ -25,7 +25,8 @@ class OnnxStream:
         masks: Sequence[torch.Tensor | None],
         held: Iterable[str] = (),
     ) -> None:
-        self.execution, self.environments, self.masks = execution, list(environments), masks
+        self.execution, self.masks = execution, masks
+        self.environments: Sequence[Environment] = list(environments)
         # The inputs too: what an edit lets later nodes read of earlier ones can then be computed anew.
         self.held = tuple(dict.fromkeys((*execution.inputs, *held)))
         self.position = 0
@@ -37,9 +38,11 @@ class OnnxStream:
         live = dict.fromkeys([*execution.needed_behind(stop), *held])
         piece = self.piece(stop, [*live, *keep])
         kept: list[Environment] = []
-        for i, environment in enumerate(self.environments):
+        environments = list(self.environments)
+        self.environments = environments
+        for i, environment in enumerate(environments):
             values, _ = piece.run(environment)
-            self.environments[i] = {name: values[name] for name in live}
+            environments[i] = {name: values[name] for name in live}
             kept.append({name: values[name] for name in keep})
         self.position = stop
         return kept

@@ -24,7 +24,7 @@ from dotresize_fx.regions import Region
 from dotresize_fx.sweep import Inputs, Solvers, SweptRegion, is_held_out
 
 # What is fed beside the slim graph's own values: the dense stream, and what unmapped writers led to.
-_GOAL = "dotresize_fx.goal"
+GOAL = "dotresize_fx.goal"
 _SEEN = "dotresize_fx.seen."
 
 
@@ -49,10 +49,7 @@ class OnnxSweep:
         self.slim_graph, self.apply, self.refit, self.pull, self.device = slim, apply, refit, pull, device
         self.batches = batches
         self.masks = [padding_mask(batch) for batch in batches]
-        self.dense, self.slim = (
-            OnnxStream(execution, [execution.start(batch) for batch in batches], self.masks)
-            for execution in (OnnxExecution(graph, device) for graph in (dense, slim))
-        )
+        self.dense, self.slim = self._start_streams(*(OnnxExecution(graph, device) for graph in (dense, slim)))
         self.measuring = {i for i in range(len(batches)) if is_held_out(i)}
         fitting = next((i for i in range(len(batches)) if i not in self.measuring), 0)
         self.tables = RotaryTables(batches[fitting], self.masks[fitting], causal)
@@ -65,18 +62,35 @@ class OnnxSweep:
         Sublayers come in graph order.
         """
         target = cuts[0][0].target
-        regions = [OnnxRegion(self.slim_graph, region) for region, _ in cuts]
-        self.slim.advance(min(inputs.start(self.slim.execution) for inputs in regions))
-        goals = self.dense.advance(self.dense.execution.position(target) + 1, [target])
+        goals = self._reach([OnnxRegion(self.slim_graph, region) for region, _ in cuts], target)
         swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
-        self.slim.advance(self.slim.execution.position(target) + 1)
+        self._leave(target)
         return swept
 
-    def _slim_region(self, region: Region, width: int, goals: Sequence[Environment], solvers: Solvers) -> SweptRegion:
+    def _start_streams(self, dense: OnnxExecution, slim: OnnxExecution) -> tuple[OnnxStream, OnnxStream]:
+        first, second = (
+            OnnxStream(execution, [execution.start(batch) for batch in self.batches], self.masks)
+            for execution in (dense, slim)
+        )
+        return first, second
+
+    def _reach(self, regions: Sequence[OnnxRegion], target: str) -> Sequence[Environment]:
+        """Bring the slim stream to where a sublayer begins; by batch, as GOAL, what the dense graph has behind it."""
+        self.slim.advance(min(inputs.start(self.slim.execution) for inputs in regions))
+        goals = self.dense.advance(self.dense.execution.position(target) + 1, [target])
+        return [{GOAL: goal[target]} for goal in goals]
+
+    def _leave(self, target: str) -> None:
+        """Bring the slim stream behind the sublayer."""
+        self.slim.advance(self.slim.execution.position(target) + 1)
+
+    def _edited(self) -> None:
+        self.slim.go_on_in(OnnxExecution(self.slim_graph, self.device), self.batches)
+
+    def _slim_region(self, region: Region, width: int, extra: Sequence[Environment], solvers: Solvers) -> SweptRegion:
         if width == region.width and not self.refit:
             return SweptRegion(region, width, "kept", None)
         inputs = OnnxRegion(self.slim_graph, region)
-        extra = [{_GOAL: goal[region.target]} for goal in goals]
         sums = self._gather(inputs, extra)
 
         def fit(found: RegionMap) -> tuple[RegionMap, float | None]:
@@ -86,7 +100,7 @@ class OnnxSweep:
         if found is None:
             return SweptRegion(region, width, name, error)
         self.apply(region, found)
-        self.slim.go_on_in(OnnxExecution(self.slim_graph, self.device), self.batches)
+        self._edited()
         return SweptRegion(region, width, name, error, found.notes)
 
     def _gather(self, inputs: OnnxRegion, extra: Sequence[Environment]) -> Sums:
@@ -95,7 +109,7 @@ class OnnxSweep:
         execution, target = self.slim.execution, inputs.region.target
         others = {}
         if inputs.output is not None:
-            others = {WANTED: ((_GOAL, 1.0), (target, -1.0), (inputs.output, 1.0))}
+            others = {WANTED: ((GOAL, 1.0), (target, -1.0), (inputs.output, 1.0))}
         stop = max(inputs.end(execution), 1 + execution.position(target))
         for i, (_, found) in enumerate(self.slim.sums(stop, inputs.nodes(others), extra=extra)):
             add_to(held_out if i in self.measuring else fitting, found, READ)
@@ -115,7 +129,7 @@ class OnnxSweep:
         stop = max(inputs.end(execution), 1 + execution.position(target))
         plain = self.slim.piece(stop, [target, inputs.output])
         others: dict[str, Any] = {
-            WANTED: ((_GOAL, 1.0), (_SEEN + target, -1.0), (_SEEN + inputs.output, 1.0)),
+            WANTED: ((GOAL, 1.0), (_SEEN + target, -1.0), (_SEEN + inputs.output, 1.0)),
             OWN: ((_SEEN + inputs.output, 1.0),),
         }
         mapped = self.slim.piece(

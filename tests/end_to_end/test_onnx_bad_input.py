@@ -237,7 +237,8 @@ def test_weights_of_bfloat16_need_a_device_that_has_them(export: Callable[..., A
         array = numpy_helper.to_array(tensor)
         if array.dtype == np.float32 and array.ndim:
             tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.BFLOAT16, array.shape, array.reshape(-1)))
-    refused(export(model), 15, "convert what it lacks (bfloat16 to float16)")
+    said = "in bfloat16, which a CPU hardly computes: take --device cuda, or convert it to float16"
+    refused(export(model, None, "--device", "cpu"), 15, said)
 
 
 def test_an_opset_too_old_for_what_is_put_in(export: Callable[..., Any]) -> None:
@@ -261,3 +262,20 @@ def test_a_writer_that_shares_its_bias_with_one_of_another_width(export: Callabl
     assert export(made(body, **others)).code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sum(row["width_after"] < row["width_before"] for row in report["regions"]) >= 1
+
+
+def test_bfloat16_outside_a_model_that_computes_in_float32(export: Callable[..., Any], tmp_path: Path) -> None:
+    """Its inputs are given as float32; what it puts out is compared, measured and timed."""
+    model = made(PLAIN.replace("y = Add", "x2 = Add"))
+    model.graph.node.insert(0, helper.make_node("Cast", ["outside"], ["x"], to=TensorProto.FLOAT))
+    model.graph.node.append(helper.make_node("Cast", ["x2"], ["y"], to=TensorProto.BFLOAT16))
+    model.graph.input[0].name = "outside"
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.BFLOAT16
+    ended = export(model, {"outside": X}, "--device", "cpu")
+    assert ended.code == 0, ended.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["summary"]["verified"]
+    assert report["figures"]["fidelity"][0]["relative_error"] > 0
+    slim = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert [value.type.tensor_type.elem_type for value in (*slim.input, *slim.output)] == [TensorProto.BFLOAT16] * 2

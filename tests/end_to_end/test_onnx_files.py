@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import dotresize_fx
+from dotresize_fx import memory
 from dotresize_fx.errors import UsageError, VerificationError
 from dotresize_fx.export import prove_onnx
 from dotresize_fx.export.onnx_session import OnnxModel
@@ -289,3 +290,26 @@ def test_a_wrong_fold_is_found_out(
     ended, out = slim(model)
     assert (ended.code, "was not folded into what was solved for" in ended.stderr) == (10, True), ended.stderr
     assert not out.exists()
+
+
+def test_streams_that_do_not_fit_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, slim: Callable[..., Any], model: Path
+) -> None:
+    monkeypatch.setattr(memory, "KEPT_STREAMS_SHARE", 0.0)
+    ended, out = slim(model, "--ratio", "0.25", "--calibration-data", model.with_name("inputs.npz"))
+    assert ended.code == 0, ended.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["summary"]["verified"]
+    assert [note for note in report["notes"] if "calibrated in one shot" in note and "none was kept" in note]
+
+
+def test_a_configuration_says_how_long_a_sequence_is(
+    slim: Callable[..., Any], model: Path, tmp_path: Path, tiny_tokenizer: Any, few_tokens: list[str]
+) -> None:
+    """The graph itself takes more."""
+    (folder := tmp_path / "short").mkdir()
+    (folder / "model.onnx").write_bytes(model.read_bytes())
+    tiny_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 24}))
+    ended, _ = slim(folder / "model.onnx", *few_tokens)
+    assert (ended.code, "the model takes 24 tokens at most" in ended.stderr) == (2, True), ended.stderr

@@ -16,7 +16,7 @@ from dotresize_fx.errors import OnnxRuntimeError
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.graph import OnnxGraph
-from dotresize_fx.onnx_form.runtime_values import from_runtime, to_runtime
+from dotresize_fx.onnx_form.runtime_values import from_runtime, to_numpy, to_runtime
 from dotresize_fx.onnx_form.stream import OnnxStream
 
 pytest.importorskip("onnxruntime")
@@ -167,3 +167,33 @@ def test_a_cache_that_is_not_given_is_empty() -> None:
     positions, past = execution.outputs({"input_ids": draw(2, 4), "attention_mask": mask})
     assert positions.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert past.shape == (2, 2, 0, 4)
+
+
+def test_a_weight_in_a_constant_node_is_fed_as_an_initializer_is(difference: Any) -> None:
+    """Else each piece that reads it would hold a copy of it."""
+    weight = torch.randn(40, 30)
+    proto = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]>
+    fed (float[rows, 30] x) => (float[rows, 40] z) {
+        one = Constant <value_floats = [1.0]> ()
+        y = MatMul(x, w)
+        z = Mul(y, one)
+    }""")
+    stored = onnx.numpy_helper.from_array(weight.T.contiguous().numpy())
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["w"], value=stored))
+    execution = OnnxExecution(OnnxGraph(ir.from_proto(proto)))
+    assert execution.feeds("w")
+    assert not execution.is_static("w")
+    assert execution.is_static("one")
+    x = torch.randn(5, 30)
+    assert difference(execution.outputs({"x": x})[0], x @ weight.T) <= EXACT
+    other = torch.randn(30, 40)
+    assert difference(execution.outputs({"x": x}, {"w": other})[0], x @ other) <= EXACT
+
+
+def test_what_is_read_in_bfloat16_may_be_given_in_float32() -> None:
+    proto = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]>
+    coarse (bfloat16[rows, 4] x) => (bfloat16[rows, 4] y) { y = Identity(x) }""")
+    x = torch.randn(5, 4)
+    (found,) = OnnxExecution(OnnxGraph(ir.from_proto(proto))).outputs({"x": x})
+    assert torch.equal(found, x.bfloat16())
+    assert np.array_equal(to_numpy(found), x.bfloat16().float().numpy())

@@ -16,11 +16,13 @@ from dotresize_fx import prices
 from dotresize_fx.errors import NothingToSlimError, SolverError, UsageError
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.memory import Memory
 from dotresize_fx.onnx_form import answers
 from dotresize_fx.onnx_form.answers import OnnxAnswers
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
 from dotresize_fx.onnx_form.sensitivity import measure_onnx_curves
+from dotresize_fx.onnx_form.stream_room import stream_room
 from dotresize_fx.options import Options
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.find_regions import find_regions
@@ -212,3 +214,35 @@ def test_what_is_refused(both: tuple[FxGraph, OnnxGraphs], batches: Any) -> None
             )
     with pytest.raises(SolverError, match="infinite or NaN"):
         slim(graphs_of(proto), batches, WidthPlan({ffns(graphs.matches)[1].name: 16}))
+
+
+def test_one_shot_calibrates_on_the_dense_graph_alone(both: tuple[FxGraph, OnnxGraphs], batches: Any) -> None:
+    """Whether the dense stream is kept or run anew; what the first sublayer lost the second one does not see."""
+    _, graphs = both
+    first, second = ffns(graphs.matches)
+    plan = WidthPlan({first.name: 16, second.name: 24})
+    options, progress = Options(regions=("ffn",), method="obs"), Progress(quiet=True)
+    ways = [
+        slim_onnx_graph(graphs, batches, options, progress, task="decoder", rows=len, plan=plan, streams=streams)
+        for streams in (2, 1, 0)
+    ]
+    alone = [
+        slim(graphs, batches, WidthPlan({region.name: plan.widths[region.name]}), method="obs")
+        for region in (first, second)
+    ]
+    for region, apart in zip((first, second), alone, strict=True):
+        two, one, none, own = (slimmed.graph.weight(slimmed.graph.op(region.readers[0])) for slimmed in (*ways, apart))
+        assert torch.equal(one, none)
+        assert torch.allclose(one, own, atol=1e-5)
+        assert torch.allclose(two, own, atol=1e-5) == (region is first)
+
+
+def test_as_many_streams_as_fit_are_kept(both: tuple[FxGraph, OnnxGraphs], batches: Any) -> None:
+    _, graphs = both
+    target = ffns(graphs.matches)[0].target
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    size = stream_room(graphs.given, target, batches, Memory()).size
+    assert size >= 4 * WIDTH * tokens  # what the sublayer puts out, beside the inputs
+    for times, fitting in ((5, 2), (3, 1), (1, 0)):  # half of it is for streams
+        room = stream_room(graphs.given, target, batches, Memory(times * size))
+        assert (room.streams, bool(room.notes)) == (fitting, fitting < 2)
