@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,40 +54,51 @@ def verification_cases(result: SlimResult) -> Iterator[tuple[dict[str, Any], lis
             yield onnx_inputs(result.slim, given), [output.numpy() for output in behind]
 
 
-@dataclass(frozen=True, slots=True)
-class RoundingNoise:
-    """How far outputs move: the furthest of all, and each output's furthest as a share of its largest number."""
-
-    largest: float
-    shares: tuple[float, ...]
-
-
 @torch.no_grad()
-def rounding_noise(result: SlimResult, dtype: torch.dtype = torch.float32) -> RoundingNoise:
-    """How the slim program's outputs move, at real positions, when every weight moves by about its last bit.
-
-    That of a number of ``dtype``; program and weights stay float32. A share is the largest of all inputs.
-    """
+def rounding_noise(result: SlimResult) -> float:
+    """How far the slim program's outputs move, at real positions, when every weight moves by about its last bit."""
     moved = result.slim.copy()
     generator = torch.Generator().manual_seed(result.options.seed)
     weights = moved.program.state_dict
-    last_bit = torch.finfo(dtype).eps / 2
     for name, weight in weights.items():
         if weight.is_floating_point():
+            last_bit = torch.finfo(weight.dtype).eps / 2
             weights[name] = moved.kept(weight * (1 + last_bit * torch.randn(weight.shape, generator=generator)))
-    largest, rows = 0.0, []
+    largest = 0.0
     for inputs in verification_inputs(result):
         mask = padding_input(inputs)
         both = (Execution(graph, caches=True).outputs(inputs) for graph in (result.slim, moved))
-        row = []
         for one, other in zip(*both, strict=True):
-            moves = (one - other).abs()
-            real = moves[mask.bool()] if mask is not None and moves.shape[:2] == mask.shape else moves
-            furthest, size = float(real.max()), float(one.abs().max())
-            largest = max(largest, furthest)
-            row.append(furthest / size if size else 0.0)
-        rows.append(row)
-    return RoundingNoise(largest, tuple(map(max, zip(*rows, strict=True))))
+            largest = max(largest, float(_at_tokens((one - other).abs(), mask).max()))
+    return largest
+
+
+@torch.no_grad()
+def half_noise(result: SlimResult, dtype: torch.dtype) -> tuple[float, ...]:
+    """How far products in ``dtype`` move each of the slim program's outputs, at real positions, as a share of its
+    largest number: of all inputs the furthest.
+
+    They are those of torch's autocast on a CPU: products and attention read and give ``dtype``, the rest is float32.
+    """
+    execution = Execution(result.slim, caches=True)
+    rows = []
+    for inputs in verification_inputs(result):
+        mask = padding_input(inputs)
+        exact = execution.outputs(inputs)
+        with torch.autocast("cpu", dtype=dtype):
+            coarse = execution.outputs(inputs)
+        moves = [_at_tokens((one - other.float()).abs(), mask).max() for one, other in zip(exact, coarse, strict=True)]
+        rows.append([float(move / one.abs().max().clamp_min(1e-30)) for move, one in zip(moves, exact, strict=True)])
+    return tuple(map(max, zip(*rows, strict=True)))
+
+
+def _at_tokens(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What is no padding's: of (batch, length, ...), and of a cache's (batch, heads, length, ...)."""
+    if mask is not None and values.shape[:2] == mask.shape:
+        return values[mask.bool()]
+    if mask is not None and values.ndim == 4 and (values.shape[0], values.shape[2]) == tuple(mask.shape):
+        return values.transpose(1, 2)[mask.bool()]
+    return values
 
 
 def latency_inputs(result: SlimResult) -> dict[str, torch.Tensor]:

@@ -67,7 +67,7 @@ def _verified(
     allowed = result.options.tolerance
     notes: tuple[str, ...] = ()
     if found.max_abs_difference > allowed:
-        noise = rounding_noise(result).largest
+        noise = rounding_noise(result)
         allowed = max(allowed, ROUNDINGS * noise)
         notes = (
             f"the slim model amplifies rounding: weights moved by their last bit move its outputs by {noise:.1e}, "

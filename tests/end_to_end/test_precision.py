@@ -17,7 +17,6 @@ from dotresize_fx.compiler import SlimResult
 from dotresize_fx.errors import MissingExtraError, VerificationError
 from dotresize_fx.export import precision
 from dotresize_fx.export.onnx_session import CUDA, OnnxModel
-from dotresize_fx.export.trials import RoundingNoise
 
 HALF = onnx.TensorProto.FLOAT16
 
@@ -79,19 +78,19 @@ def test_float16_is_half_as_large_and_computes_the_same(
     assert timed.code == 0, timed.stderr
 
 
-def test_what_rounding_weights_does_is_allowed(saved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_rounding_does_in_pytorch_is_allowed(saved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(precision.TOLERANCES, "float16", 1e-6)  # which no float16 reaches
     _, report = saved("llama", dtype="float16")
     check = precisions(report)[1]["verification"]
     assert 1e-6 < check["max_abs_difference"] <= check["tolerance"] < 2e-2
-    assert "weights moved by their last bit in float16 move its outputs by" in " ".join(report["notes"])
+    assert "PyTorch's products in float16 move its outputs by" in " ".join(report["notes"])
 
 
 def test_what_rounds_too_coarsely_is_written_with_an_exact_stream(
     saved: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(precision.TOLERANCES, "float16", 1e-6)
-    monkeypatch.setattr(precision, "rounding_noise", lambda *_: RoundingNoise(0.0, (0.0,)))
+    monkeypatch.setattr(precision, "half_noise", lambda *_: (0.0,))
     with pytest.raises(VerificationError, match=r"in float16 differs .* of an output's largest number") as refused:
         saved("llama", dtype="float16", target="cpu")
     assert refused.value.exit_code == 10
