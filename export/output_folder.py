@@ -10,20 +10,18 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Self
+from typing import Self
+
+from filelock import FileLock, Timeout
 
 from dotresize_fx.errors import OutputError
 from dotresize_fx.journal import FOLDER as JOURNAL
 from dotresize_fx.report.contents import REPORT_FILE
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
+# Held by the process that works, and free once it is gone however it went.
 LOCK = "lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Rust (safetensors, tokenizers) and C++ (protobuf, torch) report a full disk as text only.
@@ -36,9 +34,10 @@ class OutputFolder:
     Entering checks OUT before any work is done and makes two folders beside it: ``partial`` for what OUT
     will hold and ``work`` for intermediate files, which is removed in any case. Leaving without an exception
     renames ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the
-    parents made for OUT. A process that is killed leaves ``work``: the next one for this OUT takes its journal over, see
-    :mod:`dotresize_fx.journal`; so it is where the disk was full. With ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new
-    one is complete. ``source`` is the model, where that is a file or folder.
+    parents made for OUT. A process that is killed leaves ``work``, as one does whose disk is full: the next one for
+    this OUT takes its journal over, see :mod:`dotresize_fx.journal`. With ``force`` an OUT that holds a
+    ``report.json`` is replaced whole, once the new one is complete. ``source`` is the model, where that is a file or
+    folder.
 
     Raises:
         OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
@@ -53,10 +52,10 @@ class OutputFolder:
         self._source = Path(source).resolve() if source is not None and Path(source).exists() else None
         self._pid = os.getpid()
         self._made_parents: list[Path] = []
-        self._held: IO[bytes] | None = None
-        self._keep_journal = False
         self.partial = self._beside("partial")
         self.work = self._beside("work")
+        self._lock = FileLock(self.work / LOCK)
+        self._keep_journal = False
 
     def __enter__(self) -> Self:
         try:
@@ -71,7 +70,8 @@ class OutputFolder:
                 self._take_over()
                 self.partial.mkdir()
                 self.work.mkdir(exist_ok=True)
-                self._held = _hold(self.work / LOCK)
+                with suppress(OSError, NotImplementedError):  # a file system without locks: nothing is taken over
+                    self._lock.acquire(timeout=0)
                 # Last resort for a signal that arrives between here and the body of the with statement.
                 atexit.register(self._discard)
         except OSError as error:
@@ -154,8 +154,7 @@ class OutputFolder:
         if os.getpid() != self._pid:  # a forked child that runs its parent's atexit list
             return
         atexit.unregister(self._discard)
-        if self._held is not None:
-            self._held.close()
+        self._lock.release()
         kept = self.work / JOURNAL if self._keep_journal else None
         shutil.rmtree(self.partial, ignore_errors=True)
         for entry in self.work.iterdir() if self.work.is_dir() else ():
@@ -170,29 +169,16 @@ class OutputFolder:
                 break  # someone else uses it by now
 
 
-def _hold(lock: Path) -> IO[bytes] | None:
-    """The file, locked for as long as it is open or its process lives; None where the system has no such locks."""
-    held = lock.open("ab")
-    if fcntl is None:
-        held.close()
-        return None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without them
-        held.close()
-        return None
-    return held
-
-
 def _is_free(lock: Path) -> bool:
     """Whether the process that made it is gone for sure."""
-    if fcntl is None or not lock.is_file():
+    if not lock.is_file():
         return False
-    with lock.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except (Timeout, OSError, NotImplementedError):  # it is held, or the file system has no such locks
+        return False
+    held.release()
     return True
 
 
