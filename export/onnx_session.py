@@ -24,7 +24,7 @@ from dotresize_fx.errors import (
     UnknownOpError,
 )
 from dotresize_fx.export.bfloat16_values import BFLOAT16, to_array, to_bfloat16
-from dotresize_fx.onnx_form.piece import session_of
+from dotresize_fx.onnx_form.open_runtime import session_of
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

@@ -13,6 +13,7 @@ from onnx import helper
 from dotresize_fx.errors import MissingExtraError, OnnxRuntimeError, OutOfMemoryError
 from dotresize_fx.onnx_form.form import bodies
 from dotresize_fx.onnx_form.gram_nodes import ROW_MASK, GramNodes, Sums
+from dotresize_fx.onnx_form.open_runtime import session_of
 from dotresize_fx.onnx_form.runtime_values import RuntimeValue, constant_to_runtime, to_runtime
 
 if TYPE_CHECKING:
@@ -166,20 +167,6 @@ class Piece:
 
 class NoDeviceError(OnnxRuntimeError):
     """ONNX Runtime could not start on the device."""
-
-
-# Of a bfloat16 norm it makes a node of no provider (1.31), which ends the start.
-_FUSES_NORMS = "SimplifiedLayerNormFusion"
-
-
-def session_of(runtime: Any, model: str | bytes, options: Any, providers: Sequence[Any]) -> Any:
-    """A session; where ONNX Runtime's own fusion of norms breaks it, one without that."""
-    try:
-        return runtime.InferenceSession(model, options, providers=providers)
-    except Exception as error:  # its exceptions share no base class but Exception
-        if "SimplifiedLayerNormalization" not in str(error) or "rovider type" not in str(error):
-            raise
-        return runtime.InferenceSession(model, options, providers=providers, disabled_optimizers=[_FUSES_NORMS])
 
 
 def start_session(runtime: Any, model: bytes, options: Any, device: str) -> Any:
