@@ -124,8 +124,9 @@ def slim_onnx_graph(
     if not untouched:
         notes += (REWRITTEN,)
     slimmed = dense.copy()
-    own_biases(slimmed, _swept(regions, chosen))
-    if streams is None and (cut := _swept(regions, chosen)):
+    cut = _swept(regions, chosen)
+    own_biases(slimmed, cut)
+    if streams is None and cut:
         room = stream_room(dense, cut[len(cut) // 2].target, batches, options.memory, device)
         streams, notes = room.streams, (*notes, *room.notes)
     swept, pairs = _sweep(

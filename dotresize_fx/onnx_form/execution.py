@@ -66,6 +66,10 @@ class OnnxExecution:
         names = [*self.inputs, *self._position]
         return [name for name in names if self.position(name) < stop <= self._last_use.get(name, -1)]
 
+    def live_behind(self, stop: int, held: Iterable[str]) -> list[str]:
+        """Those, and of ``held`` what is there by then."""
+        return list(dict.fromkeys([*self.needed_behind(stop), *(n for n in held if self.position(n) < stop)]))
+
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
         """An environment with the graph's inputs."""
         return {name: to_runtime(tensor, self.device) for name, tensor in self.completed(inputs).items()}

@@ -50,7 +50,7 @@ class OneShotSweep(OnnxSweep):
         start = max(start, stream.position)
         if self.held:
             stream.advance(start)
-        live = list(dict.fromkeys([*execution.needed_behind(start), *execution.inputs]))
+        live = execution.live_behind(start, execution.inputs)
         before = stream.piece(start, live)
         behind = execution.piece(start, execution.position(target) + 1, [target])
         self._last = None

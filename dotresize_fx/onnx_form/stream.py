@@ -33,9 +33,7 @@ class OnnxStream:
 
     def advance(self, stop: int, keep: Sequence[str] = ()) -> list[Environment]:
         """Run to ``stop``; the values of ``keep`` by batch."""
-        execution = self.execution
-        held = [name for name in self.held if execution.position(name) < stop]
-        live = dict.fromkeys([*execution.needed_behind(stop), *held])
+        live = self.execution.live_behind(stop, self.held)
         piece = self.piece(stop, [*live, *keep])
         kept: list[Environment] = []
         environments = list(self.environments)

@@ -42,7 +42,7 @@ def stream_room(
     """
     execution = OnnxExecution(graph, device)
     stop = 1 + execution.position(target)
-    live = dict.fromkeys([*execution.needed_behind(stop), *execution.inputs])
+    live = execution.live_behind(stop, execution.inputs)
     sample = max(batches, key=_numbers)
     values, _ = execution.piece(0, stop, live).run(execution.start(sample))
     held = sum(value.tensor_size_in_bytes() for value in values.values())

@@ -229,34 +229,35 @@ def peaks(start: Callable[..., subprocess.Popen[str]], *arguments: object, cwd: 
 BRIEFLY = ["--regions", "ffn", "--no-cache", "--quiet", "--device", "cpu", "--ratio", "0.05"]
 
 
-def test_a_model_of_twice_the_budget_is_slimmed_within_it(
+@pytest.fixture
+def slimmed_within(
     start: Callable[..., subprocess.Popen[str]],
     tiny_tokenizer: Callable[[Path], Any],
     few_tokens: list[str],
     tmp_path: Path,
-) -> None:
+) -> Callable[..., tuple[int, int]]:
+    """``slimmed_within(budget, *sizes, minutes)``: peaks of a tiny model and of one of these sizes (see write_model),
+    whose weights take twice the budget of so many MiB.
+    """
+
+    def measure(budget: int, *sizes: int, minutes: int) -> tuple[int, int]:
+        tiny, big = tmp_path / "tiny", tmp_path / "big"
+        write_model(tiny, tiny_tokenizer, 1, 64, 64, 4)
+        assert write_model(big, tiny_tokenizer, *sizes) >= 2 * budget * MIB
+        command = (tiny, big, tmp_path / "out", "--memory-budget", f"{budget}MiB", *BRIEFLY, *few_tokens)
+        return peaks(start, *command, "--calibration-tokens", "512", cwd=tmp_path, minutes=minutes)
+
+    return measure
+
+
+def test_a_model_of_twice_the_budget_is_slimmed_within_it(slimmed_within: Callable[..., tuple[int, int]]) -> None:
     """On top of what the libraries take, which is more than so small a budget."""
-    budget = 192 * MIB
-    tiny, big = tmp_path / "tiny", tmp_path / "big"
-    write_model(tiny, tiny_tokenizer, 1, 64, 64, 4)
-    assert write_model(big, tiny_tokenizer, 9, 2048, 256, 32) >= 2 * budget
-    command = (tiny, big, tmp_path / "out", "--memory-budget", "192MiB", *BRIEFLY, *few_tokens)
-    libraries, whole = peaks(start, *command, "--calibration-tokens", "512", cwd=tmp_path, minutes=15)
-    assert whole - libraries < budget, f"{libraries / MIB:.0f} MiB, then {whole / MIB:.0f} MiB"
+    libraries, whole = slimmed_within(192, 9, 2048, 256, 32, minutes=15)
+    assert whole - libraries < 192 * MIB, f"{libraries / MIB:.0f} MiB, then {whole / MIB:.0f} MiB"
 
 
 @pytest.mark.slow
-def test_a_model_of_eight_gib_is_slimmed_within_four(
-    start: Callable[..., subprocess.Popen[str]],
-    tiny_tokenizer: Callable[[Path], Any],
-    few_tokens: list[str],
-    tmp_path: Path,
-) -> None:
+def test_a_model_of_eight_gib_is_slimmed_within_four(slimmed_within: Callable[..., tuple[int, int]]) -> None:
     """Libraries included. Some 30 GB of disk."""
-    budget = 4096 * MIB
-    tiny, big = tmp_path / "tiny", tmp_path / "big"
-    write_model(tiny, tiny_tokenizer, 1, 64, 64, 4)
-    assert write_model(big, tiny_tokenizer, 40, 4096, 1024, 64) >= 2 * budget
-    command = (tiny, big, tmp_path / "out", "--memory-budget", "4GiB", *BRIEFLY, *few_tokens)
-    _, whole = peaks(start, *command, "--calibration-tokens", "512", cwd=tmp_path, minutes=180)
-    assert whole < budget, f"{whole / MIB:.0f} MiB"
+    _, whole = slimmed_within(4096, 40, 4096, 1024, 64, minutes=180)
+    assert whole < 4096 * MIB, f"{whole / MIB:.0f} MiB"
