@@ -94,7 +94,7 @@ def test_two_runs_are_the_same(dense: FxGraph, batches: list[Batch], mixed: Slim
 
 
 def test_too_little_text_to_hold_any_out_is_told(dense: FxGraph, batches: list[Batch]) -> None:
-    assert "too little to hold any of it out" in slimmed(dense, batches[:7], 0.4, "depth").notes[-1]
+    assert "too little to hold any of it out" in "".join(slimmed(dense, batches[:7], 0.4, "depth").notes)
 
 
 def test_macs_can_be_what_is_counted(dense: FxGraph, batches: list[Batch]) -> None:
