@@ -14,6 +14,7 @@ import torch
 from measure import Fidelity, calibration_rows, evaluation_rows, forward_seconds
 from texts import Batches, Texts, calibration, evaluation, read_texts
 
+from dotresize_fx.calibration import sequences_at_once
 from dotresize_fx.compiler import analyse, compute_device
 from dotresize_fx.cost import Cost, count_cost
 from dotresize_fx.export.model_source import LoadedModel, load_model
@@ -45,7 +46,7 @@ class Setup:
 
     def calibration(self, tokens: int) -> Batches:
         """So many tokens of the calibration texts."""
-        rows = calibration_rows(self.device)
+        rows = min(calibration_rows(self.device), sequences_at_once(tokens, self.length, self.device))
         shape: dict[str, Any] = {"length": self.length, "rows": rows, "device": self.device, "seed": self.sample}
         return calibration(self.texts, self.loaded.tokenizer, tokens=tokens, **shape)
 

@@ -23,7 +23,7 @@ from dotresize_fx.text import (
 )
 
 # Sequences run through the model at once on a CPU: few, so that one block's activations stay small. A GPU takes about
-# as many tokens as keep it busy, but leaves batches enough that some of them can be held out.
+# as many tokens as keep it busy. Both leave batches enough that some of them can be held out.
 CALIBRATION_BATCH = 2
 GPU_TOKENS = 8192
 BATCHES_AT_LEAST = 16
@@ -120,8 +120,7 @@ def prepare_data(
     # The part is named: a text may do for calibration and have too little left to measure on.
     part = "the first 80 %, which calibrates"
     try:
-        many = max(1, min(GPU_TOKENS, wanted // BATCHES_AT_LEAST) // length)
-        at_once = CALIBRATION_BATCH if device == "cpu" else many
+        at_once = sequences_at_once(wanted, length, device)
         calibrating = batches(calibration, wanted, at_once)
         lacking = wanted - _real_tokens(calibrating)
         if task == "encoder" and text.supplement is not None and lacking > LACKING * wanted:
@@ -134,6 +133,12 @@ def prepare_data(
         raise TextError(f"{text.names}, {part}: {error}") from error
     hashes = {"calibration text": text_sha256(calibration), "evaluation text": text_sha256(text.evaluation)}
     return CalibrationData(calibrating, measured, description, hashes)
+
+
+def sequences_at_once(tokens: int, length: int, device: str) -> int:
+    """How many sequences of ``length`` tokens a batch of calibration text has, of ``tokens`` in all."""
+    most = CALIBRATION_BATCH * length if device == "cpu" else GPU_TOKENS
+    return max(1, min(most, tokens // BATCHES_AT_LEAST) // length)
 
 
 def _real_tokens(batches: Sequence[Inputs]) -> int:

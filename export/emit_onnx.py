@@ -23,6 +23,7 @@ from dotresize_fx.export.fuse_attention import OPSET, fuse_attention, mark_group
 from dotresize_fx.export.fuse_rotary import fuse_rotary
 from dotresize_fx.export.fuse_skip_norms import fuse_skip_norms
 from dotresize_fx.export.given_program import export_given, ready_to_emit
+from dotresize_fx.export.join_table_gathers import join_table_gathers
 from dotresize_fx.export.nodewise_program import NodewiseProgram
 from dotresize_fx.export.onnx_file import ONNX_FILE, WEIGHTS_FILE
 from dotresize_fx.export.weights_apart import WeightsApart
@@ -51,6 +52,8 @@ def emit_onnx(model: torch.nn.Module, captured: Captured, graph: FxGraph, folder
             exported = None
     if exported is None:
         exported = _standard(model, captured, graph)
+    join_table_gathers(exported)
+    RemoveUnusedNodesPass()(exported)
     if captured.cache is not None:
         _name_sizes(exported.graph)
     path = folder / ONNX_FILE
@@ -83,7 +86,6 @@ def _fused(model: torch.nn.Module, captured: Captured, graph: FxGraph, target: s
     exported: onnx_ir.Model = export_given(OnnxExporter, config, model, captured, NodewiseProgram.of(ready.program))
     for rewrite in (fuse_rotary, fuse_attention, fit_rotary_tables, flatten_heads, fuse_skip_norms):
         rewrite(exported)
-    RemoveUnusedNodesPass()(exported)
     return exported
 
 

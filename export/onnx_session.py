@@ -24,7 +24,6 @@ from dotresize_fx.errors import (
     UnknownOpError,
 )
 from dotresize_fx.export.bfloat16_values import BFLOAT16, to_array, to_bfloat16
-from dotresize_fx.onnx_form.open_runtime import session_of
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -118,7 +117,7 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         how = {"use_tf32": "0"} if provider == CUDA and not tf32 else {}
-        session = session_of(onnxruntime, str(path), options, [(provider, how)])
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, how)])
     except Exception as error:  # its exceptions share no base class but Exception
         if _no_room(error):
             raise run_failed(path, error) from error

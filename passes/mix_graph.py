@@ -39,14 +39,15 @@ def mix_graph(
     """A copy of ``dense`` with ``options.ratio`` of the cost gone, by the options' methods (mixed/frontier.py).
 
     Losses of single cuts do not add up for all methods alike: what a method alone is measured to lose over what was
-    predicted scales its losses in the plan of all. Measured is on the calibration text that nothing is solved with.
+    predicted scales its losses in the plan of all. Measured is on the calibration text that nothing is solved with, or on
+    all of it where it is too little to hold any out, which a note says.
 
     Raises:
         NothingToSlimError: there are no blocks, or the methods together cannot remove so much.
     """
     ratio, methods = options.ratio or 0.0, options.methods
     offers = Offers(dense, matches, batches, methods, cost, options, progress, task)
-    measuring = [batch for i, batch in enumerate(batches) if is_held_out(i)] or batches
+    held_out = [batch for i, batch in enumerate(batches) if is_held_out(i)]
     tried: list[tuple[str, MixedPlan, Slimmed, float]] = []
 
     def attempt(name: str, plan: MixedPlan | None) -> None:
@@ -54,7 +55,7 @@ def mix_graph(
             return
         solved = carry_out(dense, offers, plan, batches, options, progress, task)
         with torch.no_grad(), progress.stage("measure plans"):
-            tried.append((name, plan, solved, price_graph(dense, solved.graph, measuring, task)))
+            tried.append((name, plan, solved, price_graph(dense, solved.graph, held_out or batches, task)))
 
     for method in methods:
         attempt(method, offers.plan(ratio, [method], {}))
@@ -63,7 +64,7 @@ def mix_graph(
         attempt("all", check_reached(offers.plan(ratio, methods, scales), ratio, methods))
     name, plan, best, _ = min(tried, key=lambda one: one[3])
     _show(offers, plan, best, progress)
-    notes = (*offers.notes, *_told(offers, plan), _compared(tried, name))
+    notes = (*offers.notes, *_told(offers, plan), _compared(tried, name, bool(held_out)))
     return replace(best, notes=notes)
 
 
@@ -133,6 +134,7 @@ def _told(offers: Offers, plan: MixedPlan) -> tuple[str, ...]:
     return tuple(told)
 
 
-def _compared(tried: Sequence[tuple[str, MixedPlan, Slimmed, float]], chosen: str) -> str:
+def _compared(tried: Sequence[tuple[str, MixedPlan, Slimmed, float]], chosen: str, held_out: bool) -> str:
     parts = [f"{name} {lost:.4f} (predicted {plan.predicted:.4f})" for name, plan, _, lost in tried]
-    return f"{chosen} was chosen by what each plan loses on held-out calibration text: {', '.join(parts)}"
+    text = "held-out calibration text" if held_out else "the calibration text, too little to hold any of it out"
+    return f"{chosen} was chosen by what each plan loses on {text}: {', '.join(parts)}"

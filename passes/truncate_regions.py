@@ -17,10 +17,11 @@ from dotresize_fx.regions import Region, RegionKind, Symmetry
 def truncate_regions(dense: FxGraph, regions: Sequence[Region], widths: Mapping[str, int]) -> FxGraph:
     """A copy in which every region that ``widths`` makes narrower keeps its first rows alone.
 
-    Whole KV heads and widths of the same attention's heads are not both to be cut.
+    Of rotary pairs each region keeps other ones, as solved ones do: with the same all would read one table. Whole KV
+    heads and widths of the same attention's heads are not both to be cut.
     """
     graph = dense.copy()
-    for region in regions:
+    for i, region in enumerate(regions):
         narrow = widths.get(region.name, region.width)
         if narrow == region.width:
             continue
@@ -30,7 +31,8 @@ def truncate_regions(dense: FxGraph, regions: Sequence[Region], widths: Mapping[
             _truncate(graph, region, narrow)
             continue
         if region.symmetry is Symmetry.ROTARY_PAIRS:
-            apply_map(graph, region, pair_selection(torch.arange(narrow // 2), region.width), check=False)
+            pairs = (torch.arange(narrow // 2) + i) % (region.width // 2)
+            apply_map(graph, region, pair_selection(pairs, region.width), check=False)
             continue
         down = selection(torch.arange(narrow), region.width)
         apply_map(graph, region, RegionMap(down, down.mT.contiguous()), check=False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dotresize_fx.calibration import CALIBRATION_BATCH, Text, load_text, prepare_data
+from dotresize_fx.calibration import CALIBRATION_BATCH, Text, load_text, prepare_data, sequences_at_once
 from dotresize_fx.errors import TextError, UsageError
 from dotresize_fx.options import Options
 from dotresize_fx.text import text_sha256
@@ -53,10 +53,10 @@ def test_without_files_the_text_that_python_carries() -> None:
 
 
 def test_a_decoder_gets_whole_sequences(files: list[Path], tokenizer: Any) -> None:
-    options = Options(calibration_tokens=320, sequence_length=32, evaluation_tokens=96)
+    options = Options(calibration_tokens=1280, sequence_length=32, evaluation_tokens=96)
     data = prepare_data(load_text(files), options, tokenizer, "decoder", longest=64)
     assert [tuple(batch["input_ids"].shape) for batch in data.calibration] == [(CALIBRATION_BATCH, 32)] * (
-        10 // CALIBRATION_BATCH
+        40 // CALIBRATION_BATCH
     )
     assert [tuple(batch["input_ids"].shape) for batch in data.evaluation] == [(1, 32)] * 3
     for batch in (*data.calibration, *data.evaluation):
@@ -69,6 +69,14 @@ def test_a_decoder_gets_whole_sequences(files: list[Path], tokenizer: Any) -> No
         "calibration text": text_sha256(text.calibration),
         "evaluation text": text_sha256(text.evaluation),
     }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "expected"),
+    [(196_608, "cpu", CALIBRATION_BATCH), (4_096, "cpu", 1), (196_608, "cuda", 16), (24_576, "cuda", 3), (64, "cuda", 1)],
+)
+def test_batches_are_enough_to_hold_some_out(tokens: int, device: str, expected: int) -> None:
+    assert sequences_at_once(tokens, 512, device) == expected
 
 
 def test_sequences_are_no_longer_than_the_model_takes(files: list[Path], tokenizer: Any) -> None:

@@ -185,6 +185,10 @@ class OnnxGraph(LayerEdits):
         # same (onnx.checker does not know that op).
         modern = self._graph.opset_imports.get("", 1) >= RMS_NORM_OPSET
         name = "RMSNormalization" if modern else "SimplifiedLayerNormalization"
+        if (source.dtype, scale.dtype) == (ir.DataType.FLOAT, ir.DataType.BFLOAT16):
+            # ONNX Runtime has no kernel for the two together; it rounds either way, before the norm or behind it.
+            rounded = ir.val(self._editor.fresh(f"{source.name}_rounded"), scale.dtype, source.shape)
+            source = self._editor.insert("Cast", [source], rounded, {"to": scale.dtype}, before=node).outputs[0]
         output = self._editor.stand_in_for(node.outputs[0])
         new = self._editor.insert(name, [source, scale], output, {"axis": -1, "epsilon": epsilon}, before=node)
         new.meta.update(node.meta)  # what it was fused with

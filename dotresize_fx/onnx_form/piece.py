@@ -13,7 +13,6 @@ from onnx import helper
 from dotresize_fx.errors import MissingExtraError, OnnxRuntimeError, OutOfMemoryError
 from dotresize_fx.onnx_form.form import bodies
 from dotresize_fx.onnx_form.gram_nodes import ROW_MASK, GramNodes, Sums
-from dotresize_fx.onnx_form.open_runtime import session_of
 from dotresize_fx.onnx_form.runtime_values import RuntimeValue, constant_to_runtime, to_runtime
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def start_session(runtime: Any, model: bytes, options: Any, device: str) -> Any:
         runtime.preload_dlls()  # CUDA's libraries out of Python packages, where the system has none
     # Each session has a store of its own, which would double with every block that it lacks.
     how = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-    session = session_of(runtime, model, options, [("CUDAExecutionProvider", how)])
+    session = runtime.InferenceSession(model, options, providers=[("CUDAExecutionProvider", how)])
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise NoDeviceError(
             "ONNX Runtime could not start CUDAExecutionProvider: check the driver, or take --device cpu"

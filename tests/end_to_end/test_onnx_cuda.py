@@ -126,7 +126,11 @@ def test_half_precision_is_cut_as_it_is(slim: Callable[..., Any], files: dict[st
     assert removed[0] == pytest.approx(removed[1], abs=0.03)  # widths come in steps
     kl = [each["figures"]["fidelity"][0]["kl_to_dense"] for each in (report, expected)]
     assert 0 < kl[0] <= FURTHER * kl[1]
-    assert kinds(out / "model.onnx") == kinds(files[precision])
+    found, given = (
+        {name: kind for name, kind in kinds(path).items() if kind != TensorProto.INT64}  # sizes may be stated
+        for path in (out / "model.onnx", files[precision])
+    )
+    assert found == given
     assert np.isfinite(logits(out, files, provider=CUDA)).all()
 
 

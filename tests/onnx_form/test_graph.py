@@ -142,6 +142,33 @@ def test_stream_has_the_regions_of_its_fx_twin(stream: Any, run: Any, difference
     assert difference(run(graph, ids=IDS), module(IDS).detach()) <= EXACT
 
 
+# What the norm reads and puts out before the gain is float32, as in models stored in half precision.
+HALF_GAIN = """<ir_version: 10, opset_import: ["" : 20]>
+half (float[batch, length, 8] x) => (bfloat16[batch, length, 8] y)
+<float two = {2.0}, float epsilon = {0.00001}, int64[1] last = {-1}> {
+    q = Pow(x, two)
+    m = ReduceMean <keepdims = 1> (q, last)
+    e = Add(m, epsilon)
+    r = Sqrt(e)
+    i = Reciprocal(r)
+    n = Mul(x, i)
+    rounded = Cast <to = 16> (n)
+    y = Mul("norm.weight", rounded)
+}"""
+
+
+def test_a_norm_of_float32_with_a_gain_in_bfloat16_is_of_one_type() -> None:
+    """No kernel of ONNX Runtime takes the two."""
+    proto = onnx.parser.parse_model(HALF_GAIN)
+    gain = onnx.helper.make_tensor("norm.weight", onnx.TensorProto.BFLOAT16, [WIDTH], torch.linspace(0.5, 1.5, WIDTH))
+    proto.graph.initializer.append(gain)
+    graph = OnnxGraph(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+    assert RecogniseNorms()(graph).records
+    (norm,) = [node for node in graph.model.graph if node.op_type == "SimplifiedLayerNormalization"]
+    assert {value.dtype for value in (*norm.inputs, *norm.outputs)} == {ir.DataType.BFLOAT16}
+    assert norm.inputs[0].producer().inputs[0].name == "x"
+
+
 @pytest.mark.parametrize("opset", [18, 23])
 def test_stream_lets_rotations_through_and_no_others(
     stream: Any, run: Any, difference: Any, insert_and_fold: Any, opset: int
