@@ -39,8 +39,8 @@ def mix_graph(
     """A copy of ``dense`` with ``options.ratio`` of the cost gone, by the options' methods (mixed/frontier.py).
 
     Losses of single cuts do not add up for all methods alike: what a method alone is measured to lose over what was
-    predicted scales its losses in the plan of all. Measured is on the calibration text that nothing is solved with, or on
-    all of it where it is too little to hold any out, which a note says.
+    predicted scales its losses in the plan of all. Measured is on the calibration text that nothing is solved with, or
+    on all of it where it is too little to hold any out, which a note says.
 
     Raises:
         NothingToSlimError: there are no blocks, or the methods together cannot remove so much.

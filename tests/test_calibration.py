@@ -73,7 +73,13 @@ def test_a_decoder_gets_whole_sequences(files: list[Path], tokenizer: Any) -> No
 
 @pytest.mark.parametrize(
     ("tokens", "device", "expected"),
-    [(196_608, "cpu", CALIBRATION_BATCH), (4_096, "cpu", 1), (196_608, "cuda", 16), (24_576, "cuda", 3), (64, "cuda", 1)],
+    [
+        (196_608, "cpu", CALIBRATION_BATCH),
+        (4_096, "cpu", 1),
+        (196_608, "cuda", 16),
+        (24_576, "cuda", 3),
+        (64, "cuda", 1),
+    ],
 )
 def test_batches_are_enough_to_hold_some_out(tokens: int, device: str, expected: int) -> None:
     assert sequences_at_once(tokens, 512, device) == expected
