@@ -188,9 +188,8 @@ class OnnxGraph(LayerEdits):
         if (source.dtype, scale.dtype) == (ir.DataType.FLOAT, ir.DataType.BFLOAT16):
             # ONNX Runtime has no kernel for the two together; it rounds either way, before the norm or behind it.
             rounded = ir.val(self._editor.fresh(f"{source.name}_rounded"), scale.dtype, source.shape)
-            source = self._editor.insert(
-                "Cast", [source], rounded, {"to": int(ir.DataType.BFLOAT16)}, before=node
-            ).outputs[0]
+            self._editor.insert("Cast", [source], rounded, {"to": int(ir.DataType.BFLOAT16)}, before=node)
+            source = rounded
         output = self._editor.stand_in_for(node.outputs[0])
         new = self._editor.insert(name, [source, scale], output, {"axis": -1, "epsilon": epsilon}, before=node)
         new.meta.update(node.meta)  # what it was fused with
