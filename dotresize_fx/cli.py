@@ -340,7 +340,8 @@ def _dry_run(arguments: argparse.Namespace, options: Options, stop: _Stop) -> No
 
     progress = Progress(quiet=arguments.quiet, check=stop.check)
     one_is_enough(progress.show)
-    print(dry_run(arguments.model, options, trust_remote_code=arguments.trust_remote_code, progress=progress))
+    found = dry_run(arguments.model, options, trust_remote_code=arguments.trust_remote_code, progress=progress)
+    print(found.text)
 
 
 def _inspect(arguments: argparse.Namespace, stop: _Stop) -> None:

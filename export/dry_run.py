@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dotresize_fx.cost import CostModel
 from dotresize_fx.device import compute_device
@@ -13,7 +13,7 @@ from dotresize_fx.export.model_source import load_model
 from dotresize_fx.export.onnx_source import is_onnx_source
 from dotresize_fx.export.open_model import reads_given_inputs
 from dotresize_fx.export.stand_ins import stand_ins
-from dotresize_fx.forecast import forecast, stream_bytes
+from dotresize_fx.forecast import Forecast, forecast, stream_bytes
 from dotresize_fx.memory import show_size
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import choose_regions, why_not_cut
@@ -25,8 +25,16 @@ from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.width_plan import step_of
 
 
-def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: Progress) -> str:
-    """Lines of text; only configuration, tokenizer and the headers of weight files are read, and nothing is written.
+@dataclass(frozen=True)
+class DryRun:
+    """``text`` is for people; the forecast is the last of it."""
+
+    text: str
+    forecast: Forecast
+
+
+def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: Progress) -> DryRun:
+    """Only configuration, tokenizer and the headers of weight files are read, and nothing is written.
 
     Raises:
         UsageError: the model is no Hugging Face folder, or what is asked for is no plan of widths by a ratio.
@@ -63,7 +71,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             measured=options.allocation != "uniform",
         )
     where = "stay in their files and are read as needed" if lazy else "are held in memory"
-    return "\n".join(
+    text = "\n".join(
         [
             *_matched(matches, {region.name: why_not_cut(graph, region) for region in matches.regions}),
             *beside,
@@ -80,6 +88,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             *told.lines(),
         ]
     )
+    return DryRun(text, told)
 
 
 def _check(name: str, options: Options) -> None:
