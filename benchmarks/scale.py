@@ -4,8 +4,8 @@
     python benchmarks/scale.py measure 8 --blocks 8 --rows 128 --length 2048       # its first blocks alone
     python benchmarks/scale.py foretell 70 405 --rows 128 --length 2048            # files that hold no numbers
 
-A model is named by its billions of weights, see MODELS. It is written to ``--folder`` in bfloat16, in one shard a block,
-with a tokenizer of words and a text of random words: speed and memory are what is measured, fidelity is not.
+A model is named by its billions of weights, see MODELS. It is written to ``--folder`` in bfloat16, a shard for each
+block, with a tokenizer of words and a text of random words: speed and memory are what is measured, fidelity is not.
 "bare" is transformers' own forward pass over the calibration tokens, in bfloat16 on a GPU; it and the slimming each
 have a process of their own. "GPU GiB" is the most that was allocated, "host GiB" the most memory of the process's own
 (anonymous or pinned; pages of files are not).
@@ -260,7 +260,8 @@ def main() -> None:
         if arguments.job == "measure":
             bare, took = in_a_process("bare", name), in_a_process("slim", name)
             row += [f"{took['seconds']:.1f}", f"{took['gpu'] / 2**30:.1f}", f"{took['host'] / 2**30:.1f}"]
-            row += [f"{bare['seconds']:.1f}", f"{took['seconds'] / bare['seconds']:.1f}", f"{bare['ceiling'] / 1e12:.0f}"]
+            row += [f"{bare['seconds']:.1f}", f"{took['seconds'] / bare['seconds']:.1f}"]
+            row.append(f"{bare['ceiling'] / 1e12:.0f}")
             row.append(", ".join(f"{stage} {seconds:.1f}" for stage, seconds in took["stages"].items()))
         line(row)
 
