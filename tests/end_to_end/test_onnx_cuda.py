@@ -89,6 +89,11 @@ def kinds(path: Path) -> dict[str, int]:
     return outside | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
+def numbers(path: Path) -> set[str]:
+    """Initialisers without dimensions."""
+    return {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer if not tensor.dims}
+
+
 def test_a_file_in_bfloat16_is_a_model(files: dict[str, Path]) -> None:
     """What the GPU is given here; without one nothing of it can be run."""
     for name in ("bfloat16", "outside"):
@@ -130,7 +135,8 @@ def test_half_precision_is_cut_as_it_is(slim: Callable[..., Any], files: dict[st
         {name: kind for name, kind in kinds(path).items() if kind != TensorProto.INT64}  # sizes may be stated
         for path in (out / "model.onnx", files[precision])
     )
-    assert found == given
+    assert found.items() <= given.items()
+    assert set(given) - set(found) <= numbers(files[precision])  # of norms that are one op now
     assert np.isfinite(logits(out, files, provider=CUDA)).all()
 
 
