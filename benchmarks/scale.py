@@ -8,7 +8,7 @@ A model is named by its billions of weights, see MODELS. It is written to ``--fo
 block, with a tokenizer of words and a text of random words: speed and memory are what is measured, fidelity is not.
 "bare" is transformers' own forward pass over the calibration tokens, in bfloat16 on a GPU; it and the slimming each
 have a process of their own. "GPU GiB" is the most that was allocated, "host GiB" the most memory of the process's own
-(anonymous or pinned; pages of files are not).
+(anonymous or shared; pages of files are not), "pinned GiB" what CUDA had of it for activations.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory-budget")
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--regions", nargs="+", default=[], help="default: what export cuts")
     parser.add_argument("--folder", type=Path, default=Path("scale"))
     return parser.parse_args(given)
@@ -146,7 +147,7 @@ def write_text(arguments: argparse.Namespace) -> Path:
 
 
 class Watch:
-    """The highest anonymous and pinned memory of this process while it is entered, in bytes."""
+    """The highest anonymous and shared memory of this process while it is entered, in bytes."""
 
     def __enter__(self) -> Watch:
         self.peak, self._over = 0, threading.Event()
@@ -213,14 +214,18 @@ def run_slim(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         slim(str(folder), arguments.ratio, calibration=text, work=work, progress=progress, **options)
         seconds = time.perf_counter() - started
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"seconds": seconds, "stages": progress.seconds, "host": watched.peak, "gpu": gpu}
+    gpu, pinned = 0, 0
+    if torch.cuda.is_available():
+        gpu = torch.cuda.max_memory_allocated()
+        pinned = int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+    return {"seconds": seconds, "stages": progress.seconds, "host": watched.peak, "gpu": gpu, "pinned": pinned}
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         "device": arguments.device,
         "effort": arguments.effort,
+        "compute_dtype": arguments.compute_dtype,
         "regions": tuple(arguments.regions),
         "sequence_length": arguments.length,
         "calibration_tokens": arguments.rows * arguments.length,
@@ -250,7 +255,7 @@ def main() -> None:
         return
     columns = ["billions", "blocks", "forecast s", "forecast GPU GiB", "forecast host GiB"]
     if arguments.job == "measure":
-        columns += ["s", "GPU GiB", "host GiB", "bare s", "times bare", "ceiling T/s", "stages"]
+        columns += ["s", "GPU GiB", "host GiB", "pinned GiB", "bare s", "times bare", "ceiling T/s", "stages"]
     line(columns)
     line(["---"] * len(columns))
     for name in arguments.models:
@@ -260,6 +265,7 @@ def main() -> None:
         if arguments.job == "measure":
             bare, took = in_a_process("bare", name), in_a_process("slim", name)
             row += [f"{took['seconds']:.1f}", f"{took['gpu'] / 2**30:.1f}", f"{took['host'] / 2**30:.1f}"]
+            row.append(f"{took['pinned'] / 2**30:.1f}")
             row += [f"{bare['seconds']:.1f}", f"{took['seconds'] / bare['seconds']:.1f}"]
             row.append(f"{bare['ceiling'] / 1e12:.0f}")
             row.append(", ".join(f"{stage} {seconds:.1f}" for stage, seconds in took["stages"].items()))

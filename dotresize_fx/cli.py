@@ -175,6 +175,10 @@ def _parser() -> argparse.ArgumentParser:
         "--basis", default="shared", help="of the residual stream: shared, or one a sublayer with adapters (shared)"
     )
     export.add_argument(
+        "--compute-dtype",
+        help="of calibration's products: float32 or bfloat16 (float32; on a GPU, of a model stored so, bfloat16)",
+    )
+    export.add_argument(
         "--head-sizes",
         help="free, or equal: query, key and value heads of one size, as CUDA's want (free)",
     )

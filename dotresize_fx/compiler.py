@@ -14,7 +14,7 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
 from dotresize_fx.clock import Clock
-from dotresize_fx.device import compute_device, held_bytes
+from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, held_bytes, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.capture import Captured
@@ -55,6 +55,8 @@ READ_AS_NEEDED = (
     "weights were read from the model's files as they were needed, block by block: all of them would have taken too "
     "much of the memory (--memory-budget)"
 )
+
+IN_HALF = "calibration took products of activations in bfloat16, summed in float32 and more (--compute-dtype)"
 
 __all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim"]
 
@@ -209,9 +211,11 @@ def slim_with(
     require_formats(chosen.formats, given)
     text = None if given else load_text(chosen.calibration)
     plan = None if chosen.plan is None else read_plan(chosen.plan)
+    device = compute_device(chosen)
     with progress.stage("load"):
         # What other processes are to be handed is held in memory.
-        memory = replace(chosen.memory, lazy=chosen.memory.lazy and launched.count == 1)
+        alone = launched.count == 1
+        memory = replace(chosen.memory, lazy=chosen.memory.lazy and alone, gpu=free_on_gpu(device))
         loaded = open_model(model, example_inputs, trust_remote_code=trust_remote_code, memory=memory)
     if text is not None:
         check_tokenizer(loaded)
@@ -232,8 +236,8 @@ def slim_with(
                 rehearse_depth(loaded, captured, chosen)
             else:
                 factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
-    device = compute_device(chosen)
     task = _task(loaded, captured)
+    dense.half_products = computes_in_half(chosen, loaded.config, device)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
     own: Sequence[Inputs] = ()
     if text is None:
@@ -246,9 +250,7 @@ def slim_with(
     with _work_folder(work) as folder:
         if loaded.lazy:
             streams = stream_bytes(dense, sum(next(iter(batch.values())).numel() for batch in data.calibration))
-            dense.spool = Spool(
-                folder, activations=chosen.memory.has_no_room_for_streams(streams), held=held_bytes(device)
-            )
+            dense.spool = Spool(folder, streams=stream_place(memory, streams, device), held=held_bytes(device))
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock
@@ -266,7 +268,12 @@ def slim_with(
         data,
         chosen,
         progress,
-        notes=(*((READ_AS_NEEDED,) if loaded.lazy else ()), *captured.notes, *slimmed.notes),
+        notes=(
+            *((READ_AS_NEEDED,) if loaded.lazy else ()),
+            *((IN_HALF,) if dense.half_products else ()),
+            *captured.notes,
+            *slimmed.notes,
+        ),
         clock=clock,
         dense_onnx=None if clock is None or work is None else work / ONNX_FILE,
         started=started,

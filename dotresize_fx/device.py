@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dotresize_fx.errors import UsageError
+from dotresize_fx.memory import Memory
 from dotresize_fx.options import Options
 
 # Weights that a GPU holds of those that stay in files: two blocks of a large model, and no more than it has room for.
-HELD, HELD_SHARE = 4 << 30, 0.25
+HELD, HELD_SHARE = 2 << 30, 0.25
+# Of the host's memory that pinned streams may take where weights stay in files.
+PINNED_SHARE = 0.75
 
 
 def compute_device(options: Options) -> str:
@@ -23,6 +28,28 @@ def compute_device(options: Options) -> str:
     return "cuda" if options.device != "cpu" and available else "cpu"
 
 
+def stream_place(memory: Memory, streams: int, device: str) -> str:
+    """Where this many bytes of the sweep's streams had better wait, of what :class:`stored_tensors.Spool` knows."""
+    if device == "cpu":
+        return "files" if memory.has_no_room_for_streams(streams) else "device"
+    if memory.fits(streams, HELD_SHARE, free_on_gpu(device)):
+        return "device"
+    return "pinned" if memory.fits(streams, PINNED_SHARE) else "files"
+
+
+def computes_in_half(options: Options, config: Any, device: str) -> bool:
+    """Whether products of activations are bfloat16's: where asked for, or on a GPU what is stored so."""
+    if options.compute_dtype is not None:
+        return options.compute_dtype == "bfloat16"
+    return device != "cpu" and getattr(config, "dtype", None) in (torch.bfloat16, "bfloat16")
+
+
+def free_on_gpu(device: str) -> int | None:
+    """Bytes; None of a CPU."""
+    return None if device == "cpu" else int(torch.cuda.mem_get_info()[0])
+
+
 def held_bytes(device: str) -> int:
     """How much of what is read from files again and again may stay on the device; on a CPU they are as near."""
-    return 0 if device == "cpu" else min(HELD, int(HELD_SHARE * torch.cuda.mem_get_info()[0]))
+    free = free_on_gpu(device)
+    return 0 if free is None else min(HELD, int(HELD_SHARE * free))

@@ -74,12 +74,14 @@ def forecast(
     length: int,
     device: str,
     lazy: bool,
-    spooled: bool,
+    streams: str,
+    half: bool,
     measured: bool,
 ) -> Forecast:
     """For ``tokens`` that calibrate and ``measuring`` ones in sequences of ``length``.
 
-    ``lazy`` and ``spooled``: weights and streams wait in files. ``measured``: widths are planned by sensitivity.
+    ``lazy``: weights wait in files; ``streams``: where these do, see :class:`stored_tensors.Spool`. ``half``: products
+    of activations are bfloat16's. ``measured``: widths are planned by sensitivity.
     """
     cost = count_cost(graph, length)
     weights = {value: graph.parameter(value).nbytes for op in graph.ops for value in (op.weight, op.bias) if value}
@@ -87,12 +89,13 @@ def forecast(
     largest = max(weights.values(), default=0)
     block = max((_ends(graph, region) for region in regions), default=0) * 4
     solving = max((_solving(graph, region) for region in regions), default=0)
-    streams = 0 if spooled else stream_bytes(graph, tokens)
+    flowing = stream_bytes(graph, tokens)
     vocabulary = max((int(graph.weight(op).shape[0]) for op in graph.ops if op.kind is Kind.EMBEDDING), default=0)
     answers = 3 * length * vocabulary * 4 + 4 * POSITIONS_AT_ONCE * vocabulary * 4
-    working = max(2 * block + solving + streams, answers + largest, 2 * largest)
+    working = max(2 * block + solving + (flowing if streams == "device" else 0), answers + largest, 2 * largest)
     resident = 0 if lazy else 2 * whole
     host = LIBRARIES + resident + (working if device == "cpu" else max(2 * largest, answers))
+    host += flowing if streams == "pinned" else 0
     gpu = 0 if device == "cpu" else resident + working + largest
     run = 2.0 * cost.macs_per_token
     operations = run * (PASSES * tokens + 4 * measuring)
@@ -101,7 +104,7 @@ def forecast(
         operations += run * shaped + run * priced * (len(regions) / 2 + 1)
     widths = [_width(graph, region) for region in regions]
     operations += sum(2.0 * 2 * tokens * n * n for n in widths)
-    rate, double = (_rate(device, dtype) for dtype in (torch.float32, torch.float64))
+    rate, double = (_rate(device, dtype) for dtype in (torch.bfloat16 if half else torch.float32, torch.float64))
     solved = sum(SOLVING * float(n) ** 3 for n in widths) * (2 if measured else 1)
     seconds = operations / rate + solved / double + SECONDS_PER_OP * len(graph.ops)
     return Forecast(host, gpu, seconds, operations + solved, rate)

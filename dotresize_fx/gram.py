@@ -15,8 +15,8 @@ from dotresize_fx.regions import Region
 class GramAccumulator:
     """Sums x.T @ x and x.T @ y over batches of rows.
 
-    Products are taken in the activations' dtype (at least float32), sums in float64. ``gram`` is (n, n), each
-    entry of ``cross`` (n, m) and each of ``energy`` a float64 scalar, the sum of y squared.
+    Products are float32 at least, see :func:`transposed_product`, sums float64. ``gram`` is (n, n), each entry of
+    ``cross`` (n, m) and each of ``energy`` a float64 scalar, the sum of y squared.
     """
 
     def __init__(self) -> None:
@@ -27,17 +27,15 @@ class GramAccumulator:
 
     def add(self, x: torch.Tensor, **others: torch.Tensor) -> None:
         """x: (tokens, n); others: (tokens, m) each."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.tokens == 0:
             self.gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         self.tokens += len(x)
-        self.gram += x.T @ x
+        self.gram += transposed_product(x, x)
         for name, y in others.items():
-            y = y.to(x.dtype)
             if name not in self.cross:
                 self.cross[name] = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
                 self.energy[name] = torch.zeros((), dtype=torch.float64, device=x.device)
-            self.cross[name] += x.T @ y
+            self.cross[name] += transposed_product(x, y)
             self.energy[name] += y.double().square().sum()
 
     def add_sums(
@@ -83,6 +81,22 @@ class GramAccumulator:
         mapped.cross = {name: matrix.T @ cross for name, cross in self.cross.items()}
         mapped.energy = self.energy
         return mapped
+
+
+def transposed_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(n, m) x.T @ y, float32 at least; x: (tokens, n), y: (tokens, m).
+
+    On a GPU products of bfloat16 numbers, which are exact, are summed in float32; a ``y`` of float32 is taken as the
+    sum of two such numbers, which keeps 16 bits of it.
+    """
+    if not (x.is_cuda and x.dtype is torch.bfloat16):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.to(dtype).T @ y.to(dtype)
+    high = y.bfloat16()
+    product = torch.mm(x.T, high, out_dtype=torch.float32)
+    if y.dtype is not torch.bfloat16:
+        product += torch.mm(x.T, (y - high).bfloat16(), out_dtype=torch.float32)
+    return product
 
 
 def with_ones(rows: torch.Tensor) -> torch.Tensor:

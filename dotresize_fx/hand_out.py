@@ -44,7 +44,8 @@ def give(handed: Handed) -> None:
     shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
     caches = [dict(graph.caches) for graph in graphs]
     numbers = {name: None if part is None else dict(part) for name, part in handed.numbers.items()}
-    torch.save([programs, keys, caches, shapes, sources, handed.task, numbers], content)
+    half = handed.dense.half_products
+    torch.save([programs, keys, caches, half, shapes, sources, handed.task, numbers], content)
     device = tensors[0].device
     buffer = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8).to(device)
     ranks.share_first([torch.tensor([len(buffer)], device=device)])
@@ -57,7 +58,7 @@ def take(device: str) -> Handed:
     ranks = Ranks()
     ranks.share_first([size := torch.zeros(1, dtype=torch.int64, device=device)])
     ranks.share_first([buffer := torch.empty(int(size), dtype=torch.uint8, device=device)])
-    programs, keys, caches, shapes, sources, task, numbers = torch.load(
+    programs, keys, caches, half, shapes, sources, task, numbers = torch.load(
         io.BytesIO(buffer.cpu().numpy().tobytes()), weights_only=True
     )
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
@@ -65,6 +66,7 @@ def take(device: str) -> Handed:
     graphs = [_with_weights(*parts, tensors, device) for parts in zip(programs, keys, strict=True)]
     for graph, known in zip(graphs, caches, strict=True):
         graph.caches.update(known)
+        graph.half_products = half
     here = [[{name: value.to(device) for name, value in batch.items()} for batch in part] for part in sources]
     return Handed(graphs[0], graphs[-1], here, task, numbers)
 

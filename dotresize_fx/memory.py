@@ -39,30 +39,36 @@ class Memory:
     """``budget`` is how many bytes the process may take for itself, files mapped into it not counted; None is what is
     free.
 
-    ``lazy`` False: weights are read at once whatever there is, since what is asked for takes them all.
+    ``lazy`` False: weights are read at once whatever there is, since what is asked for takes them all. ``gpu``: how
+    many bytes there are where they are computed with, if not here.
     """
 
     budget: int | None = None
     lazy: bool = True
+    gpu: int | None = None
 
     def is_short_of(self, weights: int) -> bool:
         """Whether this many bytes of weights had better stay in their files."""
-        return self.lazy and self._too_much(weights, WEIGHTS_SHARE)
+        return self.lazy and not (self.fits(weights, WEIGHTS_SHARE) and self.fits(weights, WEIGHTS_SHARE, self.gpu))
 
     def has_no_room_for_streams(self, activations: int) -> bool:
         """Whether activations of this many bytes, both models' on the calibration text, had better wait in files."""
-        return self._too_much(activations, STREAMS_SHARE)
+        return not self.fits(activations, STREAMS_SHARE)
 
     def has_room_for_kept_streams(self, activations: int, there: int | None = None) -> bool:
         """Whether activations of this many bytes may stay where they are computed, ``there`` the bytes that are free
         there (None: the process's memory).
         """
-        return not self._too_much(activations, KEPT_STREAMS_SHARE, there)
+        return self.fits(activations, KEPT_STREAMS_SHARE, there)
 
-    def _too_much(self, size: int, share: float, there: int | None = None) -> bool:
-        if there is None:
-            there = available_memory() if self.budget is None else self.budget
-        return there is not None and size > share * there
+    def fits(self, size: int, share: float, there: int | None = None) -> bool:
+        """Whether so many bytes are at most this share of the budget, and of the bytes ``there``; without either, of
+        what is free here.
+        """
+        bounds = [bound for bound in (self.budget, there) if bound is not None]
+        if not bounds and (free := available_memory()) is not None:
+            bounds = [free]
+        return all(size <= share * bound for bound in bounds)
 
 
 WHAT_IS_FREE = Memory()

@@ -31,6 +31,8 @@ HEAD_SIZES = ("free", "equal")
 TARGETS = ("any", "cpu", "cuda")
 BASES = ("shared", "sublayer")
 DTYPES = ("float32", "float16", "bfloat16")
+# What products of activations are taken in.
+COMPUTE_DTYPES = ("float32", "bfloat16")
 QUANTISED = ("int8", "int4")
 # What is written; onnx always. The others go into folders of these names.
 FORMATS = ("onnx", "pt2", "openvino", "executorch", "genai")
@@ -40,6 +42,7 @@ MORE_CHOICES = {
     "basis": BASES,
     "target": TARGETS,
     "dtype": DTYPES,
+    "compute_dtype": COMPUTE_DTYPES,
     "quantize": QUANTISED,
 }
 # What decides the widths, with its defaults. Beside a plan of widths none of it can be given.
@@ -84,16 +87,19 @@ class Options:
     (FORMATS) are what to write beside model.onnx; "genai" is built from the checkpoint. ``cache``: a decoder's ONNX
     reads and hands on keys and values, where its cache is no more than these. ``target`` (TARGETS): "any" emits
     standard ops alone, "cpu" and "cuda" also fused ops that only ONNX Runtime has. ``dtype`` (DTYPES) and
-    ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed in float32. ``device`` is where
-    calibration and solving run; conversion and ONNX Runtime stay on the CPU.
+    ``quantize`` (QUANTISED) are what model.onnx is written in once all is computed. ``device`` is where calibration and
+    solving run; conversion and ONNX Runtime stay on the CPU. ``compute_dtype`` (COMPUTE_DTYPES): what products of
+    activations are taken in there; sums and solving are more precise. None is bfloat16 on a GPU for models that are
+    stored so.
 
     ``methods`` (METHODS of mixed/frontier.py): the ratio is spent on widths, ranks and depth together.
 
     ``merge`` stands for the ratio too: so many blocks go, by ``merge_method`` (None is "mka"). The methods "rom" and
     "rank" replace linears by two of a lower rank. Both leave widths alone.
 
-    ``memory_budget`` ("4GiB", or bytes): how much memory the process may take for itself; weights stay in the files of
-    a Hugging Face folder until they are needed where they would take too much of it, or without it of what is free.
+    ``memory_budget`` ("4GiB", or bytes): how much memory the process may take for itself, and of a GPU's; weights stay
+    in the files of a Hugging Face folder until they are needed where they would take too much of it, or without it of
+    what is free.
 
     ``target_latency`` stands for the ratio, which is None then: the share of the dense model's time that ``workload``
     ("prompt=128,decode=64,batch=1"; None is that) is to take on this machine. ``profile``: the ratio is split by what
@@ -140,6 +146,7 @@ class Options:
     dtype: str = "float32"
     quantize: str | None = None
     device: str = "auto"
+    compute_dtype: str | None = None
     memory_budget: int | str | None = None
     seed: int = 0
     check: bool = field(default=False)

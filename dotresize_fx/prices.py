@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import padding_mask, token_rows
 from dotresize_fx.graph import Kind
+from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.task import predicts_tokens
 
@@ -32,8 +34,32 @@ class Departure(Protocol):
     @property
     def departs(self) -> Sequence[torch.fx.Node]: ...
 
-    def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
-        """What ``wanted`` is with the change; ``environment`` was run up to ``start`` and is used up."""
+    def depart(self, execution: Execution, environment: Environment, start: int) -> int:
+        """Make the change in ``environment``, which was run up to ``start``; returns how far it is run then."""
+
+
+@dataclass
+class _Departed:
+    """A run with a change, on its way to the answers."""
+
+    probe: Departure
+    environment: Environment
+    position: int
+
+    def go_on(self, execution: Execution, stop: int) -> None:
+        if self.position < stop:
+            execution.run(self.environment, self.position, stop)
+            self.position = stop
+        for node, value in self.environment.items():
+            self.environment[node] = execution.graph.kept_activation(value)
+
+    def arrive(self, execution: Execution, wanted: torch.fx.Node) -> torch.Tensor:
+        stop = execution.index[wanted] + 1
+        if self.position >= stop:
+            found: torch.Tensor = in_memory(self.environment[wanted])
+            return found
+        found = execution.run(self.environment, self.position, stop, keep=[wanted])[wanted]
+        return found
 
 
 def price_probes(
@@ -45,6 +71,8 @@ def price_probes(
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Loss an answer by name. The dense model is run once more a batch; each probe departs from that run.
+
+    Where weights wait in files all that departed go on side by side, so that each weight is read once a batch.
 
     Of what rarely goes, and is run on the first batch alone, the loss grows as that of the others does. ``ranks`` share
     the batches.
@@ -60,13 +88,19 @@ def price_probes(
         batch = batches[i]
         answers = Answers(execution, batch, task)
         environment, position = execution.start(batch), 0
+        departed: list[_Departed] = []
         for start, probe in departures:
             if i > 0 and probe.name not in always:
                 continue
             execution.run(environment, position, start)
             position = start
-            found = probe.run(execution, dict(environment), start, answers.node)
-            total[probe.name] += answers.lost(found)
+            for one in departed:
+                one.go_on(execution, start)
+            own = dict(environment)
+            departed.append(_Departed(probe, own, probe.depart(execution, own, start)))
+            if graph.spool is None:
+                _arrive(departed, execution, answers, total)
+        _arrive(departed, execution, answers, total)
         count += answers.count
         first = first if i else sum(total[name] for name in always)
         advanced()
@@ -76,6 +110,13 @@ def price_probes(
         total, count = dict(zip(total, shared, strict=True)), round(counted)
     growth = sum(total[name] for name in always) / first if first > 0 else 1.0
     return {name: value * (1 if name in always else growth) / max(count, 1) for name, value in total.items()}
+
+
+def _arrive(departed: list[_Departed], execution: Execution, answers: Answers, total: dict[str, float]) -> None:
+    """Add what each loses; none is left under way."""
+    while departed:
+        one = departed.pop(0)
+        total[one.probe.name] += answers.lost(one.arrive(execution, answers.node))
 
 
 def price_graph(dense: FxGraph, other: FxGraph, batches: Sequence[Inputs], task: str) -> float:

@@ -8,6 +8,7 @@ from dotresize_fx.expert_statistics import refit_experts
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.head_maps import at_dense_width, over_heads
+from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind, Symmetry
@@ -77,14 +78,14 @@ class Probe:
         change = reader_change(region, statistics, found)
         self.change = graph.kept(change.to(graph.weight(inputs.reader).dtype))
 
-    def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
-        """What ``wanted`` is with the region cut; ``environment`` was run up to ``start`` and is used up."""
+    def depart(self, execution: Execution, environment: Environment, start: int) -> int:
+        """Cut the region in ``environment``, which was run up to ``start``; returns how far it is run then."""
         node, hidden = self.inputs.output, self.inputs.hidden
         if node is not None and hidden is not None and not self.weights:
-            rows = environment[hidden]
+            rows = in_memory(environment[hidden])
             values = execution.run(environment, start, stop := execution.index[node] + 1, keep=[node])
             environment[node] = values[node] + rows @ self.change.to(rows.dtype)
-            start = stop
-        stop = execution.index[wanted] + 1
-        found: torch.Tensor = execution.run(environment, start, stop, keep=[wanted], parameters=self.weights)[wanted]
-        return found
+            return stop
+        stop = 1 + max(execution.index[user] for weight in self.weights for user in weight.users)
+        execution.run(environment, start, stop, parameters=self.weights)
+        return stop

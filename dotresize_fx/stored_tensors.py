@@ -109,12 +109,23 @@ class Recent:
 class Spool:
     """Tensors that wait in files without a name in ``folder``, each of which goes with its tensor.
 
-    ``activations``: those of the sweep's streams too. ``recent`` holds ``held`` bytes of weights that were read.
+    ``streams`` says where those of the sweep's streams wait: "device", that is as they are, "pinned" memory of the host
+    or "files". ``recent`` holds ``held`` bytes of weights that were read.
     """
 
-    def __init__(self, folder: Path, *, activations: bool = False, held: int = 0) -> None:
-        self._folder, self.activations = folder, activations
+    def __init__(self, folder: Path, *, streams: str = "device", held: int = 0) -> None:
+        self._folder, self._streams = folder, streams
         self.recent = Recent(held)
+
+    def put_activation(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same numbers, on the same device, where the streams wait."""
+        if self._streams == "device":
+            return tensor
+        if self._streams == "files":
+            return self.put(tensor)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor.detach(), non_blocking=True)  # which what reads it is queued behind
+        return LazyTensor(lambda: host, tuple(tensor.shape), tensor.dtype, tensor.device)
 
     def put(self, tensor: torch.Tensor) -> LazyTensor:
         """The same numbers, on the same device, once they are needed."""

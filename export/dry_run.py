@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from dotresize_fx.cost import CostModel
-from dotresize_fx.device import compute_device
+from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
 from dotresize_fx.export.model_source import load_model
@@ -23,6 +23,12 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport, Region, RegionKind, counted
 from dotresize_fx.structure_options import changes_structure
 from dotresize_fx.width_plan import step_of
+
+STREAMS_WAIT = {
+    "device": "",
+    "pinned": "; the sweep's streams wait in the host's memory",
+    "files": "; the sweep's streams wait in files too",
+}
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,21 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
         cut = [region for region in regions if region.name in plan.widths]
         went = sum((r.width - plan.widths[r.name]) * cost.per_unit(graph, r) for r in cut)
         weights = sum(tensor.numel() * 4 for tensor in {id(p): p for p in loaded.model.parameters()}.values())
-        lazy = options.memory.is_short_of(weights)
+        device = compute_device(options)
+        memory = replace(options.memory, gpu=free_on_gpu(device))
+        lazy = memory.is_short_of(weights)
         tokens = options.tokens_that_calibrate(loaded.task)
-        spooled = lazy and options.memory.has_no_room_for_streams(stream_bytes(graph, tokens))
+        place = stream_place(memory, stream_bytes(graph, tokens), device) if lazy else "device"
         told = forecast(
             graph,
             regions,
             tokens=tokens,
             measuring=options.evaluation_tokens,
             length=length,
-            device=compute_device(options),
+            device=device,
             lazy=lazy,
-            spooled=spooled,
+            streams=place,
+            half=computes_in_half(options, loaded.config, device),
             measured=options.allocation != "uniform",
         )
     where = "stay in their files and are read as needed" if lazy else "are held in memory"
@@ -83,8 +92,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             "uniformly; "
             + ("as it is asked for" if options.allocation == "uniform" else "which widths go is measured, on data"),
             "",
-            f"weights: {show_size(weights)} in float32, which {where}"
-            + ("; the sweep's streams wait in files too" if spooled else ""),
+            f"weights: {show_size(weights)} in float32, which {where}" + STREAMS_WAIT[place],
             *told.lines(),
         ]
     )

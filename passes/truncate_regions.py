@@ -17,8 +17,8 @@ from dotresize_fx.regions import Region, RegionKind, Symmetry
 def truncate_regions(dense: FxGraph, regions: Sequence[Region], widths: Mapping[str, int]) -> FxGraph:
     """A copy in which every region that ``widths`` makes narrower keeps its first rows alone.
 
-    Of rotary pairs each region keeps other ones, as solved ones do: with the same all would read one table. Whole KV
-    heads and widths of the same attention's heads are not both to be cut.
+    Of rotary pairs each region keeps some drawn for it, as solved ones have pairs of their own: those that keep the
+    same would read one table. Whole KV heads and widths of the same attention's heads are not both to be cut.
     """
     graph = dense.copy()
     for i, region in enumerate(regions):
@@ -31,7 +31,8 @@ def truncate_regions(dense: FxGraph, regions: Sequence[Region], widths: Mapping[
             _truncate(graph, region, narrow)
             continue
         if region.symmetry is Symmetry.ROTARY_PAIRS:
-            pairs = (torch.arange(narrow // 2) + i) % (region.width // 2)
+            drawn = torch.randperm(region.width // 2, generator=torch.Generator().manual_seed(i))
+            pairs = drawn[: narrow // 2].sort().values
             apply_map(graph, region, pair_selection(pairs, region.width), check=False)
             continue
         down = selection(torch.arange(narrow), region.width)

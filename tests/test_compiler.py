@@ -87,3 +87,15 @@ def test_a_plan_is_followed_instead_of_a_ratio(tmp_path: Path, save_tiny_model: 
 def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--method pca does not cut what is cut by default"):
         slim(tmp_path / "no model", method="pca")
+
+
+def test_products_in_half_precision_change_little(tmp_path: Path, save_tiny_model: SaveModel) -> None:
+    """The same plan but for a step, errors on held-out rows as large within a tenth, and a note."""
+    folder = str(save_tiny_model(tmp_path / "model", num_hidden_layers=2))
+    whole, half = (slim(folder, 0.2, regions=("ffn",), compute_dtype=dtype, **FEW) for dtype in ("float32", "bfloat16"))
+    assert any("products of activations in bfloat16" in note for note in half.notes)
+    assert not any("products of activations in bfloat16" in note for note in whole.notes)
+    errors = [[one.error for one in result.swept] for result in (whole, half)]
+    assert errors[0] != errors[1]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    assert all(tensor.dtype is torch.float32 for tensor in half.slim.program.state_dict.values())

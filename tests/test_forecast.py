@@ -24,7 +24,8 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
         state[name] = torch.nn.Parameter(LazyTensor(unread, tuple(tensor.shape), tensor.dtype), requires_grad=False)
 
     def told(**changed: Any) -> Any:
-        given = {"tokens": 1000, "measuring": 100, "length": 50, "device": "cpu", "lazy": True, "spooled": True}
+        given = {"tokens": 1000, "measuring": 100, "length": 50, "device": "cpu", "lazy": True}
+        given |= {"streams": "files", "half": False}
         return forecast(graph, regions, measured=True, **{**given, **changed})
 
     assert stream_width(graph) == 32
@@ -33,7 +34,7 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
     assert least.host > LIBRARIES
     assert least.gpu == 0
     assert told(lazy=False).host > least.host
-    assert told(spooled=False, tokens=10**6).host > told(tokens=10**6).host
+    assert told(streams="device", tokens=10**6).host > told(tokens=10**6).host
     assert told(tokens=10**6).operations > least.operations
     assert told(tokens=10**6).seconds > 0
     assert len(least.lines()) == 2

@@ -50,5 +50,7 @@ def test_weights_that_fit_stay_in_memory() -> None:
     assert not memory.is_short_of(100 << 20)
     assert memory.is_short_of(500 << 20)
     assert Memory().is_short_of(1 << 60)
+    assert Memory(1 << 30, gpu=1 << 27).is_short_of(100 << 20)
+    assert not Memory(1 << 30, gpu=1 << 30).is_short_of(100 << 20)
     assert (available_memory() or 1) > 0
     assert (show_size(3 << 29), show_size(5 << 20)) == ("1.5 GiB", "5 MiB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import SOLVERS, solvers_for
+from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]
@@ -80,7 +82,9 @@ def test_a_probe_of_scores_is_the_program_that_its_map_gives(
         written = {op.name for op in inputs.writers}
         assert {dense.op(name).weight.name for name in written} <= {node.name for node in cut.weights}
         execution, slim = Execution(dense), dense.copy()
-        found = cut.run(execution, execution.start(batches[0]), 0, execution.results[0])
+        environment, last = execution.start(batches[0]), execution.results[0]
+        behind = cut.depart(execution, environment, 0)
+        found = execution.run(environment, behind, len(execution.nodes), keep=[last])[last]
         apply_map(slim, region, SOLVERS["query-key"](region, statistics, cut.width), True)
         # Zeros stand in for what is left out, so that the same terms are added up.
         assert difference([found], Execution(slim).outputs(batches[0])[:1]) <= BOUND
@@ -245,3 +249,16 @@ def test_a_shortlist_of_the_vocabulary_prices_alike(
         width = probed_width(region)
         assert 0.4 < float(short[region.name][width]) / float(whole[region.name][width]) < 1.2, region.name
         assert not torch.equal(short[region.name], whole[region.name])
+
+
+@pytest.mark.parametrize("streams", ["device", "files"])
+def test_runs_side_by_side_lose_what_each_would_alone(
+    tiny_graph: Any, many: list[Batch], tmp_path: Path, streams: str
+) -> None:
+    """Weights that wait in files are read once for all probes of a batch: to the bit the same curves."""
+    _, dense = tiny_graph("llama")
+    regions, batches = found(dense), many[:4]
+    alone = measure_curves(dense, regions, batches)
+    dense.spool = Spool(tmp_path, streams=streams)
+    together = measure_curves(dense, regions, batches)
+    assert all(torch.equal(together[name], curve) for name, curve in alone.items())

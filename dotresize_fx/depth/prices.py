@@ -22,14 +22,13 @@ class DropProbe:
         self.name, self.start, self.end = name, start, end
         self.departs = [first]
 
-    def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
-        """What ``wanted`` is without it. The block is run all the same: later ones may read what is made on the way."""
+    def depart(self, execution: Execution, environment: Environment, start: int) -> int:
+        """Pass it by; returns where it ends. It is run all the same: later ones may read what is made on the way."""
         before = environment[self.start]
         stop = execution.index[self.end] + 1
         execution.run(environment, start, stop)
         environment[self.end] = before
-        found: torch.Tensor = execution.run(environment, stop, execution.index[wanted] + 1, keep=[wanted])[wanted]
-        return found
+        return stop
 
 
 def price_drops(

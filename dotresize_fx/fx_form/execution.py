@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, without_parameters
 from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
@@ -19,7 +21,8 @@ class Execution:
     """Runs a graph's nodes in order over environments that hold what later nodes still need.
 
     The graph must not gain or lose nodes between construction and use; weights may change. What a program with a
-    cache hands on of it counts as a result with ``caches`` only: it would be held for every batch.
+    cache hands on of it counts as a result with ``caches`` only: it would be held for every batch. Where the graph has
+    ``half_products`` these are bfloat16's, but for position tables.
     """
 
     def __init__(self, graph: FxGraph, *, caches: bool = False) -> None:
@@ -36,6 +39,11 @@ class Execution:
         self.results = [node for node in results if caches or node.name not in graph.caches]
         self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         self._last_use = self._find_last_uses()
+        self._targets: dict[torch.fx.Node, Any] = {}
+        if graph.half_products:
+            learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
+            fixed = without_parameters(graph.nodes.nodes, learned)
+            self._targets = {node: exact(node.target) for node in fixed if node.target in PRODUCTS}
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
         last: dict[torch.fx.Node, int] = {}
@@ -91,15 +99,18 @@ class Execution:
                 return in_memory(value) if isinstance(value, torch.Tensor) else value
             return in_memory(given[node]) if node in given else self.parameter(node)
 
-        with torch.set_grad_enabled(gradients):
+        half, targets = self.graph.half_products, self._targets
+        with torch.set_grad_enabled(gradients), self._rounding(environment):
             for i in range(start, stop):
                 node = self.nodes[i]
-                args = torch.fx.node.map_arg(node.args, look_up)
-                kwargs = torch.fx.node.map_arg(node.kwargs, look_up)
+                args, kwargs = node.args, node.kwargs
+                if half:
+                    args, kwargs = clamped(args), clamped(kwargs)
+                args, kwargs = torch.fx.node.map_arg(args, look_up), torch.fx.node.map_arg(kwargs, look_up)
                 if node.name in self.graph.caches and not args[0][0].shape[2]:
                     value = args[0][1]  # behind an empty past, whose heads may have been cut meanwhile
                 else:
-                    value = node.target(*args, **kwargs)
+                    value = targets.get(node, node.target)(*args, **kwargs)
                 environment[node] = value
                 if node in wanted:
                     kept[node] = value
@@ -109,6 +120,12 @@ class Execution:
         for node in [n for n in environment if self._last_use.get(n, -1) < stop]:
             del environment[node]
         return kept
+
+    def _rounding(self, environment: Environment) -> AbstractContextManager[Any]:
+        if not self.graph.half_products:
+            return nullcontext()
+        where = next((value.device.type for value in environment.values() if isinstance(value, torch.Tensor)), "cpu")
+        return torch.autocast(where, torch.bfloat16)
 
     def outputs(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
         """Run everything; returns the program's outputs in their order."""

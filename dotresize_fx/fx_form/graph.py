@@ -107,6 +107,7 @@ class FxGraph(FxEdits):
             )
         )
         copied.spool = self.spool
+        copied.half_products = self.half_products
         copied._shapes_stale = self._shapes_stale
         copied.packings.update(self.packings)
         copied.caches.update(self.caches)

@@ -28,6 +28,8 @@ class FxReading(Graph):
         self.program = program
         # Where what is computed waits, if not in memory.
         self.spool: Spool | None = None
+        # Products of whole activations are taken in bfloat16, as autocast does.
+        self.half_products = False
         self._shapes_stale = False
         self._nodes_by_name: dict[str, torch.fx.Node] = {}
 
@@ -192,11 +194,11 @@ class FxReading(Graph):
         return tensor if self.spool is None else self.spool.put(tensor)
 
     def kept_activation(self, value: Any) -> Any:
-        """A tensor of numbers as :meth:`kept`, where the spool is for activations too; anything else as it is."""
-        if self.spool is None or not self.spool.activations or not isinstance(value, torch.Tensor):
+        """A tensor of numbers where the spool has streams wait; anything else as it is."""
+        if self.spool is None or not isinstance(value, torch.Tensor) or isinstance(value, LazyTensor):
             return value
-        worth = value.is_floating_point() and value.nbytes >= LEAST_SPOOLED and not isinstance(value, LazyTensor)
-        return self.spool.put(value) if worth else value
+        worth = value.is_floating_point() and value.nbytes >= LEAST_SPOOLED
+        return self.spool.put_activation(value) if worth else value
 
     def _read_weight(self, op: Op) -> torch.Tensor:
         assert op.weight is not None

@@ -12,12 +12,9 @@ from dotresize_fx.errors import UsageError
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.edits import is_impure
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.fx_form.half_products import PRODUCTS, PRODUCTS_OF_WEIGHTS, clamped, exact, without_parameters
 
 aten = torch.ops.aten
-# What autocast would compute in bfloat16.
-_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default, aten.addmm.default)
-_PRODUCTS_OF_WEIGHTS = (aten.linear.default, *_PRODUCTS)
-_LOWEST = torch.finfo(torch.bfloat16).min
 
 
 class Head(NamedTuple):
@@ -83,14 +80,15 @@ class Trunk:
         self.keys = dict.fromkeys(key for given, key in self._inputs if not given)
         self.keys |= dict.fromkeys(key for key in self.head or () if key)
         self.parameters &= self.keys.keys()
-        fixed = _without_parameters(copied, self._inputs, self.parameters)
+        placeholders = [node for node in copied.nodes if node.op == "placeholder"]
+        learned = [node for node, (_, key) in zip(placeholders, self._inputs, strict=True) if key in self.parameters]
+        fixed = without_parameters(copied.nodes, learned)
         _merge_repeated(copied, fixed)
         self.products: set[str] = set()
         if bfloat16:
             _guard_against_autocast(copied, fixed)
-            placeholders = (node for node in copied.nodes if node.op == "placeholder")
             for node, (_, key) in zip(placeholders, self._inputs, strict=True):
-                if key in self.parameters and all(user.target in _PRODUCTS_OF_WEIGHTS for user in node.users):
+                if key in self.parameters and all(user.target in PRODUCTS_OF_WEIGHTS for user in node.users):
                     self.products.add(key)
             self.products -= {key for key in self.head or () if key}
         self._forward = torch.fx.GraphModule(graph.program.graph_module, copied).forward
@@ -118,18 +116,6 @@ def _head(last: torch.fx.Node, keys: Mapping[str, str]) -> Head | None:
     return Head(keys[weight.name], keys[bias.name]) if bias.name in keys else None
 
 
-def _without_parameters(
-    graph: torch.fx.Graph, inputs: list[tuple[bool, str]], parameters: set[str]
-) -> list[torch.fx.Node]:
-    """Calls that only inputs and buffers enter: masks and position tables."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    learned = {node for node, (_, key) in zip(placeholders, inputs, strict=True) if key in parameters}
-    for node in graph.nodes:
-        if not learned.isdisjoint(node.all_input_nodes):
-            learned.add(node)
-    return [node for node in graph.nodes if node.op == "call_function" and node not in learned]
-
-
 def _merge_repeated(graph: torch.fx.Graph, nodes: list[torch.fx.Node]) -> None:
     """Every block of an exported model makes its own copy of the attention mask: one is enough."""
     if any(is_impure(node) for node in graph.nodes if node.op == "call_function"):
@@ -148,19 +134,7 @@ def _merge_repeated(graph: torch.fx.Graph, nodes: list[torch.fx.Node]) -> None:
 def _guard_against_autocast(graph: torch.fx.Graph, fixed: list[torch.fx.Node]) -> None:
     for node in graph.nodes:
         if node.op == "call_function":
-            node.args, node.kwargs = (torch.fx.node.map_aggregate(part, _clamped) for part in (node.args, node.kwargs))
+            node.args, node.kwargs = clamped(node.args), clamped(node.kwargs)
     for node in fixed:
-        if node.target in _PRODUCTS:
-            node.target = _without_autocast(node.target)
-
-
-def _clamped(argument: Any) -> Any:
-    return max(argument, _LOWEST) if isinstance(argument, float) and argument > -float("inf") else argument
-
-
-def _without_autocast(target: Any) -> Any:
-    def product(*args: torch.Tensor, **kwargs: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):
-            return target(*args, **kwargs)
-
-    return product
+        if node.target in PRODUCTS:
+            node.target = exact(node.target)

@@ -16,6 +16,7 @@ from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, padding_mask, token_rows, with_ones
 from dotresize_fx.graph import Op
+from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.prices import price_probes
 from dotresize_fx.rank.budget import break_even
 from dotresize_fx.rank.factors import Factors, output_spectrum, solve_reduced_rank
@@ -37,14 +38,13 @@ class RankProbe:
         self.first, self.second = factors.first.to(dtype), factors.second.to(dtype)
         self.bias = None if factors.bias is None else factors.bias.to(dtype)
 
-    def run(self, execution: Execution, environment: Environment, start: int, wanted: torch.fx.Node) -> torch.Tensor:
-        """What ``wanted`` is with it; ``environment`` was run up to the linear, at ``start``, and is used up."""
+    def depart(self, execution: Execution, environment: Environment, start: int) -> int:
+        """Put it in place of the linear, at ``start``, up to which ``environment`` was run; returns what is behind."""
         linear = torch.nn.functional.linear
-        put_out = linear(linear(environment[self.source], self.first), self.second, self.bias)
+        put_out = linear(linear(in_memory(environment[self.source]), self.first), self.second, self.bias)
         execution.run(environment, start, start + 1)
         environment[self.node] = put_out
-        found: torch.Tensor = execution.run(environment, start + 1, execution.index[wanted] + 1, keep=[wanted])[wanted]
-        return found
+        return start + 1
 
 
 def measure_rank_curves(

@@ -71,7 +71,7 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     mass = importance[leaving]
     if len(leaving) == 0 or float(mass.sum()) <= 0:
         return kept
-    cost = output_error(statistics.gram)[leaving][:, support]
+    cost = output_error(statistics.gram, leaving, support)
     plan = sinkhorn(
         cost,
         mass / mass.sum(),
@@ -91,10 +91,18 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     return RegionMap(down, None, notes=_notes(plan))
 
 
-def output_error(gram: torch.Tensor) -> torch.Tensor:
-    """(n, n) from 0 to 1: the share of neuron i's contribution that the best multiple of neuron j does not give."""
+def output_error(
+    gram: torch.Tensor, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(n, n) from 0 to 1: the share of neuron i's contribution that the best multiple of neuron j does not give.
+
+    Of some ``rows`` and ``columns`` (int64 numbers of neurons) alone, where they are given.
+    """
     square = gram.diagonal().clamp_min(0)
-    product = square[:, None] * square[None, :]
+    own, other = square if rows is None else square[rows], square if columns is None else square[columns]
+    gram = gram if rows is None else gram.index_select(0, rows)
+    gram = gram if columns is None else gram.index_select(1, columns)
+    product = own[:, None] * other[None, :]
     explained = torch.where(product > 0, gram.square() / product.clamp_min(torch.finfo(gram.dtype).tiny), 0)
     return (1 - explained).clamp(0, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -109,3 +110,26 @@ def test_an_input_handed_through_is_an_output(trace: Callable[..., FxGraph]) -> 
     graph.bypass(graph.op("clone"))
     graph.bypass(graph.op("relu"))
     assert torch.equal(Execution(graph).outputs({"x": X})[0], X)
+
+
+def test_half_products_round_what_weights_enter_and_no_positions(tiny_graph: Any, tiny_batch: Any) -> None:
+    """Rotary tables stay as they are, and masks finite: a padded row has numbers."""
+    _, graph = tiny_graph("llama")
+    batch = tiny_batch(3, 12, padding=5)
+    (expected,) = Execution(graph).outputs(batch)
+    tables = [node for node in graph.nodes.nodes if node.target in (torch.ops.aten.cos.default,)]
+    half = graph.copy()
+    half.half_products = True
+    execution = Execution(half.copy())
+    (found,) = execution.outputs(batch)
+    assert found.dtype is torch.bfloat16
+    assert found.isfinite().all()
+    real = batch["attention_mask"].bool()
+    away = float((found - expected)[real].abs().max() / expected[real].abs().max())
+    # Two layers of roundings of 4e-3 each.
+    assert 1e-4 < away < 3e-2
+    names = [node.name for node in tables]
+    assert names
+    exact = Execution(graph).run(Execution(graph).start(batch), 0, 40, keep=tables)
+    rounded = execution.run(execution.start(batch), 0, 40, keep=[execution.graph.node(name) for name in names])
+    assert all(torch.equal(rounded[execution.graph.node(node.name)], exact[node]) for node in tables)

@@ -118,6 +118,8 @@ def test_output_error_is_what_the_best_multiple_leaves(n: int, seed: int) -> Non
             multiple = (x[:, i] @ x[:, j]) / (x[:, j] @ x[:, j])
             left = (x[:, i] - multiple * x[:, j]).square().sum() / x[:, i].square().sum()
             assert float(found[i, j]) == pytest.approx(float(left), abs=1e-10)  # float64
+    some, others = torch.arange(0, n, 2), torch.arange(1, n)
+    assert torch.equal(output_error(x.T @ x / len(x), some, others), found[some][:, others])
 
 
 def test_an_ffn_of_full_width_is_a_selection() -> None:

@@ -8,6 +8,7 @@ import torch
 from dotresize_fx.errors import UsageError
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.regions import Region, RegionKind, Symmetry
+from dotresize_fx.solvers import obs
 from dotresize_fx.solvers.obs import BLOCK, EIGHTH, damping, eliminate, obs_curve, solve_obs
 
 
@@ -118,3 +119,18 @@ def test_what_the_curve_eliminated_is_not_eliminated_again() -> None:
         fresh = RegionStatistics(len(x), seen.gram, weight)
         assert torch.equal(solve_obs(region, seen, width).down, solve_obs(region, fresh, width).down)
     assert len(seen.eliminations) == 1
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_several_in_a_step_lose_little_more(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """What they are said to lose is what one solve says, and within 3 % of what one by one loses."""
+    gram, weight = problem(420)
+    one_by_one = eliminate(gram, weight, 201)
+    monkeypatch.setattr(obs, "WIDE", 420 // at_once)
+    found = eliminate(gram, weight, 201)
+    assert len(found.order) == len(found.order.unique()) == 201
+    assert float(found.error[-1]) == pytest.approx(refit_error(gram, weight, found.order), rel=1e-8)
+    assert not torch.equal(found.order, one_by_one.order)
+    for count in (50, 100, 201):
+        assert float(found.error[count - 1]) <= 1.03 * float(one_by_one.error[count - 1])
+    assert torch.equal(eliminate(gram, weight, 100).order, found.order[:100])

@@ -1,0 +1,56 @@
+"""Where activations wait, and in what products are taken."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dotresize_fx import device
+from dotresize_fx.device import computes_in_half, free_on_gpu, held_bytes, stream_place
+from dotresize_fx.memory import Memory
+from dotresize_fx.options import Options
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("budget", "streams", "where", "on_cpu"),
+    [
+        (100, 10, "device", "device"),
+        (24, 10, "pinned", "files"),
+        (12, 10, "files", "files"),
+        (100, 30, "pinned", "files"),
+    ],
+)
+def test_streams_wait_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, budget: int, streams: int, where: str, on_cpu: str
+) -> None:
+    """A GPU with 80 GiB free, of which streams may take a quarter."""
+    monkeypatch.setattr(device, "free_on_gpu", lambda _: 80 * GIB)
+    assert stream_place(Memory(budget * GIB), streams * GIB, "cuda") == where
+    assert stream_place(Memory(budget * GIB), streams * GIB, "cpu") == on_cpu
+    assert held_bytes("cuda") == 2 * GIB
+
+
+def test_a_cpu_has_no_other_memory() -> None:
+    assert free_on_gpu("cpu") is None
+    assert held_bytes("cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "place", "half"),
+    [
+        (None, torch.bfloat16, "cuda", True),
+        (None, "bfloat16", "cuda", True),
+        (None, torch.float32, "cuda", False),
+        (None, torch.bfloat16, "cpu", False),
+        ("bfloat16", torch.float32, "cpu", True),
+        ("float32", torch.bfloat16, "cuda", False),
+    ],
+)
+def test_products_are_taken_as_a_model_is_stored(asked: str | None, stored: Any, place: str, half: bool) -> None:
+    assert computes_in_half(Options(compute_dtype=asked), SimpleNamespace(dtype=stored), place) is half
+    assert not computes_in_half(Options(), None, "cuda")
