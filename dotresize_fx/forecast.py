@@ -16,9 +16,9 @@ from dotresize_fx.memory import show_size
 from dotresize_fx.regions import Region
 from dotresize_fx.sensitivity import PRICE_TOKENS, SHAPE_TOKENS
 
-# Copies of the stream that the sweep holds: dense, slim, what is wanted behind a sublayer, what its reader should put
+# Copies of the stream that the sweep holds: dense, which is wanted behind a sublayer, slim, what its reader should put
 # out and what it does.
-STREAMS = 5
+STREAMS = 4
 # (n, n) float64 at once while a region is solved: its Gram matrices that fit and that measure, and the solver's own.
 SQUARES = 6
 # (n, out) float64 likewise: reader, its sums with what is wanted, the fit.

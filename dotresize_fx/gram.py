@@ -73,6 +73,14 @@ class GramAccumulator:
         for tensor in (self.gram, *(part for name in names for part in (self.cross[name], self.energy[name]))):
             ranks.sum(tensor)
 
+    def of(self, kept: torch.Tensor) -> GramAccumulator:
+        """What would have been summed over the columns ``kept`` of x, (k,) int64, alone."""
+        found = GramAccumulator()
+        found.tokens, found.energy = self.tokens, self.energy
+        found.gram = self.gram.index_select(0, kept).index_select(1, kept)
+        found.cross = {name: cross.index_select(0, kept) for name, cross in self.cross.items()}
+        return found
+
     def through(self, matrix: torch.Tensor) -> GramAccumulator:
         """What would have been summed over x @ matrix; matrix: (n, k) float64."""
         mapped = GramAccumulator()

@@ -142,12 +142,18 @@ def fit_reader(
     if passes_through(region, region_map):
         weight = inputs.reader_weight()
         width = weight.shape[1] - inputs.biased
-        mix = over_heads(region, region_map.down, width)
-        if inputs.biased:
-            mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
-        fitting, held_out = gathered.fitting.through(mix), gathered.held_out
-        held_out = held_out.through(mix) if held_out.tokens else held_out
-        own = mix.T @ gathered.fitting.gram @ weight.T
+        held_out = gathered.held_out
+        if (kept := _selected(region, region_map)) is not None:
+            kept = torch.cat([kept, kept.new_tensor([width])]) if inputs.biased else kept
+            fitting, held_out = gathered.fitting.of(kept), held_out.of(kept) if held_out.tokens else held_out
+            own = gathered.fitting.gram.index_select(0, kept) @ weight.T
+        else:
+            mix = over_heads(region, region_map.down, width)
+            if inputs.biased:
+                mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
+            fitting = gathered.fitting.through(mix)
+            held_out = held_out.through(mix) if held_out.tokens else held_out
+            own = mix.T @ gathered.fitting.gram @ weight.T
     else:
         fitting, held_out = merged()
         own = fitting.cross["own"]
@@ -205,8 +211,14 @@ def passes_through(region: Region, region_map: RegionMap) -> bool:
 
     So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.
     """
-    if region.kind in ATTENTION_KINDS:
-        return True
+    return region.kind in ATTENTION_KINDS or _selected(region, region_map) is not None
+
+
+def _selected(region: Region, region_map: RegionMap) -> torch.Tensor | None:
+    """(k,) int64: the neurons that an FFN's map takes as they are; None where it merges some."""
     down = region_map.down
-    taken = (down != 0).sum(0)
-    return region_map.branch_down is None and bool((taken == 1).all() and (down.amax(0) == 1).all())
+    if region.kind in ATTENTION_KINDS or region_map.branch_down is not None:
+        return None
+    highest, kept = down.max(0)
+    selects = ((down != 0).sum(0) == 1).all() & (highest == 1).all()
+    return kept if bool(selects) else None

@@ -146,7 +146,8 @@ class Sweep:
             goal = values[node] if self.stream is None else self.stream.project(target, values[node])
             goals.append(execution.graph.kept_activation(goal))
             for waiting, value in environment.items():
-                environment[waiting] = execution.graph.kept_activation(value)
+                same = value is goal  # what waits in a file or on the host waits there once
+                environment[waiting] = goals[-1] if same else execution.graph.kept_activation(value)
             for other, kept in seen.items():
                 kept.append(values[other])
         self.dense.position = stop

@@ -102,3 +102,15 @@ def test_the_expert_that_overflows_is_named() -> None:
     gram[1, 0, 0] = float("nan")
     with pytest.raises(SolverError, match="layer: activations of expert 1 on the calibration data are infinite or NaN"):
         check_finite(gram, region)
+
+
+@pytest.mark.parametrize("kept", [[0], [4, 1], [0, 1, 2, 3, 4]])
+def test_some_columns_are_what_a_selection_of_them_would_give(kept: list[int]) -> None:
+    accumulator = GramAccumulator()
+    accumulator.add(rows(20, 5), wanted=rows(20, 2, 1))
+    chosen = torch.tensor(kept)
+    found, mapped = accumulator.of(chosen), accumulator.through(torch.eye(5, dtype=torch.float64)[:, chosen])
+    assert found.tokens == mapped.tokens == 20
+    assert torch.equal(found.gram, mapped.gram)  # zeros are all that the products add
+    assert torch.equal(found.cross["wanted"], mapped.cross["wanted"])
+    assert found.energy == mapped.energy
