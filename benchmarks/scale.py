@@ -242,8 +242,9 @@ def foretell(name: str, arguments: argparse.Namespace, *, numbers: bool) -> Any:
 
 def in_a_process(job: str, name: str) -> dict[str, Any]:
     """What the job prints as its last line."""
-    given = [word for word in sys.argv[2:] if word not in MODELS]
-    ended = subprocess.run([sys.executable, __file__, job, name, *given], stdout=subprocess.PIPE, text=True, check=True)
+    options = sys.argv[next((i for i, word in enumerate(sys.argv) if word.startswith("--")), len(sys.argv)) :]
+    command = [sys.executable, __file__, job, name, *options]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found
 
