@@ -92,11 +92,16 @@ class Execution:
         wanted = set(keep)
         kept = {node: environment[node] for node in wanted & environment.keys()}
         given = parameters or {}
+        fetched: Environment = {}  # what waits elsewhere, read once
 
         def look_up(node: torch.fx.Node) -> Any:
             if node.op != "placeholder" or node in environment:
+                if node in fetched:
+                    return fetched[node]
                 value = environment[node]
-                return in_memory(value) if isinstance(value, torch.Tensor) else value
+                if isinstance(value, LazyTensor):
+                    value = fetched[node] = value.read()
+                return value
             return in_memory(given[node]) if node in given else self.parameter(node)
 
         half, targets = self.graph.half_products, self._targets
@@ -117,6 +122,7 @@ class Execution:
                 for used in node.all_input_nodes:
                     if self._last_use[used] <= i:
                         environment.pop(used, None)
+                        fetched.pop(used, None)
         for node in [n for n in environment if self._last_use.get(n, -1) < stop]:
             del environment[node]
         return kept
