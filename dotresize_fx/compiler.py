@@ -237,7 +237,7 @@ def slim_with(
             else:
                 factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     task = _task(loaded, captured)
-    dense.half_products = computes_in_half(chosen, loaded.config, device)
+    dense.half_products = computes_in_half(chosen, loaded.stored, device)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
     own: Sequence[Inputs] = ()
     if text is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from dotresize_fx.errors import UsageError
@@ -37,11 +35,11 @@ def stream_place(memory: Memory, streams: int, device: str) -> str:
     return "pinned" if memory.fits(streams, PINNED_SHARE) else "files"
 
 
-def computes_in_half(options: Options, config: Any, device: str) -> bool:
-    """Whether products of activations are bfloat16's: where asked for, or on a GPU what is stored so."""
+def computes_in_half(options: Options, stored: torch.dtype | None, device: str) -> bool:
+    """Whether products of activations are bfloat16's: where asked for, or on a GPU of a model that is stored so."""
     if options.compute_dtype is not None:
         return options.compute_dtype == "bfloat16"
-    return device != "cpu" and getattr(config, "dtype", None) in (torch.bfloat16, "bfloat16")
+    return device != "cpu" and stored is torch.bfloat16
 
 
 def free_on_gpu(device: str) -> int | None:

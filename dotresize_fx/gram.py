@@ -168,7 +168,8 @@ class RegionStatistics:
     entry_gram: (d + 1, d + 1), the same for what queries' and keys' writers read, a constant one beside it for their
     biases; None for other regions. coherence: (n/2, n/2) complex128, how alike rotary pairs turn, see
     :func:`dotresize_fx.rotary_coherence.coherence`; None where nothing rotates or it is not known.
-    writer_weights: (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some rows of x, or None.
+    writer_weights: of those, (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some rows of x, or
+    None.
     Of EXPERTS gram is (experts, n, n), reader_weight (experts, out, n), expert_rows (experts,) int64 how many rows
     each one saw, and ``of_experts`` the same one by one, once asked for.
     eliminations: the orders in which neurons went, as far as elimination was run: a longer run begins as a shorter one

@@ -22,11 +22,17 @@ from dotresize_fx.solvers import Solver
 
 @dataclass
 class Sums:
-    """A region's sums on the slim prefix: solved with, and held out."""
+    """A region's sums on the slim prefix: solved with, and held out. Of wide regions they are the largest there is, and
+    :func:`best_map` forgets them as soon as they are not needed any more.
+    """
 
-    statistics: RegionStatistics
+    statistics: RegionStatistics | None
     fitting: GramAccumulator
     held_out: GramAccumulator
+
+    def forget(self) -> None:
+        """All but what the statistics say."""
+        self.fitting, self.held_out = GramAccumulator(), GramAccumulator()
 
 
 @dataclass
@@ -178,7 +184,8 @@ def best_map(
     solvers: Sequence[tuple[str, Solver]],
     fit: Callable[[RegionMap], tuple[RegionMap, float | None]] | None,
 ) -> tuple[str, RegionMap | None, float | None]:
-    """(solver, map, error) of the solver whose fitted reader does best on held-out rows, the first of equals.
+    """(solver, map, error) of the solver whose fitted reader does best on held-out rows, the first of equals. Uses up
+    what was gathered.
 
     ``fit`` None: readers are taken as the solver has them. At the full width the reader alone is fitted ("refit"); no
     map, and "kept", where its own does better.
@@ -186,14 +193,22 @@ def best_map(
     region, fits = inputs.region, fit is not None and inputs.reader is not None
     if width == region.width and inputs.reader is not None:
         solvers = [("refit", _keep_all)]
-    found: list[tuple[str, RegionMap, float | None]] = []
-    for name, solver in solvers:
-        region_map, error = solver(region, gathered.statistics, width), None
+    assert gathered.statistics is not None
+    maps = [(name, solver(region, gathered.statistics, width)) for name, solver in solvers]
+    gathered.statistics = None
+    best: tuple[str, RegionMap, float | None] | None = None
+    while maps:
+        if width < region.width and not any(passes_through(region, one) for _, one in maps):
+            gathered.forget()
+        name, region_map = maps.pop(0)
+        error = None
         if fit is not None and fits:
             region_map, error = fit(region_map)
-        found.append((name, region_map, error))
-    # Without held-out batches nothing tells them apart.
-    name, region_map, error = min(found, key=lambda one: 0.0 if one[2] is None else one[2])
+        # Without held-out batches nothing tells them apart.
+        if best is None or (error or 0.0) < (best[2] or 0.0):
+            best = name, region_map, error
+    assert best is not None
+    name, region_map, error = best
     if width == region.width and error is not None:
         kept = relative_error(gathered.held_out, "wanted", inputs.reader_weight()) ** 0.5
         if kept <= error:  # too few tokens for a fit that holds on others

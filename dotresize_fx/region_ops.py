@@ -59,7 +59,7 @@ class RegionOps:
             reader_weight=weight,
             entry_gram=None if self.reader is not None else entered.gram / max(entered.tokens, 1),
             coherence=near,
-            writer_weights={op.name: self._writer_weight(op.name) for op in self.writers},
+            writer_weights={} if self.reader else {op.name: self._writer_weight(op.name) for op in self.writers},
         )
 
     def _writer_weight(self, name: str) -> torch.Tensor:

@@ -76,7 +76,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             device=device,
             lazy=lazy,
             streams=place,
-            half=computes_in_half(options, loaded.config, device),
+            half=computes_in_half(options, loaded.stored, device),
             measured=options.allocation != "uniform",
         )
     where = "stay in their files and are read as needed" if lazy else "are held in memory"

@@ -49,7 +49,8 @@ class LoadedModel:
     A module or a saved program has neither config nor tokenizer, and ``sample``, inputs by name that it was tried with;
     ``program`` is the saved one, for which ``model`` stands in.
 
-    Where ``lazy``, the parameters are :class:`dotresize_fx.lazy_tensor.LazyTensor`.
+    Where ``lazy``, the parameters are :class:`dotresize_fx.lazy_tensor.LazyTensor`. ``stored`` is the dtype that a
+    folder's configuration says its weights are stored in.
     """
 
     model: torch.nn.Module
@@ -62,6 +63,7 @@ class LoadedModel:
     sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
     program: torch.export.ExportedProgram | None = None
     lazy: bool = False
+    stored: torch.dtype | None = None
 
     def write_auxiliary_files(self, folder: Path, config: Any | None = None) -> None:
         """Write ``config.json``, of another ``config`` if one is given, and the tokenizer's files, as far as there are
@@ -150,15 +152,16 @@ def _load_folder(folder: Path, source: str, trust_remote_code: bool, memory: Mem
     model_class, task = _model_class(config, folder, trust_remote_code)
     files = [config_file, *weights]
     extra = {"config": config, "trust_remote_code": trust_remote_code}
-    stored = lazy_state(weights)
+    known, stored = lazy_state(weights), config.dtype
     own_code = not issubclass(model_class, transformers.PreTrainedModel)
     if own_code and not reads:
         raise UsageError(f"{folder}: a model of its own code is made in memory: leave out --dry-run")
-    if not own_code and (not reads or memory.is_short_of(float32_bytes(stored))):
-        model = _load_lazily(model_class, stored, folder, **extra)
-        return _finish(model, task, source, files if reads else [], folder, True, trust_remote_code=trust_remote_code)
+    if not own_code and (not reads or memory.is_short_of(float32_bytes(known))):
+        model = _load_lazily(model_class, known, folder, **extra)
+        hashed = files if reads else []
+        return _finish(model, task, source, hashed, folder, True, stored, trust_remote_code=trust_remote_code)
     model = _load_weights(model_class, folder, str(folder), use_safetensors=True, **extra)
-    return _finish(model, task, source, files, folder, trust_remote_code=trust_remote_code)
+    return _finish(model, task, source, files, folder, stored=stored, trust_remote_code=trust_remote_code)
 
 
 def _load_gguf(file: Path, source: str) -> LoadedModel:
@@ -258,7 +261,14 @@ def _load_weights(model_class: Any, folder: Path | None, where: str, **extra: An
 
 
 def _finish(
-    model: Any, task: Task, source: str, files: list[Path], folder: Path, lazy: bool = False, **extra: Any
+    model: Any,
+    task: Task,
+    source: str,
+    files: list[Path],
+    folder: Path,
+    lazy: bool = False,
+    stored: torch.dtype | None = None,
+    **extra: Any,
 ) -> LoadedModel:
     tokenizer, problem = None, None
     with quiet_libraries():
@@ -273,4 +283,4 @@ def _finish(
     config.architectures = [type(model).__name__]
     model.config.use_cache = False
     sha256 = {file.name: file_sha256(file) for file in files}
-    return LoadedModel(model, tokenizer, problem, config, task, source, sha256, lazy=lazy)
+    return LoadedModel(model, tokenizer, problem, config, task, source, sha256, lazy=lazy, stored=stored)

@@ -87,7 +87,9 @@ def _anchored_merge(region: Region, statistics: RegionStatistics, width: int) ->
     down[leaving] = arriving
     down[support, torch.arange(width, device=support.device)] = importance[support]
     tiny = torch.finfo(torch.float64).tiny
-    down = torch.where(total > tiny, down / total.clamp_min(tiny), kept.down)
+    down /= total.clamp_min(tiny)
+    if (silent := (total <= tiny).nonzero().flatten()).numel():
+        down[:, silent] = kept.down[:, silent]
     return RegionMap(down, None, notes=_notes(plan))
 
 

@@ -24,7 +24,7 @@ FLOOR = 1e-9
 # What all-silent neurons are damped by: its inverse is still a number, and so are products of that.
 SILENCE = 1e-100
 # Of so many neurons one goes in a step, of a multiple of them that many at once.
-WIDE = 2048
+WIDE = 1024
 # For each of these: neurons that are eliminated before the whole matrices are updated once, and the cheapest ones that
 # they are chosen from.
 BLOCK = 32
@@ -87,7 +87,10 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
 
     gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
     """
-    inverse = torch.linalg.inv(gram + torch.diag(damping(gram)))
+    damped = gram.clone()
+    damped.diagonal().add_(damping(gram))
+    inverse = torch.linalg.inv(damped)
+    del damped
     rows = weight.T.contiguous()  # a neuron a row: gathering rows is far cheaper than columns
     alive = torch.arange(len(gram), device=gram.device)
     gone = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
@@ -172,7 +175,8 @@ def _eliminate_groups(
         cost = products.diagonal().clamp_min(0) / inverse.diagonal().clamp_min(tiny)
         group = torch.where(gone, torch.inf, cost).topk(size, largest=False).indices
         beside, among = inverse.index_select(0, group), products.index_select(0, group)
-        pivots, square = torch.linalg.inv(beside.index_select(1, group)), among.index_select(1, group)
+        pivots, _ = torch.linalg.inv_ex(beside.index_select(1, group))  # unlike inv, without waiting for the device
+        square = among.index_select(1, group)
         factor = pivots @ beside
         # products - P f - f.T P.T + f.T P_JJ f in two products, P being the group's columns
         half = among.T - 0.5 * factor.T @ square
