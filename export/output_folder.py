@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import atexit
 import errno
+import glob
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from filelock import FileLock, Timeout
+
 from dotresize_fx.errors import OutputError
+from dotresize_fx.journal import FOLDER as JOURNAL
 from dotresize_fx.report.contents import REPORT_FILE
 
+# Held by the process that works, and free once it is gone however it went.
+LOCK = "lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Rust (safetensors, tokenizers) and C++ (protobuf, torch) report a full disk as text only.
 _FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28")
@@ -28,8 +34,10 @@ class OutputFolder:
     Entering checks OUT before any work is done and makes two folders beside it: ``partial`` for what OUT
     will hold and ``work`` for intermediate files, which is removed in any case. Leaving without an exception
     renames ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the
-    parents made for OUT. With ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new
-    one is complete. ``source`` is the model, where that is a file or folder.
+    parents made for OUT. A process that is killed leaves ``work``, as one does whose disk is full: the next one for
+    this OUT takes its journal over, see :mod:`dotresize_fx.journal`. With ``force`` an OUT that holds a
+    ``report.json`` is replaced whole, once the new one is complete. ``source`` is the model, where that is a file or
+    folder.
 
     Raises:
         OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
@@ -46,6 +54,8 @@ class OutputFolder:
         self._made_parents: list[Path] = []
         self.partial = self._beside("partial")
         self.work = self._beside("work")
+        self._lock = FileLock(self.work / LOCK)
+        self._keep_journal = False
 
     def __enter__(self) -> Self:
         try:
@@ -57,7 +67,11 @@ class OutputFolder:
                 for folder in (self.partial, self.work):
                     if folder.exists():  # left by a killed process that had our number
                         shutil.rmtree(folder)
-                    folder.mkdir()
+                self._take_over()
+                self.partial.mkdir()
+                self.work.mkdir(exist_ok=True)
+                with suppress(OSError, NotImplementedError):  # a file system without locks: nothing is taken over
+                    self._lock.acquire(timeout=0)
                 # Last resort for a signal that arrives between here and the body of the with statement.
                 atexit.register(self._discard)
         except OSError as error:
@@ -72,6 +86,8 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _signals_wait():
+            # Whose disk was full goes on, when there is room, from what was finished.
+            self._keep_journal = error is not None and _is_full_disk(error)
             try:
                 if error is None:
                     self._commit()
@@ -80,7 +96,20 @@ class OutputFolder:
             finally:
                 self._discard()
         if error is not None and _is_full_disk(error):
-            raise OutputError(f"the disk is full: no room for {self.out}; free some space and run again") from error
+            raise OutputError(
+                f"the disk is full: no room for {self.out}; free some space and run again"
+                + (": what was finished is kept" if (self.work / JOURNAL).is_dir() else "")
+            ) from error
+
+    def _take_over(self) -> None:
+        """Of what killed runs left: the latest one's journal becomes ours, all else goes."""
+        left = sorted(self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*"), key=lambda f: f.stat().st_mtime)
+        for folder in reversed([folder for folder in left if _is_free(folder / LOCK)]):
+            if (folder / JOURNAL).is_dir() and not self.work.exists():
+                self.work.mkdir()
+                (folder / JOURNAL).rename(self.work / JOURNAL)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder.with_name(folder.name.replace(".work-", ".partial-")), ignore_errors=True)
 
     def _beside(self, what: str) -> Path:
         return self.out.parent / f".{self.out.name}.{what}-{self._pid}"
@@ -125,13 +154,32 @@ class OutputFolder:
         if os.getpid() != self._pid:  # a forked child that runs its parent's atexit list
             return
         atexit.unregister(self._discard)
-        for folder in (self.partial, self.work):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._lock.release()
+        kept = self.work / JOURNAL if self._keep_journal else None
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for entry in self.work.iterdir() if self.work.is_dir() else ():
+            if entry not in (kept, self.work / LOCK):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        if kept is None or not kept.is_dir():
+            shutil.rmtree(self.work, ignore_errors=True)
         for parent in reversed(self._made_parents):
             try:
                 parent.rmdir()
             except OSError:
                 break  # someone else uses it by now
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether the process that made it is gone for sure."""
+    if not lock.is_file():
+        return False
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except (Timeout, OSError, NotImplementedError):  # it is held, or the file system has no such locks
+        return False
+    held.release()
+    return True
 
 
 @contextmanager
