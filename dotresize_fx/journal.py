@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.options import Options
 from dotresize_fx.region_map import RegionMap, pair_selection, selection
 from dotresize_fx.regions import Region
-from dotresize_fx.stored_tensors import lazy_tensors
+from dotresize_fx.stored_tensors import lazy_tensors, write_tensors
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.width_plan import WidthPlan
 
@@ -53,7 +53,7 @@ class Journal:
     @property
     def finished(self) -> int:
         """How many sublayers."""
-        return sum(1 for _ in self.folder.glob("*.safetensors"))
+        return count_finished(self.folder)
 
     def plan(self) -> tuple[WidthPlan, tuple[str, ...]] | None:
         """The width plan and the notes on it, if there are any yet."""
@@ -84,22 +84,24 @@ class Journal:
         parameters: Mapping[str, torch.Tensor],
     ) -> Mapping[str, LazyTensor]:
         """Returns the parameters as they stand in the file now."""
-        from safetensors.torch import save_file
-
         rows = [[s.region.name, s.width, s.method, s.error, dict(s.notes)] for s in swept]
         told = {_SWEPT: json.dumps(rows), _MAPS: json.dumps(maps)}
-        partial, seen, tensors = self.folder / "partial", set[int](), {}
-        for name, parameter in parameters.items():
-            tensor = in_memory(parameter).detach().contiguous()
-            # Two that share memory cannot be written as they are.
-            tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
-        save_file(tensors, partial, told)
+        partial = self.folder / "partial"
+        try:
+            write_tensors(partial, parameters, told)
+        except OSError:  # a full disk, which has better use for the room
+            partial.unlink(missing_ok=True)
+            raise
         partial.replace(file := self._file(number))
         return lazy_tensors(file, checked=False)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05}.safetensors"
+
+
+def count_finished(folder: Path) -> int:
+    """How many sublayers a journal's folder has, 0 where there is none."""
+    return sum(1 for _ in folder.glob("*.safetensors"))
 
 
 def export_of(options: Options, sha256: Mapping[str, str], data: CalibrationData, device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -95,7 +96,8 @@ def sweep_regions(
                     sweep.resume_sublayer([region for region, _ in chosen], lambda: _take(finished, slimmed, together))  # noqa: B023
                     swept += finished.swept
                 else:
-                    before = dict(slimmed.program.state_dict)
+                    # Weakly, so that what is replaced goes at once.
+                    before = {name: ref(weight) for name, weight in slimmed.program.state_dict.items()}
                     maps.clear()
                     found = sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
                     _put(slimmed, before, number, found, maps, journal)
@@ -122,7 +124,7 @@ def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> 
 
 def _put(
     graph: FxGraph,
-    before: Mapping[str, torch.Tensor],
+    before: Mapping[str, ref[torch.Tensor]],
     number: int,
     swept: Sequence[SweptRegion],
     maps: Mapping[str, Mapping[str, Any]],
@@ -130,7 +132,7 @@ def _put(
 ) -> None:
     """Note a finished sublayer; where the graph has a spool, what changed stays in files alone."""
     weights = graph.program.state_dict
-    changed = {name: weight for name, weight in weights.items() if before.get(name) is not weight}
+    changed = {name: weight for name, weight in weights.items() if name not in before or before[name]() is not weight}
     stored = journal.write_sublayer(number, swept, maps, changed) if journal else {}
     if graph.spool is not None:
         for name, weight in changed.items():
