@@ -260,7 +260,7 @@ def slim_with(
         if work is not None and launched.count == 1:
             journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, device))
             if journal.finished:
-                progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} that a killed run had finished")
+                progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
         slimmed = _slim_on_device(
             dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock
         )

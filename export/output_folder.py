@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 
 from dotresize_fx.errors import OutputError
 from dotresize_fx.journal import FOLDER as JOURNAL
+from dotresize_fx.journal import count_finished
+from dotresize_fx.regions import counted
 from dotresize_fx.report.contents import REPORT_FILE
 
 # Held by the process that works, and free once it is gone however it went.
@@ -32,12 +34,12 @@ class OutputFolder:
     """Context manager over the folder OUT.
 
     Entering checks OUT before any work is done and makes two folders beside it: ``partial`` for what OUT
-    will hold and ``work`` for intermediate files, which is removed in any case. Leaving without an exception
-    renames ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the
-    parents made for OUT. A process that is killed leaves ``work``, as one does whose disk is full: the next one for
-    this OUT takes its journal over, see :mod:`dotresize_fx.journal`. With ``force`` an OUT that holds a
-    ``report.json`` is replaced whole, once the new one is complete. ``source`` is the model, where that is a file or
-    folder.
+    will hold and ``work`` for intermediate files, which is removed. Leaving without an exception renames
+    ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the parents made for
+    OUT. A process that is killed leaves ``work``; one whose disk is full leaves the journal in it, if that has a
+    finished sublayer. The next one for this OUT takes the journal over, see :mod:`dotresize_fx.journal`. With
+    ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new one is complete. ``source`` is the
+    model, where that is a file or folder.
 
     Raises:
         OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
@@ -64,9 +66,8 @@ class OutputFolder:
                 for parent in reversed([p for p in self.out.parents if not p.exists()]):
                     parent.mkdir(exist_ok=True)
                     self._made_parents.append(parent)
-                for folder in (self.partial, self.work):
-                    if folder.exists():  # left by a killed process that had our number
-                        shutil.rmtree(folder)
+                if self.partial.exists():  # left by a killed process that had our number
+                    shutil.rmtree(self.partial)
                 self._take_over()
                 self.partial.mkdir()
                 self.work.mkdir(exist_ok=True)
@@ -87,7 +88,9 @@ class OutputFolder:
     ) -> None:
         with _signals_wait():
             # Whose disk was full goes on, when there is room, from what was finished.
-            self._keep_journal = error is not None and _is_full_disk(error)
+            full = error is not None and _is_full_disk(error)
+            finished = count_finished(self.work / JOURNAL) if full else 0
+            self._keep_journal = finished > 0
             try:
                 if error is None:
                     self._commit()
@@ -95,21 +98,35 @@ class OutputFolder:
                 raise OutputError(f"{self.out} cannot be put in place: {problem.strerror}") from problem
             finally:
                 self._discard()
-        if error is not None and _is_full_disk(error):
-            raise OutputError(
-                f"the disk is full: no room for {self.out}; free some space and run again"
-                + (": what was finished is kept" if (self.work / JOURNAL).is_dir() else "")
-            ) from error
+        if full:
+            said = f"the disk is full: no room for {self.out}; free some space and run again"
+            if finished:
+                said += f" with the same OUT: it goes on behind {counted(finished, 'finished sublayer')}, kept in "
+                said += str(self.work / JOURNAL)
+            raise OutputError(said) from error
 
     def _take_over(self) -> None:
         """Of what killed runs left: the latest one's journal becomes ours, all else goes."""
-        left = sorted(self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*"), key=lambda f: f.stat().st_mtime)
-        for folder in reversed([folder for folder in left if _is_free(folder / LOCK)]):
-            if (folder / JOURNAL).is_dir() and not self.work.exists():
-                self.work.mkdir()
-                (folder / JOURNAL).rename(self.work / JOURNAL)
-            shutil.rmtree(folder, ignore_errors=True)
+        found = self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*")
+        # One with our own number is no living process's: it is ours or, in a container, that of the run before.
+        left = [folder for folder in found if folder == self.work or _is_free(folder / LOCK)]
+        left.sort(key=lambda folder: folder.stat().st_mtime)
+        latest = next((folder for folder in reversed(left) if (folder / JOURNAL).is_dir()), None)
+        for folder in left:
+            if folder != latest:
+                shutil.rmtree(folder)
             shutil.rmtree(folder.with_name(folder.name.replace(".work-", ".partial-")), ignore_errors=True)
+        if latest is not None:
+            latest.rename(self.work)
+            self._clear_work()
+
+    def _clear_work(self) -> None:
+        """All goes but the journal and the lock."""
+        for entry in self.work.iterdir():
+            if entry.is_dir() and entry.name != JOURNAL:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.is_file() and entry.name != LOCK:
+                entry.unlink(missing_ok=True)
 
     def _beside(self, what: str) -> Path:
         return self.out.parent / f".{self.out.name}.{what}-{self._pid}"
@@ -154,13 +171,11 @@ class OutputFolder:
         if os.getpid() != self._pid:  # a forked child that runs its parent's atexit list
             return
         atexit.unregister(self._discard)
-        self._lock.release()
-        kept = self.work / JOURNAL if self._keep_journal else None
         shutil.rmtree(self.partial, ignore_errors=True)
-        for entry in self.work.iterdir() if self.work.is_dir() else ():
-            if entry not in (kept, self.work / LOCK):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-        if kept is None or not kept.is_dir():
+        if self._keep_journal:
+            self._clear_work()
+        self._lock.release()
+        if not self._keep_journal:
             shutil.rmtree(self.work, ignore_errors=True)
         for parent in reversed(self._made_parents):
             try:

@@ -17,7 +17,7 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nothing is killed so there")
 
 Start = Callable[..., "subprocess.Popen[str]"]
-GOES_ON = "that a killed run had finished"
+GOES_ON = "of an earlier run"
 
 
 def run(
