@@ -320,11 +320,11 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
         _dry_run(arguments, options, stop)
         return
     from dotresize_fx.compiler import export
-    from dotresize_fx.memory import give_large_blocks_back
+    from dotresize_fx.memory import LARGE_BLOCK, LARGE_BLOCK_IN_BUDGET, give_large_blocks_back
     from dotresize_fx.progress import Progress
     from dotresize_fx.report.terminal_table import terminal_table
 
-    give_large_blocks_back()
+    give_large_blocks_back(LARGE_BLOCK if options.memory_budget is None else LARGE_BLOCK_IN_BUDGET)
     report = export(
         arguments.model,
         arguments.out,

@@ -30,6 +30,7 @@ from dotresize_fx.forecast import stream_bytes
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
+from dotresize_fx.journal import FOLDER, Journal, export_of
 from dotresize_fx.launched import Launched
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
@@ -41,7 +42,7 @@ from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.ranks import Ranks
-from dotresize_fx.regions import MatchReport
+from dotresize_fx.regions import MatchReport, counted
 from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
@@ -134,7 +135,8 @@ def slim(
             its forward pass, two samples or more along the first axis where it has one.
         calibration: text files (.txt, .jsonl); without any, the text that every Python carries. For a module or a
             program: batches of inputs, each a dict, a tuple or a tensor, or .npz files or folders of them.
-        work: folder for finished blocks, if they are to be written.
+        work: folder for finished sublayers, if they are to be written; a run that finds its own there goes on from
+            them.
         options: further fields of :class:`dotresize_fx.options.Options`.
 
     In a script under torchrun every process calls this: rank 0 gets the result, which the others help to calibrate or
@@ -256,8 +258,13 @@ def slim_with(
             from dotresize_fx.export.latency_target import start_clock
 
             clock = start_clock(loaded.model, captured, dense, matches, chosen, progress, folder)
+        journal = None
+        if work is not None and launched.count == 1:
+            journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, device))
+            if journal.finished:
+                progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
         slimmed = _slim_on_device(
-            dense, matches, data, own, plan, chosen, progress, work, task, launched, factors, clock
+            dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock
         )
     return SlimResult(
         loaded,
@@ -333,7 +340,7 @@ def _slim_on_device(
     plan: WidthPlan | None,
     options: Options,
     progress: Progress,
-    work: Path | None,
+    journal: Journal | None,
     task: str,
     launched: Launched,
     factors: Mapping[str, int],
@@ -359,7 +366,7 @@ def _slim_on_device(
             batches,
             options,
             progress,
-            work,
+            journal,
             task=task,
             plan=plan,
             factors=factors,

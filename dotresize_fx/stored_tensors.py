@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from dotresize_fx.errors import BadWeightsError
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.lazy_tensor import LazyTensor, in_memory
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool = True) -> dict[str, LazyTensor]:
@@ -51,6 +52,31 @@ def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool 
         why = " ".join(str(error).split())
         raise BadWeightsError(f"{file}: truncated, damaged or of an unknown dtype ({why}): fetch it again") from error
     return found
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> None:
+    """A safetensors file with ``told`` as its metadata; one tensor at a time is in memory for it, and none is copied
+    that is there already, the same numbers under two names either.
+    """
+    # The largest numbers first, so that all stand at a multiple of their size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(told)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            stream.write(_bytes(in_memory(tensors[name])))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    plain = tensor.detach().contiguous().cpu()
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _view(held: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], torch.Tensor]:
@@ -130,8 +156,7 @@ class Spool:
     def put(self, tensor: torch.Tensor) -> LazyTensor:
         """The same numbers, on the same device, once they are needed."""
         with tempfile.TemporaryFile(dir=self._folder) as stream:
-            plain = tensor.detach().contiguous().cpu()
-            stream.write(plain.reshape(-1).view(torch.uint8).numpy().data)  # which tells a full disk
+            stream.write(_bytes(tensor))  # which tells a full disk
             stream.flush()
             held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return LazyTensor(

@@ -118,6 +118,18 @@ class Sweep:
         self.slim.advance(self._slim_index(target) + 1)
         return swept
 
+    def resume_sublayer(self, regions: Sequence[Region], finish: Callable[[], None]) -> None:
+        """Bring both streams behind a sublayer that was cut before; ``finish`` puts what became of it into the graph.
+
+        Of a graph whose stream is not cut.
+        """
+        target = regions[0].target
+        self.slim.advance(min(self._start(region) for region in regions))
+        self.dense.advance(self.dense.execution.index[self.dense.execution.graph.node(target)] + 1)
+        finish()
+        self.slim.execution = Execution(self.slim_graph)
+        self.slim.advance(self._slim_index(target) + 1)
+
     def _start(self, region: Region) -> int:
         """Where what the region watches begins, and what becomes of weights that its cut changes."""
         seen: list[torch.fx.Node] = []

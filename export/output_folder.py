@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import atexit
 import errno
+import glob
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from filelock import FileLock, Timeout
+
 from dotresize_fx.errors import OutputError
+from dotresize_fx.journal import FOLDER as JOURNAL
+from dotresize_fx.journal import count_finished
+from dotresize_fx.regions import counted
 from dotresize_fx.report.contents import REPORT_FILE
 
+# Held by the process that works, and free once it is gone however it went.
+LOCK = "lock"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Rust (safetensors, tokenizers) and C++ (protobuf, torch) report a full disk as text only.
 _FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28")
@@ -26,10 +34,12 @@ class OutputFolder:
     """Context manager over the folder OUT.
 
     Entering checks OUT before any work is done and makes two folders beside it: ``partial`` for what OUT
-    will hold and ``work`` for intermediate files, which is removed in any case. Leaving without an exception
-    renames ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the
-    parents made for OUT. With ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new
-    one is complete. ``source`` is the model, where that is a file or folder.
+    will hold and ``work`` for intermediate files, which is removed. Leaving without an exception renames
+    ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the parents made for
+    OUT. A process that is killed leaves ``work``; one whose disk is full leaves the journal in it, if that has a
+    finished sublayer. The next one for this OUT takes the journal over, see :mod:`dotresize_fx.journal`. With
+    ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new one is complete. ``source`` is the
+    model, where that is a file or folder.
 
     Raises:
         OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
@@ -46,6 +56,8 @@ class OutputFolder:
         self._made_parents: list[Path] = []
         self.partial = self._beside("partial")
         self.work = self._beside("work")
+        self._lock = FileLock(self.work / LOCK)
+        self._keep_journal = False
 
     def __enter__(self) -> Self:
         try:
@@ -54,10 +66,13 @@ class OutputFolder:
                 for parent in reversed([p for p in self.out.parents if not p.exists()]):
                     parent.mkdir(exist_ok=True)
                     self._made_parents.append(parent)
-                for folder in (self.partial, self.work):
-                    if folder.exists():  # left by a killed process that had our number
-                        shutil.rmtree(folder)
-                    folder.mkdir()
+                if self.partial.exists():  # left by a killed process that had our number
+                    shutil.rmtree(self.partial)
+                self._take_over()
+                self.partial.mkdir()
+                self.work.mkdir(exist_ok=True)
+                with suppress(OSError, NotImplementedError):  # a file system without locks: nothing is taken over
+                    self._lock.acquire(timeout=0)
                 # Last resort for a signal that arrives between here and the body of the with statement.
                 atexit.register(self._discard)
         except OSError as error:
@@ -72,6 +87,10 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _signals_wait():
+            # Whose disk was full goes on, when there is room, from what was finished.
+            full = error is not None and _is_full_disk(error)
+            finished = count_finished(self.work / JOURNAL) if full else 0
+            self._keep_journal = finished > 0
             try:
                 if error is None:
                     self._commit()
@@ -79,8 +98,35 @@ class OutputFolder:
                 raise OutputError(f"{self.out} cannot be put in place: {problem.strerror}") from problem
             finally:
                 self._discard()
-        if error is not None and _is_full_disk(error):
-            raise OutputError(f"the disk is full: no room for {self.out}; free some space and run again") from error
+        if full:
+            said = f"the disk is full: no room for {self.out}; free some space and run again"
+            if finished:
+                said += f" with the same OUT: it goes on behind {counted(finished, 'finished sublayer')}, kept in "
+                said += str(self.work / JOURNAL)
+            raise OutputError(said) from error
+
+    def _take_over(self) -> None:
+        """Of what killed runs left: the latest one's journal becomes ours, all else goes."""
+        found = self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*")
+        # One with our own number is no living process's: it is ours or, in a container, that of the run before.
+        left = [folder for folder in found if folder == self.work or _is_free(folder / LOCK)]
+        left.sort(key=lambda folder: folder.stat().st_mtime)
+        latest = next((folder for folder in reversed(left) if (folder / JOURNAL).is_dir()), None)
+        for folder in left:
+            if folder != latest:
+                shutil.rmtree(folder)
+            shutil.rmtree(folder.with_name(folder.name.replace(".work-", ".partial-")), ignore_errors=True)
+        if latest is not None:
+            latest.rename(self.work)
+            self._clear_work()
+
+    def _clear_work(self) -> None:
+        """All goes but the journal and the lock."""
+        for entry in self.work.iterdir():
+            if entry.is_dir() and entry.name != JOURNAL:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.is_file() and entry.name != LOCK:
+                entry.unlink(missing_ok=True)
 
     def _beside(self, what: str) -> Path:
         return self.out.parent / f".{self.out.name}.{what}-{self._pid}"
@@ -125,13 +171,30 @@ class OutputFolder:
         if os.getpid() != self._pid:  # a forked child that runs its parent's atexit list
             return
         atexit.unregister(self._discard)
-        for folder in (self.partial, self.work):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._keep_journal:
+            self._clear_work()
+        self._lock.release()
+        if not self._keep_journal:
+            shutil.rmtree(self.work, ignore_errors=True)
         for parent in reversed(self._made_parents):
             try:
                 parent.rmdir()
             except OSError:
                 break  # someone else uses it by now
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether the process that made it is gone for sure."""
+    if not lock.is_file():
+        return False
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except (Timeout, OSError, NotImplementedError):  # it is held, or the file system has no such locks
+        return False
+    held.release()
+    return True
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -12,6 +11,7 @@ from dotresize_fx.clock import Clock
 from dotresize_fx.cost import CostModel
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.journal import Journal
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import REFITTED, SWEPT, choose_regions, left_alone
 from dotresize_fx.passes.cut_stream import cut_stream, cuttable_streams
@@ -42,7 +42,7 @@ def slim_graph(
     batches: Sequence[Mapping[str, torch.Tensor]],
     options: Options,
     progress: Progress,
-    work: Path | None = None,
+    journal: Journal | None = None,
     *,
     task: str = "decoder",
     plan: WidthPlan | None = None,
@@ -52,7 +52,9 @@ def slim_graph(
     clock: Clock | None = None,
     ranks: Ranks | None = None,
 ) -> Slimmed:
-    """A slim copy of ``dense``; ``work`` takes finished blocks. ``plan`` gives the widths instead of the ratio.
+    """A slim copy of ``dense``. ``plan`` gives the widths instead of the ratio.
+
+    ``journal`` takes the width plan and finished sublayers; what it has of an earlier run is not computed again.
 
     ``curves``, if given, are what ``measure_curves`` said of the same graph and batches: one measurement serves
     several ratios. ``factors`` are, by kind, what planned widths must be multiples of.
@@ -114,9 +116,12 @@ def slim_graph(
         regions = [region for region in regions if region.name in plan.widths]
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
-        chosen, kept = plan_widths(
+        found_before = journal.plan() if journal is not None else None
+        chosen, kept = found_before or plan_widths(
             slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock, ranks
         )
+        if journal is not None and found_before is None:
+            journal.write_plan(chosen, kept)
         notes += what_was_refused(matches, kinds) + kept
     else:
         chosen = WidthPlan({region.name: region.width for region in regions})
@@ -124,7 +129,7 @@ def slim_graph(
     progress.show(plan_table([*matches.of_kind(RegionKind.RESIDUAL), *planned], widths))
     if regions:
         swept += sweep_regions(
-            *(dense, slimmed, regions, chosen, batches, options, progress, task, refit, work, stream), ranks=ranks
+            *(dense, slimmed, regions, chosen, batches, options, progress, task, refit, journal, stream), ranks=ranks
         )
     slimmed.refresh_shapes()
     if plan is None and options.ratio is not None:

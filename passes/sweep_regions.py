@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
+from weakref import ref
 
 import torch
 
 from dotresize_fx.depth.gone_block import GoneBlock
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.journal import FinishedSublayer, Journal, map_shape, of_shape
 from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
@@ -18,11 +20,11 @@ from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.progress import Progress
 from dotresize_fx.rank.low_rank_linear import LowRankLinear
 from dotresize_fx.ranks import Ranks
+from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
-from dotresize_fx.stored_tensors import lazy_tensors
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.task import predicts_tokens
 from dotresize_fx.width_plan import WidthPlan
@@ -52,23 +54,30 @@ def sweep_regions(
     progress: Progress,
     task: str,
     refit: bool,
-    work: Path | None = None,
+    journal: Journal | None = None,
     stream: SlimStream | None = None,
     *,
     changed: bool = False,
     ranks: Ranks | None = None,
 ) -> list[SweptRegion]:
-    """Cut the regions to the plan's widths in place, sublayer by sublayer; ``work`` takes finished blocks.
+    """Cut the regions to the plan's widths in place, sublayer by sublayer.
 
-    ``refit``: whether readers are refitted. ``stream`` tells how the stream itself was cut, if it was. ``changed``:
-    the stream is not the dense graph's any more, and regions that keep their widths are refitted too. ``ranks``: see
-    Sweep.
+    ``journal`` takes finished sublayers, and has those of an earlier run, which are not solved for again (where the
+    stream itself was cut they are). ``refit``: whether readers are refitted. ``stream`` tells how the stream itself
+    was cut, if it was. ``changed``: the stream is not the dense graph's any more, and regions that keep their widths
+    are refitted too. ``ranks``: see Sweep.
     """
+    maps: dict[str, dict[str, Any]] = {}
+
+    def apply(region: Region, found: RegionMap) -> None:
+        maps[region.name] = map_shape(found)
+        apply_map(slimmed, region, found, options.check)
+
     sweep = Sweep(
         dense,
         slimmed,
         batches,
-        lambda region, found: apply_map(slimmed, region, found, options.check),
+        apply,
         refit=refit,
         stream=stream,
         repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
@@ -79,12 +88,20 @@ def sweep_regions(
     )
     swept: list[SweptRegion] = []
     with progress.stage("sweep", len(regions)) as step:
-        for together in sublayers(regions):
+        for number, together in enumerate(sublayers(regions)):
             cuts = [(region, plan.widths[region.name]) for region in together]
             if chosen := cut_or_refitted(cuts, stream_cut=changed or stream is not None):
-                swept += sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
-                for region, _ in chosen:
-                    _write_block(slimmed, region, work)
+                finished = journal.sublayer(number, together) if journal and stream is None else None
+                if finished is not None:
+                    sweep.resume_sublayer([region for region, _ in chosen], lambda: _take(finished, slimmed, together))  # noqa: B023
+                    swept += finished.swept
+                else:
+                    # Weakly, so that what is replaced goes at once.
+                    before = {name: ref(weight) for name, weight in slimmed.program.state_dict.items()}
+                    maps.clear()
+                    found = sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
+                    _put(slimmed, before, number, found, maps, journal)
+                    swept += found
             for _ in together:
                 step()
     behind = sweep.finish()
@@ -105,23 +122,31 @@ def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> 
     return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
 
 
-def _write_block(graph: FxGraph, region: Region, work: Path | None) -> None:
-    """Put a finished region's weights into the work folder; where the graph has a spool, they stay there alone."""
-    if work is None and graph.spool is None:
-        return
-    ops = [graph.op(name) for name in (*region.writers, *region.readers)]
-    values = {value for op in ops for value in (op.weight, op.bias) if value is not None}
-    tensors = {graph.parameter_name(v): in_memory(graph.parameter(v)).contiguous() for v in values}
-    stored: dict[str, torch.Tensor] = {}
-    if work is not None:
-        from safetensors.torch import save_file
-
-        folder = work / "blocks"
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{region.name}.safetensors"
-        save_file(tensors, file)
-        stored = dict(lazy_tensors(file, checked=False))
+def _put(
+    graph: FxGraph,
+    before: Mapping[str, ref[torch.Tensor]],
+    number: int,
+    swept: Sequence[SweptRegion],
+    maps: Mapping[str, Mapping[str, Any]],
+    journal: Journal | None,
+) -> None:
+    """Note a finished sublayer; where the graph has a spool, what changed stays in files alone."""
+    weights = graph.program.state_dict
+    changed = {name: weight for name, weight in weights.items() if name not in before or before[name]() is not weight}
+    stored = journal.write_sublayer(number, swept, maps, changed) if journal else {}
     if graph.spool is not None:
-        for name, tensor in tensors.items():
-            left = stored[name].to(tensor.device) if stored else graph.spool.put(tensor)
-            graph.program.state_dict[name] = torch.nn.Parameter(left, requires_grad=False)
+        for name, weight in changed.items():
+            left = stored[name].to(weight.device) if journal else graph.spool.put(in_memory(weight).contiguous())
+            weights[name] = torch.nn.Parameter(left, requires_grad=False)
+
+
+def _take(finished: FinishedSublayer, graph: FxGraph, regions: Sequence[Region]) -> None:
+    """Make the ops of a finished sublayer, and give them its parameters."""
+    weights = graph.program.state_dict
+    device = next(iter(weights.values())).device
+    for region in regions:
+        if region.name in finished.maps:
+            apply_map(graph, region, of_shape(finished.maps[region.name], device), False)
+    for name, stored in finished.parameters.items():
+        weight = stored.to(device) if graph.spool is not None else stored.read().to(device, copy=True)
+        weights[name] = torch.nn.Parameter(weight, requires_grad=False)

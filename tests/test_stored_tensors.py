@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.lazy_tensor import LazyTensor
-from dotresize_fx.stored_tensors import Recent, Spool, lazy_tensors
+from dotresize_fx.stored_tensors import Recent, Spool, lazy_tensors, write_tensors
 
 
 def test_a_file_gives_what_was_saved(tmp_path: Path) -> None:
@@ -28,6 +29,31 @@ def test_a_file_gives_what_was_saved(tmp_path: Path) -> None:
         wanted = tensor.float() if tensor.is_floating_point() else tensor
         assert torch.equal(found[name].read(), wanted)
         assert found[name].dtype is wanted.dtype
+
+
+def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:
+    """Of tensors of any layout, in memory or not, two of which share theirs."""
+    weight = torch.randn(5, 3)
+    tensors = {
+        "weight": weight,
+        "tied": weight,
+        "transposed": weight.T,
+        "parameter": torch.nn.Parameter(weight[1:].bfloat16()),
+        "spooled": Spool(tmp_path).put(weight).T,
+        "ids": torch.arange(3),
+        "flags": torch.tensor([True, False, True]),
+        "nothing": torch.zeros(0, 4),
+        "number": torch.tensor(2.5, dtype=torch.float64),
+    }
+    write_tensors(file := tmp_path / "some.safetensors", tensors, {"of": "what\u00e9"})
+    found, ours = load_file(file), lazy_tensors(file)
+    assert found.keys() == ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(ours[name].read(), tensor)
+        assert found[name].dtype is ours[name].dtype is tensor.dtype
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"of": "what\u00e9"}
 
 
 @pytest.mark.parametrize("kept", [4, 60, -1])

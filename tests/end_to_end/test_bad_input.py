@@ -1,4 +1,6 @@
-"""Every mistake a user can make: one clear line, an exit code of its own kind, and nothing left behind."""
+"""Every mistake a user can make: one clear line, an exit code of its own kind, and nothing left behind (but what a full
+disk's next run goes on from).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -254,20 +257,55 @@ def test_an_earlier_output_survives_a_failed_replacement(
     refused(3, "export", tmp_path / "no model", tmp_path / "out", "--quiet", "--force", *few_tokens)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
-@pytest.mark.parametrize("room", [4_000, 55_000])
-def test_a_full_disk(export: Refused, model_folder: Folder, room: int) -> None:
-    """A file may hold no more than ``room`` bytes: finished blocks do not fit, or they do and the weights do not."""
+@contextmanager
+def files_of_at_most(room: int) -> Iterator[None]:
+    """A file of more bytes is told as a full disk is."""
     import resource
 
-    model = model_folder("llama")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        said = export(8, model)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_a_disk_too_full_for_a_finished_sublayer(export: Refused, model_folder: Folder) -> None:
+    model = model_folder("llama")
+    with files_of_at_most(4_000):
+        said = export(8, model)
     assert said.startswith("dotresize-fx: the disk is full: no room for ")
+    assert said.endswith("; free some space and run again\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
+def test_a_disk_too_full_for_the_model(
+    here: Callable[..., Any],
+    model_folder: Folder,
+    few_tokens: list[str],
+    tree: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    """The finished sublayer is kept and nothing else is; with room the same command goes on behind it."""
+    command = ("export", model_folder("llama"), tmp_path / "new" / "out", *few_tokens)
+    with files_of_at_most(55_000):
+        ended = here(*command, "--quiet")
+    assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (8, "", 1)
+    (work,) = (tmp_path / "new").iterdir()
+    assert work.name.startswith(".out.work-")
+    assert len(list((work / "journal").glob("*.safetensors"))) == 1
+    assert {Path(name).name for name in tree(work) if not name.endswith(".safetensors")} == {
+        *("lock", "journal", "export.json", "plan.json")
+    }
+    assert ended.stderr == (
+        f"dotresize-fx: the disk is full: no room for {tmp_path / 'new' / 'out'}; free some space and run again with "
+        f"the same OUT: it goes on behind 1 finished sublayer, kept in {work / 'journal'}\n"
+    )
+    ended = here(*command)
+    assert ended.code == 0, ended.stderr
+    assert "goes on behind 1 sublayer of an earlier run" in ended.stderr
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["out"]
 
 
 # -- what is not installed -------------------------------------------------------------------------

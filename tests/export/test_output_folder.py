@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -149,6 +150,36 @@ def test_disk_full_is_told_and_cleaned_up(tmp_path: Path) -> None:
         assert names(tmp_path) == []
     with pytest.raises(PermissionError):
         write_and_raise(tmp_path / "out", PermissionError(13, "other errors keep their kind"))
+
+
+def test_a_full_disk_keeps_finished_sublayers_alone(tmp_path: Path) -> None:
+    """The next run takes them over, in a process of the same number too, as the first ones of containers are."""
+    out = tmp_path / "new" / "out"
+
+    def run(finish: bool, error: BaseException | None) -> list[str]:
+        with OutputFolder(out) as folder:
+            found = names(folder.work)
+            (journal := folder.work / "journal").mkdir(exist_ok=True)
+            if finish:
+                (journal / "00000.safetensors").write_text("x")
+            (folder.work / "spooled").mkdir()
+            write(folder)
+            if error is not None:
+                raise error
+        return found
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OutputError, match=r"free some space and run again$"):
+        run(False, full)
+    assert names(tmp_path) == []
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"same OUT: it goes on behind 1 finished sublayer, kept in .*journal$"):
+            run(True, full)
+        assert names(out.parent) == [f".out.work-{os.getpid()}"]
+        assert names(out.parent / f".out.work-{os.getpid()}") == ["journal", "lock"]
+    (out.parent / f".out.work-{os.getpid()}").rename(out.parent / ".out.work-1")
+    assert run(True, None) == ["journal", "lock"]
+    assert names(out.parent) == ["out"]
 
 
 _CHILD = """

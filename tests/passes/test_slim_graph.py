@@ -16,9 +16,11 @@ from torch import nn
 from dotresize_fx.cost import count_cost
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.journal import Journal
 from dotresize_fx.options import Options
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.slim_graph import slim_graph
+from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.progress import Progress
 from dotresize_fx.width_plan import WidthPlan
 
@@ -194,19 +196,61 @@ def test_allocations(tiny_graph: Any, tiny_batch: Any, allocation: str) -> None:
         assert layers[0] == [2, 6, 6, 48]
 
 
-def test_finished_sublayers_are_put_into_the_work_folder(tiny_graph: Any, tiny_batch: Any, tmp_path: Path) -> None:
+def test_finished_sublayers_are_put_into_the_journal(tiny_graph: Any, tiny_batch: Any, tmp_path: Path) -> None:
     graph = tiny_graph("llama")[1]
     data = [tiny_batch(4, 24, 3, seed=seed) for seed in range(4)]
     plan = WidthPlan({"model.layers.0.self_attn value": 5, "model.layers.1.mlp": 40})
-    slimmed = slim_graph(graph, find_regions(graph), data, Options(), QUIET, tmp_path, plan=plan)
-    assert sorted(file.stem for file in (tmp_path / "blocks").iterdir()) == sorted(plan.widths)
-    written = load_file(tmp_path / "blocks" / "model.layers.1.mlp.safetensors")
+    journal = Journal(tmp_path / "journal", {})
+    slimmed = slim_graph(graph, find_regions(graph), data, Options(), QUIET, journal, plan=plan)
+    files = sorted((tmp_path / "journal").glob("*.safetensors"))
+    assert len(files) == len(plan.widths) == journal.finished
+    written = load_file(files[-1])
     assert {name: tuple(tensor.shape) for name, tensor in written.items()} == {
         "model.layers.1.mlp.gate_proj.weight": (40, 32),
         "model.layers.1.mlp.up_proj.weight": (40, 32),
         "model.layers.1.mlp.down_proj.weight": (32, 40),
     }
     assert all(torch.equal(tensor, slimmed.graph.program.state_dict[name]) for name, tensor in written.items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mixtral", "bert"])
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_a_run_goes_on_from_its_journal_to_the_same_bytes(
+    tiny_graph: Any, tiny_batch: Any, tmp_path: Path, kind: str, effort: str
+) -> None:
+    """Stopped behind each sublayer in turn; what is finished is not solved for again."""
+    graph = tiny_graph(kind)[1]
+    data = [tiny_batch(4, 24, 3, seed=seed) for seed in range(4)]
+    options = Options(ratio=0.25, effort=effort, repair_steps=3 if effort == "best" else None)
+    task = "encoder" if kind == "bert" else "decoder"
+
+    def run(journal: Journal, stop: int | None = None) -> Slimmed:
+        count = 0
+
+        def check() -> None:
+            nonlocal count
+            count = journal.finished
+            if stop is not None and count > stop:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(0)
+        progress = Progress(quiet=True, check=check)
+        return slim_graph(graph, find_regions(graph), data, options, progress, journal, task=task)
+
+    whole = run(Journal(tmp_path / "whole", {"of": kind}))
+    folder = tmp_path / "stopped"
+    for stop in range(Journal(tmp_path / "whole", {"of": kind}).finished - 1):  # behind one more each time
+        with pytest.raises(KeyboardInterrupt):
+            run(Journal(folder, {"of": kind}), stop)
+    resumed = run(Journal(folder, {"of": kind}))
+    assert resumed.plan == whole.plan
+    assert resumed.swept == whole.swept
+    assert str(resumed.graph.program.graph_module.code) == str(whole.graph.program.graph_module.code)
+    one, other = whole.graph.program.state_dict, resumed.graph.program.state_dict
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # Another export's is not followed.
+    assert Journal(folder, {"of": "another"}).finished == 0
 
 
 @pytest.mark.parametrize("allocation", ["measured", "uniform"])

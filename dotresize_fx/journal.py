@@ -1,0 +1,170 @@
+"""What a run has finished, in files: a later run of the same export goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dotresize_fx.calibration import CalibrationData
+from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.options import Options
+from dotresize_fx.region_map import RegionMap, pair_selection, selection
+from dotresize_fx.regions import Region
+from dotresize_fx.stored_tensors import lazy_tensors, write_tensors
+from dotresize_fx.sweep import SweptRegion
+from dotresize_fx.width_plan import WidthPlan
+
+FOLDER = "journal"
+_WHOSE, _PLAN = "export.json", "plan.json"
+_SWEPT, _MAPS = "swept", "maps"
+
+
+@dataclass(frozen=True)
+class FinishedSublayer:
+    """What was swept, in order; by region the shape of the map that went in; every parameter that changed, by name."""
+
+    swept: tuple[SweptRegion, ...]
+    maps: Mapping[str, Mapping[str, Any]]
+    parameters: Mapping[str, LazyTensor]
+
+
+class Journal:
+    """In ``folder``, made here. ``export`` says of what it is, as JSON: what another one left there goes.
+
+    Every file appears whole: a process may be killed at any moment.
+    """
+
+    def __init__(self, folder: Path, export: Mapping[str, Any]) -> None:
+        self.folder = folder
+        told = json.loads(json.dumps(export))
+        if _read(folder / _WHOSE) != told:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _write(folder / _WHOSE, told)
+
+    @property
+    def finished(self) -> int:
+        """How many sublayers."""
+        return count_finished(self.folder)
+
+    def plan(self) -> tuple[WidthPlan, tuple[str, ...]] | None:
+        """The width plan and the notes on it, if there are any yet."""
+        found = _read(self.folder / _PLAN)
+        return None if found is None else (WidthPlan(found["widths"], found["losses"]), tuple(found["notes"]))
+
+    def write_plan(self, plan: WidthPlan, notes: Sequence[str]) -> None:
+        _write(self.folder / _PLAN, {"widths": dict(plan.widths), "losses": dict(plan.losses), "notes": list(notes)})
+
+    def sublayer(self, number: int, regions: Sequence[Region]) -> FinishedSublayer | None:
+        """That of this number, if it is finished."""
+        if not (file := self._file(number)).exists():
+            return None
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
+        named = {region.name: region for region in regions}
+        swept = tuple(
+            SweptRegion(named[name], width, method, error, notes)
+            for name, width, method, error, notes in json.loads(header[_SWEPT])
+        )
+        return FinishedSublayer(swept, json.loads(header[_MAPS]), lazy_tensors(file, checked=False))
+
+    def write_sublayer(
+        self,
+        number: int,
+        swept: Sequence[SweptRegion],
+        maps: Mapping[str, Mapping[str, Any]],
+        parameters: Mapping[str, torch.Tensor],
+    ) -> Mapping[str, LazyTensor]:
+        """Returns the parameters as they stand in the file now."""
+        rows = [[s.region.name, s.width, s.method, s.error, dict(s.notes)] for s in swept]
+        told = {_SWEPT: json.dumps(rows), _MAPS: json.dumps(maps)}
+        partial = self.folder / "partial"
+        try:
+            write_tensors(partial, parameters, told)
+        except OSError:  # a full disk, which has better use for the room
+            partial.unlink(missing_ok=True)
+            raise
+        partial.replace(file := self._file(number))
+        return lazy_tensors(file, checked=False)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:05}.safetensors"
+
+
+def count_finished(folder: Path) -> int:
+    """How many sublayers a journal's folder has, 0 where there is none."""
+    return sum(1 for _ in folder.glob("*.safetensors"))
+
+
+def export_of(options: Options, sha256: Mapping[str, str], data: CalibrationData, device: str) -> dict[str, Any]:
+    """What decides on every number that a run computes: two runs of which all of it is the same give the same bytes.
+
+    ``sha256`` are those of the model's files.
+    """
+    given = hashlib.sha256()
+    for batch in data.calibration:
+        for name, value in batch.items():
+            given.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {
+        "versions": [version("dotresize-fx"), torch.__version__],
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "model": dict(sha256),
+        "calibration": given.hexdigest(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads",
+    }
+
+
+def map_shape(found: RegionMap) -> dict[str, Any]:
+    """What of a map decides on the ops that it makes: what it holds, in which shape, and the rotary pairs."""
+    matrices = {name: getattr(found, name) for name in ("down", "up", "branch_down", "key_down")}
+    return {
+        "matrices": {name: list(matrix.shape) for name, matrix in matrices.items() if matrix is not None},
+        "pairs": None if found.pairs is None else found.pairs.tolist(),
+        "weights": {name: list(weight.shape) for name, weight in found.reader_weights.items()},
+        "biases": {name: list(bias.shape) for name, bias in found.reader_biases.items()},
+    }
+
+
+def of_shape(told: Mapping[str, Any], device: torch.device) -> RegionMap:
+    """A map that makes the same ops; the parameters that it makes are for others to replace."""
+
+    def matrix(shape: Sequence[int]) -> torch.Tensor:
+        narrow, wide = sorted(shape[-2:])
+        chosen = selection(torch.arange(narrow, device=device), wide)
+        if told["pairs"] is not None:
+            chosen = pair_selection(torch.tensor(told["pairs"], device=device), wide).down
+        return (chosen if shape[-2] == wide else chosen.T).expand(*shape).contiguous()
+
+    def zeros(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(*shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+    matrices = {name: matrix(shape) for name, shape in told["matrices"].items()}
+    return RegionMap(
+        matrices["down"],
+        matrices.get("up"),
+        matrices.get("branch_down"),
+        matrices.get("key_down"),
+        pairs=None if told["pairs"] is None else torch.tensor(told["pairs"], device=device),
+        reader_weights=zeros(told["weights"]),
+        reader_biases=zeros(told["biases"]),
+    )
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(file: Path, told: Any) -> None:
+    (partial := file.with_suffix(".partial")).write_text(json.dumps(told), encoding="utf-8")
+    partial.replace(file)
