@@ -17,8 +17,9 @@ class ActivationStream:
 
     def advance(self, stop: int) -> None:
         """Run every batch up to the node of this number."""
-        for environment in self.environments:
-            self.execution.run(environment, self.position, stop)
-            for node, value in environment.items():
-                environment[node] = self.execution.graph.kept_activation(value)
-        self.position = stop
+        for piece in self.execution.pieces(self.position, stop):
+            for environment in self.environments:
+                self.execution.run(environment, self.position, piece)
+                for node, value in environment.items():
+                    environment[node] = self.execution.graph.kept_activation(value)
+            self.position = piece

@@ -73,6 +73,11 @@ class GramAccumulator:
         for tensor in (self.gram, *(part for name in names for part in (self.cross[name], self.energy[name]))):
             ranks.sum(tensor)
 
+    def to_means(self) -> None:
+        """Make means over rows of the sums, in place."""
+        for tensor in (self.gram, *self.cross.values(), *self.energy.values()):
+            tensor /= max(self.tokens, 1)
+
     def of(self, kept: torch.Tensor) -> GramAccumulator:
         """What would have been summed over the columns ``kept`` of x, (k,) int64, alone."""
         found = GramAccumulator()

@@ -22,8 +22,8 @@ from dotresize_fx.solvers import Solver
 
 @dataclass
 class Sums:
-    """A region's sums on the slim prefix: solved with, and held out. Of wide regions they are the largest there is, and
-    :func:`best_map` forgets them as soon as they are not needed any more.
+    """A region's sums on the slim prefix: solved with, which the statistics have parts of, and held out. Of wide
+    regions they are the largest there is, and :func:`best_map` forgets them once they are not needed any more.
     """
 
     statistics: RegionStatistics | None
@@ -31,8 +31,7 @@ class Sums:
     held_out: GramAccumulator
 
     def forget(self) -> None:
-        """All but what the statistics say."""
-        self.fitting, self.held_out = GramAccumulator(), GramAccumulator()
+        self.statistics, self.fitting, self.held_out = None, GramAccumulator(), GramAccumulator()
 
 
 @dataclass
@@ -145,27 +144,31 @@ def fit_reader(
     """
     region, reader = inputs.region, inputs.reader
     assert reader is not None
+    mix = kept = None
     if passes_through(region, region_map):
         weight = inputs.reader_weight()
         width = weight.shape[1] - inputs.biased
         held_out = gathered.held_out
         if (kept := _selected(region, region_map)) is not None:
             kept = torch.cat([kept, kept.new_tensor([width])]) if inputs.biased else kept
-            fitting, held_out = gathered.fitting.of(kept), held_out.of(kept) if held_out.tokens else held_out
+            fitting = gathered.fitting.of(kept)
             own = gathered.fitting.gram.index_select(0, kept) @ weight.T
         else:
             mix = over_heads(region, region_map.down, width)
             if inputs.biased:
                 mix = torch.block_diag(mix, mix.new_ones(1, 1))  # type: ignore[no-untyped-call]
             fitting = gathered.fitting.through(mix)
-            held_out = held_out.through(mix) if held_out.tokens else held_out
             own = mix.T @ gathered.fitting.gram @ weight.T
     else:
         fitting, held_out = merged()
         own = fitting.cross["own"]
     refit = refit_reader(fitting.gram, fitting.cross["wanted"], own, with_bias=inputs.biased, pull=pull)
+    del fitting, own  # before as much is made of the held-out sums
     full = refit.weight if refit.bias is None else torch.cat([refit.weight, refit.bias[:, None]], 1)
-    error = relative_error(held_out, "wanted", full) ** 0.5 if held_out.tokens else None
+    error = None
+    if held_out.tokens:
+        held_out = held_out.of(kept) if kept is not None else held_out.through(mix) if mix is not None else held_out
+        error = relative_error(held_out, "wanted", full) ** 0.5
     refitted = RegionMap(
         region_map.down,
         branch_down=region_map.branch_down,
@@ -193,15 +196,12 @@ def best_map(
     region, fits = inputs.region, fit is not None and inputs.reader is not None
     if width == region.width and inputs.reader is not None:
         solvers = [("refit", _keep_all)]
-    assert gathered.statistics is not None
-    maps = [(name, solver(region, gathered.statistics, width)) for name, solver in solvers]
-    gathered.statistics = None
     best: tuple[str, RegionMap, float | None] | None = None
-    while maps:
-        if width < region.width and not any(passes_through(region, one) for _, one in maps):
+    for i, (name, solver) in enumerate(solvers):
+        assert gathered.statistics is not None
+        region_map, error = solver(region, gathered.statistics, width), None
+        if width < region.width and i == len(solvers) - 1 and not passes_through(region, region_map):
             gathered.forget()
-        name, region_map = maps.pop(0)
-        error = None
         if fit is not None and fits:
             region_map, error = fit(region_map)
         # Without held-out batches nothing tells them apart.

@@ -39,7 +39,8 @@ class RegionOps:
         self, read: GramAccumulator, entered: GramAccumulator, near: torch.Tensor | None = None
     ) -> RegionStatistics:
         """Of sums over what the reader reads (and a constant one, where it has a bias) and what the writers read (and a
-        constant one), either of which may be empty, and of how alike rotary pairs turn.
+        constant one), either of which may be empty, and of how alike rotary pairs turn. What is read is means from then
+        on, so that the statistics need no copy of it.
 
         Raises:
             SolverError: activations are infinite or NaN.
@@ -49,7 +50,8 @@ class RegionOps:
         if isinstance(read, ExpertGrams):
             assert self.reader is not None
             return expert_statistics(read, self.graph.weight(self.reader).double())
-        gram = read.gram / max(read.tokens, 1)
+        read.to_means()
+        gram = read.gram
         weight = self.reader_weight() if self.reader is not None else None
         if self.biased and weight is not None:
             gram, weight = gram[:-1, :-1], weight[:, :-1]

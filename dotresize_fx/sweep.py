@@ -151,6 +151,9 @@ class Sweep:
         execution = self.dense.execution
         node = execution.graph.node(target)
         stop = execution.index[node] + 1
+        *before, _ = execution.pieces(self.dense.position, stop)
+        if before and not entries:  # what entries read may be computed on the way
+            self.dense.advance(before[-1])
         goals: list[torch.Tensor] = []
         seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
         for environment in self.dense.environments:

@@ -60,6 +60,26 @@ class Execution:
         """Which of the nodes it is; -1 for an input or a parameter, which is there from the start."""
         return self.index.get(node, -1)
 
+    def pieces(self, start: int, stop: int) -> list[int]:
+        """Where batches that are run from ``start`` to ``stop`` had better wait for one another, and ``stop``: weights
+        that stay in files are read once for all of them where the spool can hold what a piece needs.
+        """
+        limit = self.graph.spool.recent.limit if self.graph.spool is not None else 0
+        if not limit:
+            return [stop]
+        parameters, seen = set(self.parameters), set[torch.fx.Node]()
+        found, size = [], 0
+        for i in range(start, stop):
+            new = [node for node in self.nodes[i].all_input_nodes if node in parameters and node not in seen]
+            tensors = [self.graph.stored(self._keys[node]) for node in new]
+            more = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, LazyTensor))
+            if size and size + more > limit:
+                found.append(i)
+                size, seen = 0, set()
+            size += more
+            seen.update(new)
+        return [*found, stop]
+
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
         """An environment with the program's inputs, by the names the program gives them.
 

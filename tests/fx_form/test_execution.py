@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
+from dotresize_fx.stored_tensors import Spool
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -133,3 +136,24 @@ def test_half_products_round_what_weights_enter_and_no_positions(tiny_graph: Any
     exact = Execution(graph).run(Execution(graph).start(batch), 0, 40, keep=tables)
     rounded = execution.run(execution.start(batch), 0, 40, keep=[execution.graph.node(name) for name in names])
     assert all(torch.equal(rounded[execution.graph.node(node.name)], exact[node]) for node in tables)
+
+
+def test_batches_wait_for_one_another_where_few_weights_are_held(tiny_graph: Any, tmp_path: Path) -> None:
+    """Pieces cover the run, and what each reads of files can be held; without files there is one piece."""
+    _, graph = tiny_graph("llama")
+    assert Execution(graph).pieces(3, 20) == [20]
+    sizes = {name: tensor.nbytes for name, tensor in graph.program.state_dict.items()}
+    limit = max(sizes.values())
+    graph.spool = Spool(tmp_path, held=limit)
+    for name, tensor in list(graph.program.state_dict.items()):
+        graph.program.state_dict[name] = torch.nn.Parameter(graph.spool.put(tensor), requires_grad=False)
+    execution = Execution(graph)
+    stops = execution.pieces(0, len(execution.nodes))
+    assert len(stops) > 2
+    assert stops == sorted(set(stops))
+    assert stops[-1] == len(execution.nodes)
+    keys = {node: str(key) for node, key in execution._keys.items() if node in execution.parameters}
+    for start, stop in pairwise([0, *stops]):
+        read = {keys[node] for one in execution.nodes[start:stop] for node in one.all_input_nodes if node in keys}
+        of_files = sum(sizes[key] for key in read if key in sizes)
+        assert of_files <= limit
