@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dotresize_fx.cache_names import PAST, POSITIONS
 from dotresize_fx.errors import CaptureError
@@ -79,8 +80,11 @@ def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cached_forward(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> CachedForward:
+def cached_forward(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, *, computed: bool = True
+) -> CachedForward:
     """What the model's cache is like; ``ids`` and ``mask``, (batch, length), are what it is tried, and traced, with.
+    Where nothing is to be ``computed`` its shapes alone are.
 
     Raises:
         CaptureError: it is not keys and values of every layer, one behind the other; the message says what it is.
@@ -90,7 +94,8 @@ def cached_forward(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor
     taken = inspect.signature(model.forward).parameters
     if PAST not in taken or "use_cache" not in taken:
         raise CaptureError("its forward pass takes no past_key_values")
-    found = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    with nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True):
+        found = model(input_ids=ids, attention_mask=mask, use_cache=True)
     layers = getattr(getattr(found, PAST, None), "layers", None)
     if not layers or not hasattr(found, "logits"):
         raise CaptureError("its forward pass gives no cache of layers")

@@ -44,7 +44,7 @@ def capture_with_cache(model: Any, *, compare: bool = True) -> Captured:
     sample = sample_inputs(vocabulary)
     with quiet_libraries():
         try:
-            cached = cached_forward(model, sample["input_ids"], sample["attention_mask"])
+            cached = cached_forward(model, sample["input_ids"], sample["attention_mask"], computed=compare)
         except BadWeightsError:
             raise
         except Exception as error:  # what a model's own code raises
