@@ -46,7 +46,7 @@ class Launched:
 
     Raises:
         UsageError: more processes were started than this machine has CUDA devices.
-        RanksError: the processes do not find each other.
+        RanksError: the processes do not find each other, or this torch lacks NCCL, or without CUDA gloo.
     """
 
     # They help one run of a script: what rank 0 does after it, it does alone.
@@ -64,6 +64,13 @@ class Launched:
         if self.count == 1:
             return self
         self._choose_card()
+        import torch.distributed as dist
+
+        if not dist.is_backend_available(self._backend):  # before hours are spent
+            raise RanksError(
+                f"rank {self.rank}: this torch lacks {self._backend}, by which several processes work together: "
+                "install one that has it, or start one process"
+            )
         try:
             from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
@@ -72,6 +79,10 @@ class Launched:
         except (ImportError, RuntimeError, ValueError) as error:
             raise RanksError(f"rank {self.rank} does not find the others: {_said(error)}") from error
         return self
+
+    @property
+    def _backend(self) -> str:
+        return "nccl" if self._device == "cuda" else "gloo"
 
     def _choose_card(self) -> None:
         if self._device != "cuda":
@@ -98,12 +109,7 @@ class Launched:
             self._store.set(CALLED, TO_HELP)
         made = not dist.is_initialized()
         if made:
-            backend = "nccl" if self._device == "cuda" else "gloo"
-            if not dist.is_backend_available(backend):
-                raise RanksError(
-                    f"rank {self.rank}: this torch lacks {backend}, by which several processes work together"
-                )
-            dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.count)
+            dist.init_process_group(self._backend, store=self._store, rank=self.rank, world_size=self.count)
         yield
         if made:  # after an exception this would wait for the others
             dist.destroy_process_group()

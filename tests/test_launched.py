@@ -101,8 +101,21 @@ def test_more_processes_than_cards(launched: Make, monkeypatch: pytest.MonkeyPat
     assert str(caught.value) == "2 processes were started for 1 CUDA devices: start one a device"
 
 
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "nccl"), ("cpu", "gloo")])
+def test_a_torch_that_lacks_what_they_talk_by(
+    launched: Make, monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
+    """Told before anything is loaded."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: name != backend)
+    with pytest.raises(RanksError, match=f"rank 1: this torch lacks {backend}, .* or start one process"):
+        launched(1, device=device).__enter__()
+
+
 def test_every_rank_takes_its_own_card(launched: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda _: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
