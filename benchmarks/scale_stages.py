@@ -1,0 +1,109 @@
+"""Where the time of scale.py's slimming goes, and which part needs the most of a GPU's memory.
+
+    python benchmarks/scale_stages.py slim 8 --blocks 8 --rows 128 --length 2048 --memory-budget 24GiB --regions ffn
+
+Arguments are scale.py's. Each part waits for the device before and after, so that a run takes a little longer than
+without. Seconds of a part are its own, those of parts that it calls left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import scale
+import torch
+from bench import line
+
+from dotresize_fx import compiler, prices, probe, reader_refit, sweep
+from dotresize_fx.fx_form.execution import Execution
+from dotresize_fx.fx_form.reading import FxReading
+from dotresize_fx.gram import GramAccumulator
+from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.passes import sweep_regions
+from dotresize_fx.region_inputs import RegionInputs
+from dotresize_fx.solvers import dotresize, obs
+
+# What is timed: (where it is looked up, its name, what it does).
+PARTS: list[tuple[Any, str, str]] = [
+    (compiler, "analyse", "capture and find regions"),
+    (compiler, "prepare_data", "tokenise"),
+    (compiler, "_slim_on_device", "all that is not below"),
+    (LazyTensor, "read", "read weights and activations that wait elsewhere"),
+    (FxReading, "kept_activation", "put activations where they wait"),
+    (FxReading, "kept", "put probes where they wait"),
+    (Execution, "run", "run the models"),
+    (GramAccumulator, "add", "Gram matrices"),
+    (obs, "eliminate", "elimination"),
+    (dotresize, "sinkhorn", "transport"),
+    (probe, "reader_change", "fit a probe's reader"),
+    (prices.Answers, "lost", "compare answers"),
+    (reader_refit, "refit_reader", "fit a reader"),
+    (reader_refit, "relative_error", "measure a reader"),
+    (sweep, "best_map", "solve, but for the above"),
+    (RegionInputs, "mapped", "map writers"),
+    (sweep_regions, "apply_map", "fold"),
+    (sweep_regions, "_put", "write a finished sublayer"),
+]
+
+
+class Stages:
+    """Seconds, calls and the most bytes allocated on the GPU by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self.peaks: dict[str, int] = defaultdict(int)
+        self._inside: list[list[Any]] = []
+
+    def watch(self, owner: Any, name: str, said: str) -> None:
+        wrapped: Callable[..., Any] = getattr(owner, name)
+
+        @functools.wraps(wrapped)
+        def timed(*given: Any, **named: Any) -> Any:
+            now = _settled()
+            if self._inside:
+                part, since = self._inside[-1]
+                self.seconds[part] += now - since
+            self._inside.append([said, now])
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                return wrapped(*given, **named)
+            finally:
+                now = _settled()
+                self.seconds[said] += now - self._inside.pop()[1]
+                self.calls[said] += 1
+                if torch.cuda.is_available():
+                    self.peaks[said] = max(self.peaks[said], torch.cuda.max_memory_allocated())
+                if self._inside:
+                    self._inside[-1][1] = now
+
+        setattr(owner, name, timed)
+
+
+def _settled() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    arguments = scale.parse()
+    stages = Stages()
+    for part in PARTS:
+        stages.watch(*part)
+    found = scale.run_slim(arguments.models[0], arguments)
+    print(f"{found['seconds']:.1f} s\n")
+    line(["part", "seconds", "calls", "GPU GiB"])
+    line(["---"] * 4)
+    for said in sorted(stages.seconds, key=lambda one: -stages.seconds[one]):
+        peak = f"{stages.peaks[said] / 2**30:.1f}"
+        line([said, f"{stages.seconds[said]:.2f}", str(stages.calls[said]), peak])
+
+
+if __name__ == "__main__":
+    main()
