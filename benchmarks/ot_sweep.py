@@ -24,6 +24,8 @@ class WatchingRefit(ReaderRefit):
 
     def gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> Gathered:
         gathered = super().gather(inputs, goals)
+        assert gathered.statistics is not None
+        gathered.statistics = replace(gathered.statistics, writer_weights=inputs.writer_weights())
         if not self.watches_entry or inputs.region.kind is not RegionKind.FFN:
             return gathered
         execution, sums = self.stream.execution, GramAccumulator()

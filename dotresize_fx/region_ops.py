@@ -61,8 +61,12 @@ class RegionOps:
             reader_weight=weight,
             entry_gram=None if self.reader is not None else entered.gram / max(entered.tokens, 1),
             coherence=near,
-            writer_weights={} if self.reader else {op.name: self._writer_weight(op.name) for op in self.writers},
+            writer_weights={} if self.reader else self.writer_weights(),
         )
+
+    def writer_weights(self) -> dict[str, torch.Tensor]:
+        """(n, d + 1) float64 by op name, the bias as last column."""
+        return {op.name: self._writer_weight(op.name) for op in self.writers}
 
     def _writer_weight(self, name: str) -> torch.Tensor:
         op = self.graph.op(name)
