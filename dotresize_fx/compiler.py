@@ -239,7 +239,7 @@ def slim_with(
             else:
                 factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
     task = _task(loaded, captured)
-    dense.half_products = computes_in_half(chosen, loaded.stored, device)
+    half = computes_in_half(chosen, loaded.stored, device)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
     own: Sequence[Inputs] = ()
     if text is None:
@@ -252,19 +252,19 @@ def slim_with(
     with _work_folder(work) as folder:
         if loaded.lazy:
             streams = stream_bytes(dense, sum(next(iter(batch.values())).numel() for batch in data.calibration))
-            dense.spool = Spool(folder, streams=stream_place(memory, streams, device), held=held_bytes(device))
+            dense.spool = Spool(folder, streams=stream_place(memory, streams, device), held=held_bytes(memory, device))
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock
 
             clock = start_clock(loaded.model, captured, dense, matches, chosen, progress, folder)
         journal = None
-        if work is not None and launched.count == 1:
-            journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, device))
+        if work is not None and launched.count == 1 and loaded.sha256:  # else nothing tells one model from another
+            journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, plan, device, half=half))
             if journal.finished:
                 progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
         slimmed = _slim_on_device(
-            dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock
+            *(dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock), half=half
         )
     return SlimResult(
         loaded,
@@ -277,7 +277,7 @@ def slim_with(
         progress,
         notes=(
             *((READ_AS_NEEDED,) if loaded.lazy else ()),
-            *((IN_HALF,) if dense.half_products else ()),
+            *((IN_HALF,) if half else ()),
             *captured.notes,
             *slimmed.notes,
         ),
@@ -345,13 +345,18 @@ def _slim_on_device(
     launched: Launched,
     factors: Mapping[str, int],
     clock: Clock | None,
+    *,
+    half: bool,
 ) -> Slimmed:
-    """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU."""
+    """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU.
+
+    ``half``: products of activations are bfloat16's until widths are solved for, and float32's again in what is given.
+    """
     device = compute_device(options)
-    moved = dense
+    moved = dense.copy()
     if device != "cpu":
-        moved = dense.copy()
         moved.to(device)
+    moved.half_products = half
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
     shared = options.effort == "fast" and launched.count > 1
     with launched.called() if shared else nullcontext():
@@ -378,6 +383,7 @@ def _slim_on_device(
 
             check_alike(slimmed.graph)
             slimmed = replace(slimmed, notes=(*slimmed.notes, f"{launched.count} processes shared the calibration"))
+    moved.half_products = slimmed.graph.half_products = False
     if options.effort == "heal" and (slimmed.swept or slimmed.gone or slimmed.factorized):
         from dotresize_fx.hand_out import Handed, give
         from dotresize_fx.together import heal_handed

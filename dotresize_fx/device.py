@@ -47,7 +47,7 @@ def free_on_gpu(device: str) -> int | None:
     return None if device == "cpu" else int(torch.cuda.mem_get_info()[0])
 
 
-def held_bytes(device: str) -> int:
+def held_bytes(memory: Memory, device: str) -> int:
     """How much of what is read from files again and again may stay on the device; on a CPU they are as near."""
     free = free_on_gpu(device)
-    return 0 if free is None else min(HELD, int(HELD_SHARE * free))
+    return 0 if free is None else min(HELD, int(HELD_SHARE * min(free, memory.budget or free)))

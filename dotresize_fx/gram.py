@@ -81,7 +81,7 @@ class GramAccumulator:
     def of(self, kept: torch.Tensor) -> GramAccumulator:
         """What would have been summed over the columns ``kept`` of x, (k,) int64, alone."""
         found = GramAccumulator()
-        found.tokens, found.energy = self.tokens, self.energy
+        found.tokens, found.energy = self.tokens, {name: energy.clone() for name, energy in self.energy.items()}
         found.gram = self.gram.index_select(0, kept).index_select(1, kept)
         found.cross = {name: cross.index_select(0, kept) for name, cross in self.cross.items()}
         return found
@@ -92,7 +92,7 @@ class GramAccumulator:
         mapped.tokens = self.tokens
         mapped.gram = matrix.T @ self.gram @ matrix
         mapped.cross = {name: matrix.T @ cross for name, cross in self.cross.items()}
-        mapped.energy = self.energy
+        mapped.energy = {name: energy.clone() for name, energy in self.energy.items()}
         return mapped
 
 
@@ -173,8 +173,8 @@ class RegionStatistics:
     entry_gram: (d + 1, d + 1), the same for what queries' and keys' writers read, a constant one beside it for their
     biases; None for other regions. coherence: (n/2, n/2) complex128, how alike rotary pairs turn, see
     :func:`dotresize_fx.rotary_coherence.coherence`; None where nothing rotates or it is not known.
-    writer_weights: of those, (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some rows of x, or
-    None.
+    writer_weights: of queries and keys, (n, d + 1) by op name, the bias as last column. samples: (tokens, n), some
+    rows of x, or None.
     Of EXPERTS gram is (experts, n, n), reader_weight (experts, out, n), expert_rows (experts,) int64 how many rows
     each one saw, and ``of_experts`` the same one by one, once asked for.
     eliminations: the orders in which neurons went, as far as elimination was run: a longer run begins as a shorter one

@@ -104,10 +104,22 @@ def count_finished(folder: Path) -> int:
     return sum(1 for _ in folder.glob("*.safetensors"))
 
 
-def export_of(options: Options, sha256: Mapping[str, str], data: CalibrationData, device: str) -> dict[str, Any]:
+# What a run may take, or writes beside the model, decides on no number.
+_ASIDE = ("memory_budget", "formats", "quantize", "latency_length", "tolerance", "plan", "compute_dtype")
+
+
+def export_of(
+    options: Options,
+    sha256: Mapping[str, str],
+    data: CalibrationData,
+    plan: WidthPlan | None,
+    device: str,
+    *,
+    half: bool,
+) -> dict[str, Any]:
     """What decides on every number that a run computes: two runs of which all of it is the same give the same bytes.
 
-    ``sha256`` are those of the model's files.
+    ``sha256`` are those of the model's files, ``plan`` what the options' plan says. ``half``: products are bfloat16's.
     """
     given = hashlib.sha256()
     for batch in data.calibration:
@@ -115,7 +127,9 @@ def export_of(options: Options, sha256: Mapping[str, str], data: CalibrationData
             given.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
         "versions": [version("dotresize-fx"), torch.__version__],
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {name: str(value) for name, value in vars(options).items() if name not in _ASIDE},
+        "plan": None if plan is None else dict(plan.widths),
+        "half": half,
         "model": dict(sha256),
         "calibration": given.hexdigest(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads",

@@ -96,6 +96,8 @@ def price_probes(
             position = start
             for one in departed:
                 one.go_on(execution, start)
+            for node, value in environment.items():  # what waits elsewhere waits there once for all
+                environment[node] = graph.kept_activation(value)
             own = dict(environment)
             departed.append(_Departed(probe, own, probe.depart(execution, own, start)))
             if graph.spool is None:
@@ -161,7 +163,7 @@ class Answers:
         if self.task == "outputs":
             return answer_rows(value, self.mask).double()
         rows = token_rows(value, self.mask)
-        return (rows if self.head is None else rows @ self.head.T).float()
+        return (rows if self.head is None else rows.to(self.head.dtype) @ self.head.T).float()
 
     def lost(self, value: torch.Tensor) -> float:
         """Sum over tokens of KL(dense || cut); for an encoder over sequences of 1 - cosine of the embeddings, for other

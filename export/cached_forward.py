@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +95,8 @@ def cached_forward(
     taken = inspect.signature(model.forward).parameters
     if PAST not in taken or "use_cache" not in taken:
         raise CaptureError("its forward pass takes no past_key_values")
-    with nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True):
+    found = None if computed else _shapes_of(model, ids, mask)
+    if found is None:
         found = model(input_ids=ids, attention_mask=mask, use_cache=True)
     layers = getattr(getattr(found, PAST, None), "layers", None)
     if not layers or not hasattr(found, "logits"):
@@ -123,6 +125,19 @@ def cached_forward(
         for heads, key, value in sizes
     ]
     return CachedForward(tuple(sizes), positions, sample)
+
+
+def _shapes_of(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> Any | None:
+    """What the model gives, without its numbers; None where it cannot be told without them."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return model(input_ids=ids, attention_mask=mask, use_cache=True)
+    except Exception:  # an op that says nothing of shapes, or code that asks for numbers
+        return None
+    finally:
+        log.disabled = before
 
 
 def _cache(layers: Layers) -> Any:

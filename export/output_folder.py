@@ -108,8 +108,8 @@ class OutputFolder:
     def _take_over(self) -> None:
         """Of what killed runs left: the latest one's journal becomes ours, all else goes."""
         found = self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*")
-        # One with our own number is no living process's: it is ours or, in a container, that of the run before.
-        left = [folder for folder in found if folder == self.work or _is_free(folder / LOCK)]
+        # One with our own number and without a lock is no living process's; in a container all may have one number.
+        left = [f for f in found if _is_free(f / LOCK) or (f == self.work and not (f / LOCK).exists())]
         left.sort(key=lambda folder: folder.stat().st_mtime)
         latest = next((folder for folder in reversed(left) if (folder / JOURNAL).is_dir()), None)
         for folder in left:

@@ -99,3 +99,14 @@ def test_products_in_half_precision_change_little(tmp_path: Path, save_tiny_mode
     assert errors[0] != errors[1]
     assert errors[1] == pytest.approx(errors[0], rel=0.1)
     assert all(tensor.dtype is torch.float32 for tensor in half.slim.program.state_dict.values())
+    report = half.save(tmp_path / "out")
+    assert report.figures.verification.passed
+    assert not half.dense.half_products  # what is measured is float32's
+    assert not half.slim.half_products
+
+
+@pytest.mark.parametrize("options", [{"method": "rank"}, {"method": "rom"}, {"methods": ("width", "rank")}])
+def test_ranks_in_half_precision(tmp_path: Path, save_tiny_model: SaveModel, options: dict[str, Any]) -> None:
+    folder = str(save_tiny_model(tmp_path / "model", num_hidden_layers=2))
+    found = slim(folder, 0.2, compute_dtype="bfloat16", **options, **FEW)
+    assert found.slimmed.factorized or found.swept

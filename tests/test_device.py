@@ -29,12 +29,13 @@ def test_streams_wait_where_there_is_room(
     monkeypatch.setattr(device, "free_on_gpu", lambda _: 80 * GIB)
     assert stream_place(Memory(budget * GIB), streams * GIB, "cuda") == where
     assert stream_place(Memory(budget * GIB), streams * GIB, "cpu") == on_cpu
-    assert held_bytes("cuda") == 2 * GIB
+    assert held_bytes(Memory(budget * GIB), "cuda") == 2 * GIB
+    assert held_bytes(Memory(4 * GIB), "cuda") == GIB
 
 
 def test_a_cpu_has_no_other_memory() -> None:
     assert free_on_gpu("cpu") is None
-    assert held_bytes("cpu") == 0
+    assert held_bytes(Memory(GIB), "cpu") == 0
 
 
 @pytest.mark.parametrize(

@@ -70,15 +70,17 @@ class Execution:
         parameters, seen = set(self.parameters), set[torch.fx.Node]()
         found, size = [], 0
         for i in range(start, stop):
-            new = [node for node in self.nodes[i].all_input_nodes if node in parameters and node not in seen]
-            tensors = [self.graph.stored(self._keys[node]) for node in new]
-            more = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, LazyTensor))
-            if size and size + more > limit:
+            read = [node for node in self.nodes[i].all_input_nodes if node in parameters]
+            if size and size + self._bytes_of_files(node for node in read if node not in seen) > limit:
                 found.append(i)
                 size, seen = 0, set()
-            size += more
-            seen.update(new)
+            size += self._bytes_of_files(node for node in read if node not in seen)
+            seen.update(read)
         return [*found, stop]
+
+    def _bytes_of_files(self, nodes: Iterable[torch.fx.Node]) -> int:
+        tensors = (self.graph.stored(self._keys[node]) for node in nodes)
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, LazyTensor))
 
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
         """An environment with the program's inputs, by the names the program gives them.

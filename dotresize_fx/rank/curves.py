@@ -41,7 +41,8 @@ class RankProbe:
     def depart(self, execution: Execution, environment: Environment, start: int) -> int:
         """Put it in place of the linear, at ``start``, up to which ``environment`` was run; returns what is behind."""
         linear = torch.nn.functional.linear
-        put_out = linear(linear(in_memory(environment[self.source]), self.first), self.second, self.bias)
+        x = in_memory(environment[self.source]).to(self.first.dtype)
+        put_out = linear(linear(x, self.first), self.second, self.bias)
         execution.run(environment, start, start + 1)
         environment[self.node] = put_out
         return start + 1

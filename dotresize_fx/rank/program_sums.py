@@ -73,7 +73,8 @@ class ProgramRankSums:
     @staticmethod
     def _applied(graph: FxGraph, name: str, x: torch.Tensor) -> torch.Tensor:
         op = graph.op(name)
-        return torch.nn.functional.linear(x, graph.weight(op), graph.bias(op))
+        weight = graph.weight(op)
+        return torch.nn.functional.linear(x.to(weight.dtype), weight, graph.bias(op))
 
     @staticmethod
     def _ahead(stream: ActivationStream, names: Sequence[str]) -> list[list[torch.Tensor]]:

@@ -166,16 +166,19 @@ def _eliminate_groups(
     """As :func:`_eliminate_few`, ``at_once`` cheapest neurons J a step, which add tr([H⁻¹]_JJ⁻¹ W.T_J W_J) together:
     each is told an equal part of it. Where the matrices are, which no step leaves.
     """
-    products, inverse = rows @ rows.T, inverse.clone()
+    products = rows @ rows.T
+    given = inverse
+    inverse = given.clone()
     gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
     tiny = torch.finfo(inverse.dtype).tiny
-    chosen, errors = [], []
+    chosen, errors, failed = [], [], []
     for start in range(0, count, at_once):
         size = min(at_once, count - start)
         cost = products.diagonal().clamp_min(0) / inverse.diagonal().clamp_min(tiny)
         group = torch.where(gone, torch.inf, cost).topk(size, largest=False).indices
         beside, among = inverse.index_select(0, group), products.index_select(0, group)
-        pivots, _ = torch.linalg.inv_ex(beside.index_select(1, group))  # unlike inv, without waiting for the device
+        pivots, info = torch.linalg.inv_ex(beside.index_select(1, group))  # unlike inv, without waiting for the device
+        failed.append(info)
         square = among.index_select(1, group)
         factor = pivots @ beside
         # products - P f - f.T P.T + f.T P_JJ f in two products, P being the group's columns
@@ -186,4 +189,6 @@ def _eliminate_groups(
         inverse -= beside.T @ factor
         gone[group] = True
         chosen.append(group)
+    if torch.stack(failed).any():  # neurons that say the same: one by one
+        return _eliminate_few(given, rows, count)
     return torch.cat(chosen), torch.stack([error for error, part in zip(errors, chosen, strict=True) for _ in part])

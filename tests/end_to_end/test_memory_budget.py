@@ -59,7 +59,8 @@ def test_a_lazily_slimmed_model_is_the_normally_slimmed_one(
     if streams:
         monkeypatch.setattr(dotresize_fx.memory, "STREAMS_SHARE", 0.0)
         monkeypatch.setattr("dotresize_fx.fx_form.reading.LEAST_SPOOLED", 1)
-        monkeypatch.setattr("dotresize_fx.compiler.held_bytes", lambda _: 1 << 14)  # two weights: batches wait often
+        # Two weights: batches wait for one another often.
+        monkeypatch.setattr("dotresize_fx.compiler.held_bytes", lambda memory, device: 1 << 14)
         folder = in_shards(folder, tmp_path / "shards")
     out = tmp_path / "out"
     ended = here("export", folder, out, "--ratio", 0.25, "--memory-budget", "2GiB", "--quiet", *few_tokens)
