@@ -42,17 +42,17 @@ def refit_reader(
     weights = torch.full((len(gram),), 1.0, dtype=gram.dtype, device=gram.device)
     if with_bias:
         weights[-1] = 1e-9
-    own_solution = solve_positive(_raised(gram, FLOOR * size * weights), own)
+    own_solution = solve_positive(raised(gram, FLOOR * size * weights), own)
     pulled = pull * size * weights
-    solution = solve_positive(_raised(gram, pulled), wanted + pulled[:, None] * own_solution)
+    solution = solve_positive(raised(gram, pulled), wanted + pulled[:, None] * own_solution)
     return Refit(solution[:-1].T, solution[-1]) if with_bias else Refit(solution.T, None)
 
 
-def _raised(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """A copy with ``diagonal`` added; nothing else as large is made."""
-    raised = matrix.clone()
-    raised.diagonal().add_(diagonal)
-    return raised
+def raised(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+    """A copy of (n, n) with (n,) added to its diagonal; nothing else as large is made."""
+    copied = matrix.clone()
+    copied.diagonal().add_(diagonal)
+    return copied
 
 
 def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

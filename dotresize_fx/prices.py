@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from dotresize_fx.activation_stream import ActivationStream
 from dotresize_fx.fidelity import Inputs, answer_rows, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
@@ -43,22 +44,19 @@ class _Departed:
     """A run with a change, on its way to the answers."""
 
     probe: Departure
-    environment: Environment
-    position: int
+    stream: ActivationStream
 
-    def go_on(self, execution: Execution, stop: int) -> None:
-        if self.position < stop:
-            execution.run(self.environment, self.position, stop)
-            self.position = stop
-        for node, value in self.environment.items():
-            self.environment[node] = execution.graph.kept_activation(value)
+    def go_on(self, stop: int) -> None:
+        if self.stream.position < stop:  # it may have departed to behind it
+            self.stream.advance(stop)
 
-    def arrive(self, execution: Execution, wanted: torch.fx.Node) -> torch.Tensor:
+    def arrive(self, wanted: torch.fx.Node) -> torch.Tensor:
+        execution, (environment,) = self.stream.execution, self.stream.environments
         stop = execution.index[wanted] + 1
-        if self.position >= stop:
-            found: torch.Tensor = in_memory(self.environment[wanted])
+        if self.stream.position >= stop:
+            found: torch.Tensor = in_memory(environment[wanted])
             return found
-        found = execution.run(self.environment, self.position, stop, keep=[wanted])[wanted]
+        found = execution.run(environment, self.stream.position, stop, keep=[wanted])[wanted]
         return found
 
 
@@ -87,22 +85,19 @@ def price_probes(
     for i in ranks.mine(len(batches)):
         batch = batches[i]
         answers = Answers(execution, batch, task)
-        environment, position = execution.start(batch), 0
+        dense = ActivationStream(execution, [execution.start(batch)])
         departed: list[_Departed] = []
         for start, probe in departures:
             if i > 0 and probe.name not in always:
                 continue
-            execution.run(environment, position, start)
-            position = start
+            dense.advance(start)
             for one in departed:
-                one.go_on(execution, start)
-            for node, value in environment.items():  # what waits elsewhere waits there once for all
-                environment[node] = graph.kept_activation(value)
-            own = dict(environment)
-            departed.append(_Departed(probe, own, probe.depart(execution, own, start)))
+                one.go_on(start)
+            own = dict(dense.environments[0])  # what waits elsewhere waits there once for all
+            departed.append(_Departed(probe, ActivationStream(execution, [own], probe.depart(execution, own, start))))
             if graph.spool is None:
-                _arrive(departed, execution, answers, total)
-        _arrive(departed, execution, answers, total)
+                _arrive(departed, answers, total)
+        _arrive(departed, answers, total)
         count += answers.count
         first = first if i else sum(total[name] for name in always)
         advanced()
@@ -114,11 +109,11 @@ def price_probes(
     return {name: value * (1 if name in always else growth) / max(count, 1) for name, value in total.items()}
 
 
-def _arrive(departed: list[_Departed], execution: Execution, answers: Answers, total: dict[str, float]) -> None:
+def _arrive(departed: list[_Departed], answers: Answers, total: dict[str, float]) -> None:
     """Add what each loses; none is left under way."""
     while departed:
         one = departed.pop(0)
-        total[one.probe.name] += answers.lost(one.arrive(execution, answers.node))
+        total[one.probe.name] += answers.lost(one.arrive(answers.node))
 
 
 def price_graph(dense: FxGraph, other: FxGraph, batches: Sequence[Inputs], task: str) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from dotresize_fx.errors import UsageError
 from dotresize_fx.gram import RegionStatistics
+from dotresize_fx.least_squares import raised
 from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import Region, Symmetry
 
@@ -87,10 +88,7 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
 
     gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(damping(gram))
-    inverse = torch.linalg.inv(damped)
-    del damped
+    inverse = torch.linalg.inv(raised(gram, damping(gram)))
     rows = weight.T.contiguous()  # a neuron a row: gathering rows is far cheaper than columns
     alive = torch.arange(len(gram), device=gram.device)
     gone = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
@@ -166,9 +164,7 @@ def _eliminate_groups(
     """As :func:`_eliminate_few`, ``at_once`` cheapest neurons J a step, which add tr([H⁻¹]_JJ⁻¹ W.T_J W_J) together:
     each is told an equal part of it. Where the matrices are, which no step leaves.
     """
-    products = rows @ rows.T
-    given = inverse
-    inverse = given.clone()
+    products, given, inverse = rows @ rows.T, inverse, inverse.clone()
     gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
     tiny = torch.finfo(inverse.dtype).tiny
     chosen, errors, failed = [], [], []
