@@ -81,11 +81,9 @@ def positions_of(mask: torch.Tensor, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def cached_forward(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, *, computed: bool = True
-) -> CachedForward:
+def cached_forward(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> CachedForward:
     """What the model's cache is like; ``ids`` and ``mask``, (batch, length), are what it is tried, and traced, with.
-    Where nothing is to be ``computed`` its shapes alone are.
+    Nothing is computed where shapes alone tell it.
 
     Raises:
         CaptureError: it is not keys and values of every layer, one behind the other; the message says what it is.
@@ -95,7 +93,7 @@ def cached_forward(
     taken = inspect.signature(model.forward).parameters
     if PAST not in taken or "use_cache" not in taken:
         raise CaptureError("its forward pass takes no past_key_values")
-    found = None if computed else _shapes_of(model, ids, mask)
+    found = _shapes_of(model, ids, mask)
     if found is None:
         found = model(input_ids=ids, attention_mask=mask, use_cache=True)
     layers = getattr(getattr(found, PAST, None), "layers", None)
