@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -207,7 +208,8 @@ def run_slim(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """From weights on disk to the slim blocks' weights on disk."""
     folder, text = write_model(name, arguments, numbers=True), write_text(arguments)
     work = arguments.folder / "work"
-    work.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # what another run finished would be taken over
+    work.mkdir()
     progress = Progress()
     options = _options(arguments)
     with Watch() as watched:

@@ -97,6 +97,12 @@ def block_linears(graph: Graph) -> list[Op]:
     return [op for op in linears if op.name not in outside]
 
 
+def stream_width(graph: Graph) -> int:
+    """Width of what the first block linear reads; 0 without any."""
+    linears = block_linears(graph)
+    return int(graph.weight(linears[0]).shape[-1]) if linears else 0
+
+
 def weights_per_unit(graph: Graph, region: Region) -> int:
     """Block linear weights that one unit of the region's width accounts for, over all heads where it has some."""
     blocks = {op.name for op in block_linears(graph)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dotresize_fx.cost import block_linears, count_cost
+from dotresize_fx.cost import count_cost, stream_width
 from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
@@ -52,12 +52,6 @@ class Forecast:
             f"time: about {time_taken}, of {self.operations / 1e12:.3g} T operations at the measured "
             f"{self.rate / 1e9:.0f} G/s; without ONNX Runtime's runs",
         ]
-
-
-def stream_width(graph: FxGraph) -> int:
-    """Width of what the first block linear reads."""
-    linears = block_linears(graph)
-    return int(graph.weight(linears[0]).shape[-1]) if linears else 0
 
 
 def stream_bytes(graph: FxGraph, tokens: int) -> int:

@@ -74,14 +74,19 @@ class LazyTensor(torch.Tensor):
         made.source, made.steps = source, steps
         return made
 
-    def read(self) -> torch.Tensor:
+    def read(self, *, through_pinned: bool = False) -> torch.Tensor:
         """The numbers, as a tensor like any other. It may be memory of a file: not to be written to.
+
+        ``through_pinned``: by way of pinned memory, from where a GPU copies without making this thread wait.
 
         Raises:
             UsageError: inside :func:`no_reading`.
         """
         with torch.no_grad():
-            tensor = self._cast(self._stored())
+            stored = self._stored()
+            if through_pinned:
+                stored = stored.pin_memory().to(self.device, non_blocking=True)
+            tensor = self._cast(stored)
             for step in self.steps:
                 tensor = step(tensor)
         return tensor

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from dotresize_fx.activation_stream import ActivationStream
+from dotresize_fx.cost import stream_width
 from dotresize_fx.fidelity import Inputs, answer_rows, pooled
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
@@ -22,6 +24,8 @@ from dotresize_fx.task import predicts_tokens
 LARGEST = 80.0
 # Of a vocabulary so many tokens are scored.
 SHORTLIST = 8192
+# Bytes of departed runs that may go on side by side on a device.
+SIDE_BY_SIDE = 4 << 30
 
 
 class Departure(Protocol):
@@ -41,23 +45,24 @@ class Departure(Protocol):
 
 @dataclass
 class _Departed:
-    """A run with a change, on its way to the answers."""
+    """Runs with a change, on their way to the answers; ``numbers`` say of which of the batches side by side."""
 
     probe: Departure
+    numbers: list[int]
     stream: ActivationStream
 
     def go_on(self, stop: int) -> None:
-        if self.stream.position < stop:  # it may have departed to behind it
+        if self.stream.position < stop:  # they may have departed to behind it
             self.stream.advance(stop)
 
-    def arrive(self, wanted: torch.fx.Node) -> torch.Tensor:
-        execution, (environment,) = self.stream.execution, self.stream.environments
+    def arrive(self, wanted: torch.fx.Node) -> Iterator[tuple[int, torch.Tensor]]:
+        execution, start = self.stream.execution, self.stream.position
         stop = execution.index[wanted] + 1
-        if self.stream.position >= stop:
-            found: torch.Tensor = in_memory(environment[wanted])
-            return found
-        found = execution.run(environment, self.stream.position, stop, keep=[wanted])[wanted]
-        return found
+        for number, environment in zip(self.numbers, self.stream.environments, strict=True):
+            if start >= stop:
+                yield number, in_memory(environment[wanted])
+            else:
+                yield number, execution.run(environment, start, stop, keep=[wanted])[wanted]
 
 
 def price_probes(
@@ -70,7 +75,8 @@ def price_probes(
 ) -> dict[str, float]:
     """Loss an answer by name. The dense model is run once more a batch; each probe departs from that run.
 
-    Where weights wait in files all that departed go on side by side, so that each weight is read once a batch.
+    Where weights wait in files all that departed go on side by side, and batches too, so that each weight is read once
+    for as many as there is room for.
 
     Of what rarely goes, and is run on the first batch alone, the loss grows as that of the others does. ``ranks`` share
     the batches.
@@ -82,25 +88,30 @@ def price_probes(
     count, first = 0, 0.0
     departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
     departures.sort(key=lambda pair: pair[0])
-    for i in ranks.mine(len(batches)):
-        batch = batches[i]
-        answers = Answers(execution, batch, task)
-        dense = ActivationStream(execution, [execution.start(batch)])
+    for numbers in _side_by_side(graph, len(probes), batches, ranks.mine(len(batches))):
+        lost = _Lost(execution, [batches[i] for i in numbers], task, at_once=graph.spool is None)
+        dense = lost.dense
         departed: list[_Departed] = []
         for start, probe in departures:
-            if i > 0 and probe.name not in always:
+            chosen = [k for k, i in enumerate(numbers) if i == 0 or probe.name in always]
+            if not chosen:
                 continue
             dense.advance(start)
             for one in departed:
                 one.go_on(start)
-            own = dict(dense.environments[0])  # what waits elsewhere waits there once for all
-            departed.append(_Departed(probe, ActivationStream(execution, [own], probe.depart(execution, own, start))))
+            own = [dict(dense.environments[k]) for k in chosen]  # what waits elsewhere waits there once for all
+            stop = max(probe.depart(execution, environment, start) for environment in own)
+            departed.append(_Departed(probe, chosen, ActivationStream(execution, own, stop, waits=dense.waits)))
             if graph.spool is None:
-                _arrive(departed, answers, total)
-        _arrive(departed, answers, total)
-        count += answers.count
-        first = first if i else sum(total[name] for name in always)
-        advanced()
+                lost.add(departed)
+        lost.add(departed)
+        for name, of_batches in lost.by_probe.items():
+            total[name] += sum(of_batches.values())
+        if 0 in numbers:
+            first = sum(lost.by_probe[name][numbers.index(0)] for name in always)
+        count += lost.count
+        for _ in numbers:
+            advanced()
     if ranks.count > 1:
         device = next(iter(batches[0].values())).device
         *shared, first, counted = ranks.sum(torch.tensor([*total.values(), first, count]).double().to(device)).tolist()
@@ -109,11 +120,54 @@ def price_probes(
     return {name: value * (1 if name in always else growth) / max(count, 1) for name, value in total.items()}
 
 
-def _arrive(departed: list[_Departed], answers: Answers, total: dict[str, float]) -> None:
-    """Add what each loses; none is left under way."""
-    while departed:
-        one = departed.pop(0)
-        total[one.probe.name] += answers.lost(one.arrive(answers.node))
+def _side_by_side(
+    graph: FxGraph, probes: int, batches: Sequence[Inputs], numbers: Sequence[int]
+) -> Iterator[Sequence[int]]:
+    """The batches that go on together: more than one where weights wait in files and nothing else does."""
+    at_once = 1
+    if graph.spool is not None and graph.spool.streams != "files":
+        rows = max(map(graph.expected_rows, batches))
+        at_once = max(1, SIDE_BY_SIDE // (4 * rows * stream_width(graph) * (probes + 1)))
+    for start in range(0, len(numbers), at_once):
+        yield numbers[start : start + at_once]
+
+
+class _Lost:
+    """What departed runs lose of the dense model's answers on some batches. ``at_once``: the answers are computed
+    before any run departs, not when the dense model's own run arrives.
+    """
+
+    def __init__(self, execution: Execution, batches: Sequence[Inputs], task: str, *, at_once: bool) -> None:
+        self.by_probe: dict[str, dict[int, float]] = defaultdict(dict)
+        self._batches, self._task = batches, task
+        spool = execution.graph.spool
+        waits = spool is not None and spool.streams == "files"
+        self.dense = ActivationStream(execution, [execution.start(batch) for batch in batches], waits=waits)
+        self._answers = [Answers(execution, batch, task) for batch in batches] if at_once else []
+
+    @property
+    def count(self) -> int:
+        """Of answers."""
+        return sum(answers.count for answers in self._answers)
+
+    def add(self, departed: list[_Departed]) -> None:
+        """What each loses; none is left under way."""
+        execution = self.dense.execution
+        if not self._answers:
+            node, last = answer_nodes(execution, self._task)
+            *before, _ = execution.pieces(self.dense.position, execution.index[node] + 1)
+            for piece in before:
+                self.dense.advance(piece)
+                for one in departed:
+                    one.go_on(piece)
+            for batch, environment in zip(self._batches, self.dense.environments, strict=True):
+                values = execution.run(environment, self.dense.position, execution.index[last] + 1, keep=[node, last])
+                self._answers.append(Answers(execution, batch, self._task, values))
+                environment.clear()  # of the answers themselves
+        while departed:
+            one = departed.pop(0)
+            for number, value in one.arrive(self._answers[0].node):
+                self.by_probe[one.probe.name][number] = self._answers[number].lost(value)
 
 
 def price_graph(dense: FxGraph, other: FxGraph, batches: Sequence[Inputs], task: str) -> float:
@@ -128,6 +182,14 @@ def price_graph(dense: FxGraph, other: FxGraph, batches: Sequence[Inputs], task:
     return lost / max(count, 1)
 
 
+def answer_nodes(execution: Execution, task: str) -> tuple[torch.fx.Node, torch.fx.Node]:
+    """What answers are told from, and the model's first output: a decoder's large head is told from what it reads."""
+    graph, last = execution.graph, execution.results[0]
+    op = graph.op(last.name)
+    large = op.kind is Kind.LINEAR and len(graph.weight(op)) > SHORTLIST and graph.bias(op) is None
+    return (graph.node(op.inputs[0].name) if large and predicts_tokens(task) else last), last
+
+
 class Answers:
     """The dense model's first output on a batch, and what another run of it loses.
 
@@ -135,18 +197,18 @@ class Answers:
     model finds likeliest on the batch are scored: the whole head costs a small model more than half of its layers.
     """
 
-    def __init__(self, execution: Execution, batch: Inputs, task: str) -> None:
+    def __init__(
+        self, execution: Execution, batch: Inputs, task: str, values: Mapping[torch.fx.Node, Any] | None = None
+    ) -> None:
+        """``values``: of :func:`answer_nodes`, where they were computed already."""
         self.batch, self.mask, self.task = batch, padding_mask(batch), task
-        self.node, self.head = execution.results[0], None
-        graph, last = execution.graph, execution.results[0]
-        op = graph.op(last.name)
-        large = op.kind is Kind.LINEAR and len(graph.weight(op)) > SHORTLIST and graph.bias(op) is None
-        if large and predicts_tokens(task):
-            self.node = graph.node(op.inputs[0].name)
-        values = execution.run(execution.start(batch), 0, len(execution.nodes), keep=[self.node, last])
+        self.head = None
+        self.node, last = answer_nodes(execution, task)
+        if values is None:
+            values = execution.run(execution.start(batch), 0, execution.index[last] + 1, keep=[self.node, last])
         if self.node is not last:
             likely = token_rows(values[last], self.mask).float().softmax(-1).sum(0).topk(SHORTLIST).indices
-            self.head = graph.weight(op).index_select(0, likely)
+            self.head = execution.graph.weight(execution.graph.op(last.name)).index_select(0, likely)
         self.rows = self._rows(values[self.node])
         # An encoder has one answer a sequence.
         self.count = len(self.rows)

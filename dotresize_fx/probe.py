@@ -75,8 +75,8 @@ class Probe:
             self.weights, self.departs = {parameter: graph.kept(stored)}, list(parameter.users)
             return
         assert inputs.reader is not None
-        change = reader_change(region, statistics, found)
-        self.change = graph.kept(change.to(graph.weight(inputs.reader).dtype))
+        dtype = torch.bfloat16 if graph.half_products else graph.weight(inputs.reader).dtype
+        self.change = graph.kept(reader_change(region, statistics, found).to(dtype))
 
     def depart(self, execution: Execution, environment: Environment, start: int) -> int:
         """Cut the region in ``environment``, which was run up to ``start``; returns how far it is run then."""

@@ -70,9 +70,9 @@ class ReaderRefit:
         wanted, own, near = [], [], None
         last = inputs.entry if inputs.output is None else target
         assert last is not None
-        for i, environment in enumerate(self.stream.environments):
-            ahead = max(execution.position(node) for node in (last, *inputs.nodes))
-            stop, keep = ahead + 1, [*inputs.nodes, target]
+        stop, keep = 1 + max(execution.position(node) for node in (last, *inputs.nodes)), [*inputs.nodes, target]
+        beside = [] if inputs.output is None else [goals]
+        for i, environment in self.stream.in_turn(stop, *beside):
             values = execution.run(dict(environment), self.stream.position, stop, keep=keep)
             solves, mask = i not in self.measuring, self.masks[i]
             if inputs.output is not None:
@@ -104,7 +104,7 @@ class ReaderRefit:
     ) -> tuple[GramAccumulator, GramAccumulator]:
         """The sums over what the reader sees once the writers are mapped: merged neurons have to be run."""
         fitting, held_out = GramAccumulator(), GramAccumulator()
-        for i, hidden in enumerate(self._merged_activations(inputs, region_map)):
+        for i, hidden in self._merged_activations(inputs, region_map, gathered):
             rows = token_rows(hidden, self.masks[i])
             (held_out if i in self.measuring else fitting).add(
                 with_ones(rows) if inputs.biased else rows,
@@ -115,19 +115,21 @@ class ReaderRefit:
             sums.add_up(self.ranks, self.graph.weight(inputs.writers[0]).device, ("wanted", "own"))
         return fitting, held_out
 
-    def _merged_activations(self, inputs: RegionInputs, region_map: RegionMap) -> Iterator[torch.Tensor]:
-        """Per batch, the sublayer up to the reader with the writers already mapped."""
+    def _merged_activations(
+        self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """By batch, the sublayer up to the reader with the writers already mapped."""
         execution, region = self.stream.execution, inputs.region
         assert inputs.hidden is not None
         weights: dict[torch.fx.Node, torch.Tensor] = {}
         for op in inputs.writers:
             weights |= inputs.mapped(op, region_map.down_of(region, op.name))
         stop = execution.index[inputs.hidden] + 1
-        for environment in self.stream.environments:
+        for i, environment in self.stream.in_turn(stop, gathered.wanted, gathered.own):
             values = execution.run(
                 dict(environment), self.stream.position, stop, keep=[inputs.hidden], parameters=weights
             )
-            yield values[inputs.hidden]
+            yield i, values[inputs.hidden]
 
 
 def fit_reader(

@@ -7,13 +7,16 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dotresize_fx.errors import BadWeightsError
+from dotresize_fx.held_weights import HeldWeights
 from dotresize_fx.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.pinned_streams import PinnedStreams, PinnedTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
@@ -106,52 +109,27 @@ def _checked(source: Callable[[], torch.Tensor], where: str) -> Callable[[], tor
     return read
 
 
-class Recent:
-    """What was read of late, ``limit`` bytes of it at most: for a device that is far from the files.
-
-    All batches run through a block one after the other, and each would fetch its weights anew.
-    """
-
-    def __init__(self, limit: int = 0) -> None:
-        self.limit, self._size = limit, 0
-        self._held: dict[int, tuple[LazyTensor, torch.Tensor]] = {}
-
-    def read(self, lazy: LazyTensor) -> torch.Tensor:
-        """Its numbers, read now or held."""
-        if lazy.nbytes > self.limit:
-            return lazy.read()
-        key = id(lazy)
-        pair = self._held.pop(key, None)
-        if pair is None:
-            pair = lazy, lazy.read()
-            self._size += lazy.nbytes
-        self._held[key] = pair  # the latest stands last
-        while self._size > self.limit:
-            oldest, _ = self._held.pop(next(iter(self._held)))
-            self._size -= oldest.nbytes
-        return pair[1]
-
-
 class Spool:
     """Tensors that wait in files without a name in ``folder``, each of which goes with its tensor.
 
     ``streams`` says where those of the sweep's streams wait: "device", that is as they are, "pinned" memory of the host
-    or "files". ``recent`` holds ``held`` bytes of weights that were read.
+    or "files". ``weights`` holds ``held`` bytes of weights that were read.
     """
 
     def __init__(self, folder: Path, *, streams: str = "device", held: int = 0) -> None:
-        self._folder, self._streams = folder, streams
-        self.recent = Recent(held)
+        self._folder, self.streams = folder, streams
+        self.weights = HeldWeights(held)
+        self._pinned = PinnedStreams() if streams == "pinned" else None
 
     def put_activation(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same numbers, on the same device, where the streams wait."""
-        if self._streams == "device":
+        if self.streams == "device":
             return tensor
-        if self._streams == "files":
-            return self.put(tensor)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor.detach(), non_blocking=True)  # which what reads it is queued behind
-        return LazyTensor(lambda: host, tuple(tensor.shape), tensor.dtype, tensor.device)
+        return self.put(tensor) if self._pinned is None else self._pinned.put(tensor)
+
+    def put_probe(self, tensor: torch.Tensor) -> LazyTensor:
+        """The same, of what one probe has of its own: as large as a weight."""
+        return self.put(tensor) if self._pinned is None else self._pinned.put(tensor)
 
     def put(self, tensor: torch.Tensor) -> LazyTensor:
         """The same numbers, on the same device, once they are needed."""
@@ -162,3 +140,18 @@ class Spool:
         return LazyTensor(
             _view(held, tensor.dtype, tuple(tensor.shape), 0), tuple(tensor.shape), tensor.dtype, tensor.device
         )
+
+    def in_turn(self, count: int, read: Callable[[int], Iterable[Any]]) -> Iterator[int]:
+        """Numbers up to ``count``. What ``read`` says that the next one needs is on its way while one is worked at."""
+        coming = _pinned(read(0)) if count else []
+        for i in range(count):
+            now, coming = coming, _pinned(read(i + 1)) if i + 1 < count else []
+            for tensor in (*now, *coming):
+                tensor.waiting.start()
+            yield i
+            for tensor in now:
+                tensor.waiting.drop()
+
+
+def _pinned(values: Iterable[Any]) -> list[PinnedTensor]:
+    return [value for value in values if isinstance(value, PinnedTensor)]

@@ -156,13 +156,11 @@ class Sweep:
             self.dense.advance(before[-1])
         goals: list[torch.Tensor] = []
         seen: dict[torch.fx.Node, list[torch.Tensor]] = {entry.dense: [] for entry in entries}
-        for environment in self.dense.environments:
+        for _, environment in self.dense.in_turn(stop):
             values = execution.run(environment, self.dense.position, stop, keep=[node, *seen])
             goal = values[node] if self.stream is None else self.stream.project(target, values[node])
             goals.append(execution.graph.kept_activation(goal))
-            for waiting, value in environment.items():
-                same = value is goal  # what waits in a file or on the host waits there once
-                environment[waiting] = goals[-1] if same else execution.graph.kept_activation(value)
+            execution.put_away(environment, {id(goal): goals[-1]})  # what waits elsewhere waits there once
             for other, kept in seen.items():
                 kept.append(values[other])
         self.dense.position = stop
@@ -187,6 +185,8 @@ class Sweep:
         if width == region.width and not self.refit:
             return SweptRegion(region, width, "kept", None)
         gathered = self.reader_refit.gather(inputs, goals)
+        if self.slim_graph.spool is not None:  # to solve takes the most memory of all
+            self.slim_graph.spool.weights.forget()
         name, region_map, error = best_map(
             inputs,
             width,

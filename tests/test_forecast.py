@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dotresize_fx.forecast import LIBRARIES, STREAMS, forecast, stream_bytes, stream_width
+from dotresize_fx.cost import stream_width
+from dotresize_fx.forecast import LIBRARIES, STREAMS, forecast, stream_bytes
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import RegionKind

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dotresize_fx.errors import BadWeightsError
-from dotresize_fx.lazy_tensor import LazyTensor
-from dotresize_fx.stored_tensors import Recent, Spool, lazy_tensors, write_tensors
+from dotresize_fx.stored_tensors import Spool, lazy_tensors, write_tensors
 
 
 def test_a_file_gives_what_was_saved(tmp_path: Path) -> None:
@@ -83,21 +82,3 @@ def test_a_spool_keeps_tensors_and_leaves_no_file(tmp_path: Path) -> None:
     for one, other in zip(kept, tensors, strict=True):
         assert one.dtype is other.dtype
         assert torch.equal(one.read(), other)
-
-
-def test_what_was_read_of_late_is_held_up_to_a_limit(tmp_path: Path) -> None:
-    reads: list[str] = []
-
-    def lazy(name: str) -> LazyTensor:
-        def source() -> torch.Tensor:
-            reads.append(name)
-            return torch.ones(10)
-
-        return LazyTensor(source, (10,), torch.float32)
-
-    recent = Recent(limit=100)  # two of them
-    a, b, c = (lazy(name) for name in "abc")
-    for one in (a, b, a, c, a, b):  # b is the one that was not read for longest when c comes
-        assert torch.equal(recent.read(one), torch.ones(10))
-    assert reads == ["a", "b", "c", "b"]
-    assert Recent().read(a) is not Recent().read(a)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
+from dotresize_fx.fx_form.causal_masks import CausalMasks
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, without_parameters
+from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, only_in_products, without_parameters
+from dotresize_fx.held_weights import Wanted
 from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
@@ -39,8 +41,14 @@ class Execution:
         self.results = [node for node in results if caches or node.name not in graph.caches]
         self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         self._last_use = self._find_last_uses()
+        self._causal = CausalMasks(self.nodes)
+        read = set(self.parameters)
+        order = dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used in read)
+        self._order, self._place = list(order), {node: i for i, node in enumerate(order)}
         self._targets: dict[torch.fx.Node, Any] = {}
+        self._rounded: set[torch.fx.Node] = set()
         if graph.half_products:
+            self._rounded = only_in_products(self.parameters)
             learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
             fixed = without_parameters(graph.nodes.nodes, learned)
             self._targets = {node: exact(node.target) for node in fixed if node.target in PRODUCTS}
@@ -62,15 +70,15 @@ class Execution:
 
     def pieces(self, start: int, stop: int) -> list[int]:
         """Where batches that are run from ``start`` to ``stop`` had better wait for one another, and ``stop``: weights
-        that stay in files are read once for all of them where the spool can hold what a piece needs.
+        that stay in files are read once for all of them where the spool can hold what a piece needs, and the next.
         """
-        limit = self.graph.spool.recent.limit if self.graph.spool is not None else 0
+        limit = self.graph.spool.weights.limit // 2 if self.graph.spool is not None else 0
         if not limit:
             return [stop]
-        parameters, seen = set(self.parameters), set[torch.fx.Node]()
+        seen = set[torch.fx.Node]()
         found, size = [], 0
         for i in range(start, stop):
-            read = [node for node in self.nodes[i].all_input_nodes if node in parameters]
+            read = [node for node in self.nodes[i].all_input_nodes if node in self._place]
             if size and size + self._bytes_of_files(node for node in read if node not in seen) > limit:
                 found.append(i)
                 size, seen = 0, set()
@@ -79,8 +87,25 @@ class Execution:
         return [*found, stop]
 
     def _bytes_of_files(self, nodes: Iterable[torch.fx.Node]) -> int:
-        tensors = (self.graph.stored(self._keys[node]) for node in nodes)
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, LazyTensor))
+        return sum(lazy.numel() * dtype.itemsize for lazy, dtype in self._in_files(nodes))
+
+    def _in_files(self, nodes: Iterable[torch.fx.Node]) -> Iterator[Wanted]:
+        """What of parameters stays in files, and what it is used as."""
+        for node in nodes:
+            stored = self.graph.stored(self._keys[node])
+            if isinstance(stored, LazyTensor) and node not in self._tables:
+                yield stored, torch.bfloat16 if node in self._rounded else stored.dtype
+
+    def read_between(self, start: int, stop: int) -> set[torch.fx.Node]:
+        """What nodes ``start`` to ``stop`` (exclusive) read of an environment, and may not find in it."""
+        return {used for node in self.nodes[start:stop] for used in node.all_input_nodes}
+
+    def put_away(self, environment: Environment, kept: Mapping[int, torch.Tensor] | None = None) -> None:
+        """Have activations wait where the spool says. ``kept``, by identity, wait elsewhere already."""
+        known = kept or {}
+        for node, value in environment.items():
+            if not self._causal.knows(value):
+                environment[node] = known[id(value)] if id(value) in known else self.graph.kept_activation(value)
 
     def start(self, inputs: Mapping[str, torch.Tensor]) -> Environment:
         """An environment with the program's inputs, by the names the program gives them.
@@ -90,11 +115,27 @@ class Execution:
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
     def parameter(self, node: torch.fx.Node) -> torch.Tensor:
-        """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do."""
+        """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do. Where
+        bfloat16 is all that is made of it, it is that.
+        """
         stored = self.graph.stored(self._keys[node])
-        if not isinstance(stored, LazyTensor) or stored.nbytes > PIECE or node in self._tables:
+        if not isinstance(stored, LazyTensor) or node in self._tables:
             return stored
-        return stored.read() if self.graph.spool is None else self.graph.spool.recent.read(stored)
+        dtype = torch.bfloat16 if node in self._rounded else stored.dtype
+        weights = self.graph.spool.weights if self.graph.spool is not None else None
+        if weights is None or not weights.has_room(stored.numel() * dtype.itemsize):
+            return stored if stored.nbytes > PIECE else stored.read()
+        found = weights.read(stored, dtype)
+        weights.read_ahead(self._following(node, weights.limit // 2))
+        return found
+
+    def _following(self, node: torch.fx.Node, size: int) -> Iterator[Wanted]:
+        """What of files is read behind a parameter, so many bytes of it."""
+        for lazy, dtype in self._in_files(self._order[self._place[node] + 1 :]):
+            size -= lazy.numel() * dtype.itemsize
+            if size < 0:
+                return
+            yield lazy, dtype
 
     def run(
         self,
@@ -137,7 +178,8 @@ class Execution:
                 if node.name in self.graph.caches and not args[0][0].shape[2]:
                     value = args[0][1]  # behind an empty past, whose heads may have been cut meanwhile
                 else:
-                    value = targets.get(node, node.target)(*args, **kwargs)
+                    args, kwargs = self._causal.without(node, args, kwargs)
+                    value = self._causal.shared(node, targets.get(node, node.target)(*args, **kwargs))
                 environment[node] = value
                 if node in wanted:
                     kept[node] = value

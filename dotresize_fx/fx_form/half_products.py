@@ -25,6 +25,16 @@ def without_parameters(nodes: Iterable[torch.fx.Node], parameters: Iterable[torc
     return fixed
 
 
+def only_in_products(parameters: Iterable[torch.fx.Node]) -> set[torch.fx.Node]:
+    """Those that linears alone read, which round them to bfloat16 first."""
+    linear = aten.linear.default
+    return {
+        node
+        for node in parameters
+        if node.users and all(user.target is linear and node is not user.args[0] for user in node.users)
+    }
+
+
 def exact(target: Any) -> Callable[..., Any]:
     """The op as it is without autocast: positions of a position table are no round numbers in bfloat16."""
 

@@ -191,7 +191,7 @@ class FxReading(Graph):
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, which takes no memory until it is needed again where the graph has a spool."""
-        return tensor if self.spool is None else self.spool.put(tensor)
+        return tensor if self.spool is None else self.spool.put_probe(tensor)
 
     def kept_activation(self, value: Any) -> Any:
         """A tensor of numbers where the spool has streams wait; anything else as it is."""

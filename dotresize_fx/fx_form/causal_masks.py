@@ -1,0 +1,67 @@
+"""Attention masks that say no more than that nobody looks ahead, which an attention knows how to do without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+# Where attention without a mask is another, faster kernel, and a mask that is as long as the text takes room.
+DEVICES = ("cuda",)
+# What is added to scores that do not count.
+LOWEST = -1e30
+
+
+class CausalMasks:
+    """Those of a program's nodes: all batches of a shape share one, and no attention reads it."""
+
+    def __init__(self, nodes: Iterable[torch.fx.Node]) -> None:
+        self._masks = {mask for node in nodes if isinstance(mask := mask_of(node), torch.fx.Node)}
+        self._known: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def shared(self, node: torch.fx.Node, value: Any) -> Any:
+        """The value of a node, or the one that other batches have where it is such a mask."""
+        if node not in self._masks or value.device.type not in DEVICES or not is_causal(value):
+            return value
+        key = tuple(value.shape), value.dtype, value.device
+        if key not in self._known:
+            one = value.reshape(-1, *value.shape[-2:])[0].clone()
+            self._known[key] = one.expand(value.shape)
+        return self._known[key]
+
+    def knows(self, value: Any) -> bool:
+        return any(value is one for one in self._known.values())
+
+    def without(self, node: torch.fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """An attention's arguments, given by ``node`` and with values in their places, without such a mask."""
+        if not self._known or node.target is not _ATTENTION:
+            return args, kwargs
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        if not self.knows(mask):
+            return args, kwargs
+        kept = {name: value for name, value in kwargs.items() if name in ("scale", "enable_gqa", "dropout_p")}
+        dropout = args[4] if len(args) > 4 else kept.pop("dropout_p", 0.0)
+        return (*args[:3], None, dropout, True), kept
+
+
+def mask_of(node: torch.fx.Node) -> Any:
+    """What an attention is given for a mask; None of other nodes."""
+    if node.target is not _ATTENTION:
+        return None
+    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+
+
+def is_causal(mask: torch.Tensor) -> bool:
+    """Whether a mask (..., length, length) lets each position see itself and those before it, and no other.
+
+    It is bool, or added to scores.
+    """
+    length = mask.shape[-1] if mask.ndim > 1 else 1
+    if length < 2 or mask.shape[-2] != length:
+        return False
+    seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    if mask.dtype is torch.bool:
+        return bool((mask == seen).all())
+    return bool(torch.where(seen, mask == 0, mask <= LOWEST).all())

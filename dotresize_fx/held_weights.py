@@ -1,0 +1,90 @@
+"""Weights that were read from files of late, and those that are read next, on a device that is far from the files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from dotresize_fx.lazy_tensor import LazyTensor
+
+# A tensor, and the dtype that it is held in.
+Wanted = tuple[LazyTensor, torch.dtype]
+
+
+@dataclass
+class _Arriving:
+    """What another thread reads; ``event`` is when a GPU has it."""
+
+    lazy: LazyTensor
+    size: int
+    numbers: Future[tuple[torch.Tensor, torch.cuda.Event | None]]
+
+    def arrived(self) -> torch.Tensor:
+        tensor, event = self.numbers.result()
+        if event is not None:
+            computing = torch.cuda.current_stream(tensor.device)
+            computing.wait_event(event)
+            tensor.record_stream(computing)
+        return tensor
+
+
+class HeldWeights:
+    """``limit`` bytes of them at most.
+
+    All batches run through a block one after the other, and each would fetch its weights anew. Another thread reads
+    what is told to come next, and copies it beside what is computed.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit, self._size = limit, 0
+        self._held: dict[tuple[int, torch.dtype], _Arriving] = {}
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._copying: torch.cuda.Stream | None = None
+
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes may be held, as much again beside them."""
+        return size <= self.limit // 2
+
+    def read(self, lazy: LazyTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Its numbers, in ``dtype``, read now or held.
+
+        Raises:
+            BadWeightsError: what is read is broken.
+        """
+        dtype = dtype or lazy.dtype
+        if not self.has_room(lazy.numel() * dtype.itemsize):
+            return lazy.read().to(dtype)
+        return self._asked((lazy, dtype)).arrived()
+
+    def read_ahead(self, following: Iterable[Wanted]) -> None:
+        """Read of these, in another thread, what is not held yet."""
+        for wanted in following:
+            self._asked(wanted)
+
+    def forget(self) -> None:
+        """Hold nothing, where memory is needed for something else."""
+        self._held, self._size = {}, 0
+
+    def _asked(self, wanted: Wanted) -> _Arriving:
+        lazy, dtype = wanted
+        key = id(lazy), dtype
+        arriving = self._held.pop(key, None)
+        if arriving is None:
+            size = lazy.numel() * dtype.itemsize
+            arriving = _Arriving(lazy, size, self._reader.submit(self._fetch, lazy, dtype))
+            self._size += size
+        self._held[key] = arriving  # the latest stands last
+        while self._size > self.limit and len(self._held) > 1:
+            self._size -= self._held.pop(next(iter(self._held))).size
+        return arriving
+
+    def _fetch(self, lazy: LazyTensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        if lazy.device.type != "cuda":
+            return lazy.read().to(dtype), None
+        self._copying = self._copying or torch.cuda.Stream(lazy.device)
+        with torch.cuda.stream(self._copying):
+            tensor = lazy.read(through_pinned=True).to(dtype)
+            return tensor, self._copying.record_event()

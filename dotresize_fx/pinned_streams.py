@@ -1,0 +1,75 @@
+"""Activations that wait in the host's pinned memory, copied both ways beside what the GPU computes."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from dotresize_fx.lazy_tensor import LazyTensor
+
+# Bytes that may be on their way to the host: the GPU keeps them until they are there.
+ON_THE_WAY = 1 << 30
+
+
+class _Waiting:
+    """Numbers on the host, which are there once ``there`` happened."""
+
+    def __init__(self, host: torch.Tensor, there: torch.cuda.Event, back: torch.cuda.Stream) -> None:
+        self.host, self._there, self._back = host, there, back
+        self._ahead: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def start(self) -> None:
+        """Copy them to the GPU beside what it computes, for who takes them next."""
+        if self._ahead is None:
+            with torch.cuda.stream(self._back):
+                self._back.wait_event(self._there)
+                tensor = self.host.to(self._back.device, non_blocking=True)
+                self._ahead = tensor, self._back.record_event()
+
+    def drop(self) -> None:
+        """Nobody takes them now."""
+        self._ahead = None
+
+    def take(self) -> torch.Tensor:
+        self.start()
+        assert self._ahead is not None
+        (tensor, event), self._ahead = self._ahead, None
+        computing = torch.cuda.current_stream(tensor.device)
+        computing.wait_event(event)
+        tensor.record_stream(computing)
+        return tensor
+
+
+class PinnedTensor(LazyTensor):
+    """A tensor whose numbers wait there."""
+
+    waiting: _Waiting
+
+
+class PinnedStreams:
+    """Of the current GPU."""
+
+    def __init__(self) -> None:
+        self._there, self._back = torch.cuda.Stream(), torch.cuda.Stream()
+        self._leaving: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._size = 0
+
+    def put(self, tensor: torch.Tensor) -> PinnedTensor:
+        """The same numbers, on the same device, once they are needed."""
+        while self._size + tensor.nbytes > ON_THE_WAY and self._leaving:
+            event, size = self._leaving.popleft()
+            event.synchronize()
+            self._size -= size
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._there.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._there):
+            host.copy_(tensor.detach(), non_blocking=True)
+            event = self._there.record_event()
+        tensor.record_stream(self._there)
+        self._leaving.append((event, tensor.nbytes))
+        self._size += tensor.nbytes
+        waiting = _Waiting(host, event, self._back)
+        made = PinnedTensor(waiting.take, tuple(tensor.shape), tensor.dtype, tensor.device)
+        made.waiting = waiting
+        return made

@@ -1,0 +1,81 @@
+"""Masks that only hide what comes later: told from others, shared, and left out of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from dotresize_fx.fx_form import causal_masks
+from dotresize_fx.fx_form.causal_masks import is_causal, mask_of
+from dotresize_fx.fx_form.execution import Execution
+
+LOWEST = torch.finfo(torch.float32).min
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+ADDED = torch.zeros(2, 1, 5, 5).masked_fill(~CAUSAL, LOWEST)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (CAUSAL, True),
+        (CAUSAL.expand(2, 1, 5, 5), True),
+        (ADDED, True),
+        (ADDED.bfloat16().clamp_min(torch.finfo(torch.bfloat16).min), True),
+        (torch.zeros(5, 5).masked_fill(~CAUSAL, -float("inf")), True),
+        (torch.ones(5, 5, dtype=torch.bool), False),
+        (CAUSAL.tril().triu(-2), False),  # a sliding window
+        (ADDED.index_fill(-1, torch.tensor([0]), LOWEST), False),  # padding on the left
+        (torch.zeros(5, 5).masked_fill(~CAUSAL, -10.0), False),  # hides little
+        (ADDED - torch.eye(5), False),  # with a bias
+        (CAUSAL[-2:], False),  # behind a past
+        (torch.ones(1, 1, dtype=torch.bool), False),
+    ],
+)
+def test_what_is_causal(mask: torch.Tensor, expected: bool) -> None:
+    assert is_causal(mask) is expected
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_model_computes_the_same_without_it(tiny_graph: Any, monkeypatch: pytest.MonkeyPatch, padding: int) -> None:
+    """As on a GPU; where there is padding the mask stays."""
+    _, graph = tiny_graph("llama")
+    batch: Mapping[str, torch.Tensor] = {
+        "input_ids": torch.arange(18).reshape(2, 9),
+        "attention_mask": torch.ones(2, 9, dtype=torch.int64),
+    }
+    batch["attention_mask"][0, :padding] = 0
+    (expected,) = Execution(graph).outputs(batch)
+    monkeypatch.setattr(causal_masks, "DEVICES", ("cpu",))
+    execution = Execution(graph)
+    called = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert attention is not None
+    for node in execution.nodes:
+        if mask_of(node) is not None:
+            called.append(node)
+    without = [args[3] is None for args in _arguments(execution, batch, called, monkeypatch)]
+    assert without
+    assert all(without) if padding == 0 else not any(without)
+    (found,) = execution.outputs(batch)
+    real = batch["attention_mask"].bool()
+    # Another kernel sums in another order.
+    assert torch.allclose(found[real], expected[real], atol=1e-5)
+
+
+def _arguments(
+    execution: Execution, batch: Mapping[str, torch.Tensor], nodes: list[torch.fx.Node], monkeypatch: Any
+) -> list[Any]:
+    """What attention is called with."""
+    given: list[Any] = []
+    execution._targets |= {
+        node: lambda *args, **kwargs: (
+            given.append(args) or torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
+        )
+        for node in nodes
+    }
+    execution.outputs(batch)
+    execution._targets = {}
+    return given
