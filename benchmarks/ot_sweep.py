@@ -22,8 +22,8 @@ class WatchingRefit(ReaderRefit):
 
     watches_entry = False
 
-    def gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> Gathered:
-        gathered = super().gather(inputs, goals)
+    def gather(self, inputs: RegionInputs, goals: list[torch.Tensor], begin: int) -> Gathered:
+        gathered = super().gather(inputs, goals, begin)
         assert gathered.statistics is not None
         gathered.statistics = replace(gathered.statistics, writer_weights=inputs.writer_weights())
         if not self.watches_entry or inputs.region.kind is not RegionKind.FFN:
@@ -56,14 +56,16 @@ class TransportSweep(Sweep):
             self.slim_graph, self.slim, self.masks, self.measuring, refit.pull
         )
 
-    def _slim_region(self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers) -> SweptRegion:
+    def _slim_region(
+        self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers, begin: int
+    ) -> SweptRegion:
         if self.mix is not None and width < region.width:
-            self._mix(region, width, goals)
-        return super()._slim_region(region, width, goals, solvers)
+            self._mix(region, width, goals, begin)
+        return super()._slim_region(region, width, goals, solvers, begin)
 
-    def _mix(self, region: Region, width: int, goals: list[torch.Tensor]) -> None:
+    def _mix(self, region: Region, width: int, goals: list[torch.Tensor], begin: int) -> None:
         assert self.mix is not None
-        statistics = self.reader_refit.gather(RegionInputs(self.slim_graph, region), goals).statistics
+        statistics = self.reader_refit.gather(RegionInputs(self.slim_graph, region), goals, begin).statistics
         writers = self.values[region.attention].writers if region.attention in self.values else ()
         found = self.mix(region, statistics, width, writers)
         for name, weight in found.items():

@@ -3,8 +3,8 @@
     python benchmarks/scale_stages.py slim 8 --blocks 8 --rows 128 --length 2048 --memory-budget 24GiB --regions ffn
 
 Arguments are scale.py's. Each part waits for the device before and after, so that copies that go on beside what is
-computed are waited for, and a run takes longer than without. Seconds of a part are its own, those of parts that it calls
-left out; what the thread does that reads ahead is in none.
+computed are waited for, and a run takes longer than without. Seconds of a part are its own, those of parts that it
+calls left out; what the thread does that reads ahead is in none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import functools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import scale
@@ -28,6 +29,7 @@ from dotresize_fx.gram import GramAccumulator
 from dotresize_fx.held_weights import HeldWeights
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.passes import sweep_regions
+from dotresize_fx.progress import Progress
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.solvers import dotresize, obs
 
@@ -59,13 +61,18 @@ PARTS: list[tuple[Any, str, str]] = [
 ]
 
 
+# What is no stage that is shown.
+BETWEEN = "between"
+
+
 class Stages:
-    """Seconds, calls and the most bytes allocated on the GPU by part."""
+    """Seconds, calls and the most bytes allocated on the GPU by stage and part."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.calls: dict[str, int] = defaultdict(int)
-        self.peaks: dict[str, int] = defaultdict(int)
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
+        self.calls: dict[tuple[str, str], int] = defaultdict(int)
+        self.peaks: dict[tuple[str, str], int] = defaultdict(int)
+        self.stage = BETWEEN
         self._inside: list[list[Any]] = []
 
     def watch(self, owner: Any, name: str, said: str) -> None:
@@ -78,22 +85,37 @@ class Stages:
             now = _settled()
             if self._inside:
                 part, since = self._inside[-1]
-                self.seconds[part] += now - since
+                self.seconds[self.stage, part] += now - since
             self._inside.append([said, now])
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             try:
                 return wrapped(*given, **named)
             finally:
-                now = _settled()
-                self.seconds[said] += now - self._inside.pop()[1]
-                self.calls[said] += 1
+                now, key = _settled(), (self.stage, said)
+                self.seconds[key] += now - self._inside.pop()[1]
+                self.calls[key] += 1
                 if torch.cuda.is_available():
-                    self.peaks[said] = max(self.peaks[said], torch.cuda.max_memory_allocated())
+                    self.peaks[key] = max(self.peaks[key], torch.cuda.max_memory_allocated())
                 if self._inside:
                     self._inside[-1][1] = now
 
         setattr(owner, name, timed)
+
+    def watch_stages(self) -> None:
+        """Tell the parts of one stage, as it is shown, from those of another."""
+        entered = Progress.stage
+
+        @contextmanager
+        def stage(progress: Progress, name: str, *given: Any) -> Iterator[Any]:
+            with entered(progress, name, *given) as step:
+                self.stage = name
+                try:
+                    yield step
+                finally:
+                    self.stage = BETWEEN
+
+        Progress.stage = stage  # type: ignore[method-assign]
 
 
 def _settled() -> float:
@@ -107,13 +129,15 @@ def main() -> None:
     stages = Stages()
     for part in PARTS:
         stages.watch(*part)
+    stages.watch_stages()
     found = scale.run_slim(arguments.models[0], arguments)
     print(f"{found['seconds']:.1f} s\n")
-    line(["part", "seconds", "calls", "GPU GiB"])
-    line(["---"] * 4)
-    for said in sorted(stages.seconds, key=lambda one: -stages.seconds[one]):
-        peak = f"{stages.peaks[said] / 2**30:.1f}"
-        line([said, f"{stages.seconds[said]:.2f}", str(stages.calls[said]), peak])
+    line(["stage", "part", "seconds", "calls", "GPU GiB"])
+    line(["---"] * 5)
+    order = list(dict.fromkeys(stage for stage, _ in stages.seconds))
+    for key in sorted(stages.seconds, key=lambda one: (order.index(one[0]), -stages.seconds[one])):
+        peak = f"{stages.peaks[key] / 2**30:.1f}"
+        line([*key, f"{stages.seconds[key]:.2f}", str(stages.calls[key]), peak])
 
 
 if __name__ == "__main__":

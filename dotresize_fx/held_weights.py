@@ -84,7 +84,7 @@ class HeldWeights:
     def _fetch(self, lazy: LazyTensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if lazy.device.type != "cuda":
             return lazy.read().to(dtype), None
-        self._copying = self._copying or torch.cuda.Stream(lazy.device)
+        self._copying = self._copying or torch.cuda.Stream(lazy.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._copying):
             tensor = lazy.read(through_pinned=True).to(dtype)
             return tensor, self._copying.record_event()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,17 +37,31 @@ def refit_reader(
     activations, ``wanted`` what it would have to make for the residual stream to be the dense model's.
 
     gram: (k, k) X.T X; wanted, own: (k, out) X.T Y. With ``with_bias`` the last row and column belong to a
-    constant one beside the activations, which is not pulled. All float64.
+    constant one beside the activations, which is not pulled. All float64. The diagonal of ``gram`` is another for a
+    while.
     """
     activations = gram.diagonal()[:-1] if with_bias else gram.diagonal()
     size = activations.mean().clamp_min(torch.finfo(gram.dtype).tiny)
     weights = torch.full((len(gram),), 1.0, dtype=gram.dtype, device=gram.device)
     if with_bias:
         weights[-1] = 1e-9
-    own_solution = solve_positive(raised(gram, FLOOR * size * weights), own)
+    with diagonal_raised(gram, FLOOR * size * weights):
+        own_solution = solve_positive(gram, own)
     pulled = pull * size * weights
-    solution = solve_positive(raised(gram, pulled), wanted + pulled[:, None] * own_solution)
+    with diagonal_raised(gram, pulled):
+        solution = solve_positive(gram, wanted + pulled[:, None] * own_solution)
     return Refit(solution[:-1].T, solution[-1]) if with_bias else Refit(solution.T, None)
+
+
+@contextmanager
+def diagonal_raised(matrix: torch.Tensor, diagonal: torch.Tensor) -> Iterator[None]:
+    """Inside, (n,) is added to the diagonal of (n, n), in place."""
+    before = matrix.diagonal().clone()
+    matrix.diagonal().add_(diagonal)
+    try:
+        yield
+    finally:
+        matrix.diagonal().copy_(before)
 
 
 def raised(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:

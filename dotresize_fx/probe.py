@@ -35,10 +35,16 @@ def reader_change(region: Region, statistics: RegionStatistics, found: RegionMap
     weight = statistics.reader_weight
     assert weight is not None
     down = over_heads(region, found.down, weight.shape[1])
-    kept = down.T @ statistics.gram @ down
-    ridge = RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny) * torch.eye(len(kept)).to(kept)
-    fitted: torch.Tensor = torch.linalg.solve(kept + ridge, down.T @ statistics.gram @ weight.T)
-    return down @ fitted - weight.T
+    chosen = found.selected(region)
+    if chosen is None:
+        from_all = down.T @ statistics.gram
+        kept = from_all @ down
+    else:
+        from_all = statistics.gram.index_select(0, chosen)
+        kept = from_all.index_select(1, chosen)
+    kept.diagonal().add_(RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny))
+    fitted: torch.Tensor = torch.linalg.solve(kept, from_all @ weight.T)
+    return (down @ fitted if chosen is None else torch.zeros_like(weight.T).index_copy_(0, chosen, fitted)) - weight.T
 
 
 class Probe:

@@ -62,8 +62,8 @@ class ReaderRefit:
         self.ranks = ranks or Ranks(alone=True)
         self.graph, self.stream, self.masks, self.measuring, self.pull = graph, stream, masks, measuring, pull
 
-    def gather(self, inputs: RegionInputs, goals: list[torch.Tensor]) -> Gathered:
-        """Run the sublayer as it is."""
+    def gather(self, inputs: RegionInputs, goals: list[torch.Tensor], begin: int) -> Gathered:
+        """Run the sublayer as it is, which starts at ``begin`` or before; the stream is run up to that on the way."""
         execution = self.stream.execution
         target = self.graph.node(inputs.region.target)
         fitting, held_out, entered = GramAccumulator(), GramAccumulator(), GramAccumulator()
@@ -71,9 +71,14 @@ class ReaderRefit:
         last = inputs.entry if inputs.output is None else target
         assert last is not None
         stop, keep = 1 + max(execution.position(node) for node in (last, *inputs.nodes)), [*inputs.nodes, target]
+        self._approach(begin, stop)
+        start, begin = self.stream.position, max(begin, self.stream.position)
         beside = [] if inputs.output is None else [goals]
         for i, environment in self.stream.in_turn(stop, *beside):
-            values = execution.run(dict(environment), self.stream.position, stop, keep=keep)
+            execution.run(environment, start, begin)
+            values = execution.run(dict(environment), begin, stop, keep=keep)
+            if start < begin:
+                execution.put_away(environment)
             solves, mask = i not in self.measuring, self.masks[i]
             if inputs.output is not None:
                 output = values[inputs.output]
@@ -86,12 +91,19 @@ class ReaderRefit:
             if solves and (rows := inputs.entry_rows(values, mask)) is not None:
                 entered.add(rows)
             near = inputs.coherence(values, mask) if near is None else near
+        self.stream.position = begin
         device = self.graph.weight(inputs.writers[0]).device
         for sums in (fitting, held_out):
             sums.add_up(self.ranks, device, ("wanted",))
         entered.add_up(self.ranks, device)
         near = self.ranks.first_matrix(near, device)
         return Gathered(inputs.statistics(fitting, entered, near), fitting, held_out, wanted, own)
+
+    def _approach(self, begin: int, stop: int) -> None:
+        """Run the stream so near to ``begin`` that weights up to ``stop`` can be held."""
+        before = [piece for piece in self.stream.execution.pieces(self.stream.position, stop) if piece <= begin]
+        if before:
+            self.stream.advance(before[-1])
 
     def refit(self, inputs: RegionInputs, region_map: RegionMap, gathered: Gathered) -> tuple[RegionMap, float | None]:
         """Replace the map's way up by a reader fitted to ``wanted`` from what the reader will see."""
@@ -151,7 +163,7 @@ def fit_reader(
         weight = inputs.reader_weight()
         width = weight.shape[1] - inputs.biased
         held_out = gathered.held_out
-        if (kept := _selected(region, region_map)) is not None:
+        if (kept := region_map.selected(region)) is not None:
             kept = torch.cat([kept, kept.new_tensor([width])]) if inputs.biased else kept
             fitting = gathered.fitting.of(kept)
             own = gathered.fitting.gram.index_select(0, kept) @ weight.T
@@ -228,14 +240,4 @@ def passes_through(region: Region, region_map: RegionMap) -> bool:
 
     So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.
     """
-    return region.kind in ATTENTION_KINDS or _selected(region, region_map) is not None
-
-
-def _selected(region: Region, region_map: RegionMap) -> torch.Tensor | None:
-    """(k,) int64: the neurons that an FFN's map takes as they are; None where it merges some."""
-    down = region_map.down
-    if region.kind in ATTENTION_KINDS or region_map.branch_down is not None:
-        return None
-    highest, kept = down.max(0)
-    selects = ((down != 0).sum(0) == 1).all() & (highest == 1).all()
-    return kept if bool(selects) else None
+    return region.kind in ATTENTION_KINDS or region_map.selected(region) is not None

@@ -53,6 +53,14 @@ class RegionMap:
             return self.branch_down
         return self.down
 
+    def selected(self, region: Region) -> torch.Tensor | None:
+        """(k,) int64: the neurons that an FFN's map takes as they are; None where it merges some."""
+        if region.kind in ATTENTION_KINDS or self.branch_down is not None or self.down.ndim != 2:
+            return None
+        highest, kept = self.down.max(0)
+        selects = ((self.down != 0).sum(0) == 1).all() & (highest == 1).all()
+        return kept if bool(selects) else None
+
 
 def selection(support: torch.Tensor, width: int) -> torch.Tensor:
     """The (width, k) matrix with a one where column j takes source ``support[j]``."""

@@ -101,21 +101,25 @@ class Sweep:
     def slim_sublayer(
         self, cuts: Sequence[tuple[Region, int]], solvers: Callable[[Region], Solvers]
     ) -> list[SweptRegion]:
-        """Cut the regions of one target, in the order given, and bring both streams behind it.
+        """Cut the regions of one target, in the order given.
 
-        Sublayers come in graph order. A region that keeps its width is only refitted.
+        Sublayers come in graph order. A region that keeps its width is only refitted. The slim stream, where it is
+        not cut itself, stays in front of the sublayer until the next one: it then runs on once for both.
         """
         target = cuts[0][0].target
         stop = self._slim_index(target)
         entries = self.readers.entries(stop)
-        self.slim.advance(min([*self.readers.positions(stop), *(self._start(region) for region, _ in cuts)]))
+        begin = min([*self.readers.positions(stop), *(self._start(region) for region, _ in cuts)])
+        if self.stream is not None:
+            self.slim.advance(begin)
         goals, seen = self._dense_goals(target, entries)
         self.readers.refit(entries, seen)
-        swept = [self._slim_region(region, width, goals, solvers(region)) for region, width in cuts]
+        swept = [self._slim_region(region, width, goals, solvers(region), begin) for region, width in cuts]
         if self.repair_steps:
             notes = self._repair(target, [region for region, _ in cuts], goals)
             swept[-1] = replace(swept[-1], notes={**swept[-1].notes, **notes})
-        self.slim.advance(self._slim_index(target) + 1)
+        if self.stream is not None:
+            self.slim.advance(self._slim_index(target) + 1)
         return swept
 
     def resume_sublayer(self, regions: Sequence[Region], finish: Callable[[], None]) -> None:
@@ -178,13 +182,17 @@ class Sweep:
 
     # -- one region --------------------------------------------------------------------------------
 
-    def _slim_region(self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers) -> SweptRegion:
+    def _slim_region(
+        self, region: Region, width: int, goals: list[torch.Tensor], solvers: Solvers, begin: int
+    ) -> SweptRegion:
+        """``begin``: the slim stream is run up to it first."""
         inputs = RegionInputs(self.slim_graph, region)
         if region.kind is RegionKind.EXPERTS:
+            self.slim.advance(begin)
             return self._slim_experts(inputs, width, solvers)
         if width == region.width and not self.refit:
             return SweptRegion(region, width, "kept", None)
-        gathered = self.reader_refit.gather(inputs, goals)
+        gathered = self.reader_refit.gather(inputs, goals, begin)
         if self.slim_graph.spool is not None:  # to solve takes the most memory of all
             self.slim_graph.spool.weights.forget()
         name, region_map, error = best_map(

@@ -88,7 +88,8 @@ def _compare(model: Any, captured: Captured) -> None:
     assert captured.cache is not None
     ids, mask = captured.sample["input_ids"], captured.sample["attention_mask"]
     execution = Execution(captured.graph, caches=True)
-    expected, present = None, []
+    expected = None
+    present: list[torch.Tensor] = []
     for past, length in SPLITS:
         first, stop = 1 if length == 1 else 0, past + length
         whole = prompt_inputs(captured.cache, ids[first:, :stop], mask[first:, :stop])

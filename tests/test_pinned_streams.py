@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
 def test_what_waits_comes_back_while_more_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    """Each is made on the GPU, put away, fetched in turn, changed and put away again; memory is used again meanwhile."""
+    """Each is made on the GPU, put away, fetched, changed and put away again; memory is used again meanwhile."""
     monkeypatch.setattr(pinned_streams, "ON_THE_WAY", room)
     spool = Spool(tmp_path, streams="pinned")
     count, size = 12, 1 << 22

@@ -23,7 +23,7 @@ class CausalMasks:
 
     def shared(self, node: torch.fx.Node, value: Any) -> Any:
         """The value of a node, or the one that other batches have where it is such a mask."""
-        if node not in self._masks or value.device.type not in DEVICES or not is_causal(value):
+        if node not in self._masks or value.device.type not in DEVICES or _is_recorded() or not is_causal(value):
             return value
         key = tuple(value.shape), value.dtype, value.device
         if key not in self._known:
@@ -44,6 +44,11 @@ class CausalMasks:
         kept = {name: value for name, value in kwargs.items() if name in ("scale", "enable_gqa", "dropout_p")}
         dropout = args[4] if len(args) > 4 else kept.pop("dropout_p", 0.0)
         return (*args[:3], None, dropout, True), kept
+
+
+def _is_recorded() -> bool:
+    """Whether no number can be asked for: what is computed goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def mask_of(node: torch.fx.Node) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
-from dotresize_fx.fx_form.causal_masks import CausalMasks
+from dotresize_fx.fx_form.causal_masks import DEVICES, CausalMasks
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, only_in_products, without_parameters
+from dotresize_fx.fx_form.repeats import repeated
 from dotresize_fx.held_weights import Wanted
 from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
@@ -40,6 +41,12 @@ class Execution:
         results = graph.nodes.output_node().all_input_nodes
         self.results = [node for node in results if caches or node.name not in graph.caches]
         self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
+        learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
+        fixed = without_parameters(graph.nodes.nodes, learned)
+        self._same: dict[torch.fx.Node, torch.fx.Node] = {}
+        self._skipped: set[torch.fx.Node] = set()
+        if graph.device.type in DEVICES:  # what a mask takes is shared there
+            self._same, self._skipped = repeated(fixed)
         self._last_use = self._find_last_uses()
         self._causal = CausalMasks(self.nodes)
         read = set(self.parameters)
@@ -49,16 +56,20 @@ class Execution:
         self._rounded: set[torch.fx.Node] = set()
         if graph.half_products:
             self._rounded = only_in_products(self.parameters)
-            learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
-            fixed = without_parameters(graph.nodes.nodes, learned)
             self._targets = {node: exact(node.target) for node in fixed if node.target in PRODUCTS}
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
         last: dict[torch.fx.Node, int] = {}
         for i, node in enumerate(self.nodes):
-            for used in node.all_input_nodes:
+            for used in self._reads(node):
                 last[used] = i
         return last | dict.fromkeys(self.results, len(self.nodes))
+
+    def _reads(self, node: torch.fx.Node) -> Sequence[torch.fx.Node]:
+        """What a node needs: one that repeats another, that alone."""
+        if node in self._same:
+            return [] if node in self._skipped else [self._same[node]]
+        return node.all_input_nodes
 
     def hold(self, nodes: Iterable[torch.fx.Node]) -> None:
         """Never drop these values from an environment."""
@@ -98,7 +109,7 @@ class Execution:
 
     def read_between(self, start: int, stop: int) -> set[torch.fx.Node]:
         """What nodes ``start`` to ``stop`` (exclusive) read of an environment, and may not find in it."""
-        return {used for node in self.nodes[start:stop] for used in node.all_input_nodes}
+        return {used for node in self.nodes[start:stop] for used in self._reads(node)}
 
     def put_away(self, environment: Environment, kept: Mapping[int, torch.Tensor] | None = None) -> None:
         """Have activations wait where the spool says. ``kept``, by identity, wait elsewhere already."""
@@ -114,9 +125,9 @@ class Execution:
         """
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
-    def parameter(self, node: torch.fx.Node) -> torch.Tensor:
+    def parameter(self, node: torch.fx.Node, *, ahead: bool = False) -> torch.Tensor:
         """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do. Where
-        bfloat16 is all that is made of it, it is that.
+        bfloat16 is all that is made of it, it is that. ``ahead``: what comes behind it is about to be read too.
         """
         stored = self.graph.stored(self._keys[node])
         if not isinstance(stored, LazyTensor) or node in self._tables:
@@ -126,7 +137,8 @@ class Execution:
         if weights is None or not weights.has_room(stored.numel() * dtype.itemsize):
             return stored if stored.nbytes > PIECE else stored.read()
         found = weights.read(stored, dtype)
-        weights.read_ahead(self._following(node, weights.limit // 2))
+        if ahead:
+            weights.read_ahead(self._following(node, weights.limit // 2))
         return found
 
     def _following(self, node: torch.fx.Node, size: int) -> Iterator[Wanted]:
@@ -165,25 +177,30 @@ class Execution:
                 if isinstance(value, LazyTensor):
                     value = fetched[node] = value.read()
                 return value
-            return in_memory(given[node]) if node in given else self.parameter(node)
+            return in_memory(given[node]) if node in given else self.parameter(node, ahead=not given)
 
         half, targets = self.graph.half_products, self._targets
         with torch.set_grad_enabled(gradients), self._rounding(environment):
             for i in range(start, stop):
                 node = self.nodes[i]
+                if node in self._skipped:
+                    continue
                 args, kwargs = node.args, node.kwargs
                 if half:
                     args, kwargs = clamped(args), clamped(kwargs)
-                args, kwargs = torch.fx.node.map_arg(args, look_up), torch.fx.node.map_arg(kwargs, look_up)
-                if node.name in self.graph.caches and not args[0][0].shape[2]:
-                    value = args[0][1]  # behind an empty past, whose heads may have been cut meanwhile
+                if node in self._same:
+                    value = look_up(self._same[node])
                 else:
-                    args, kwargs = self._causal.without(node, args, kwargs)
-                    value = self._causal.shared(node, targets.get(node, node.target)(*args, **kwargs))
+                    args, kwargs = torch.fx.node.map_arg(args, look_up), torch.fx.node.map_arg(kwargs, look_up)
+                    if node.name in self.graph.caches and not args[0][0].shape[2]:
+                        value = args[0][1]  # behind an empty past, whose heads may have been cut meanwhile
+                    else:
+                        args, kwargs = self._causal.without(node, args, kwargs)
+                        value = self._causal.shared(node, targets.get(node, node.target)(*args, **kwargs))
                 environment[node] = value
                 if node in wanted:
                     kept[node] = value
-                for used in node.all_input_nodes:
+                for used in self._reads(node):
                     if self._last_use[used] <= i:
                         environment.pop(used, None)
                         fetched.pop(used, None)

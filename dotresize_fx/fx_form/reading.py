@@ -189,6 +189,11 @@ class FxReading(Graph):
         tensor: torch.Tensor = self.program.constants[key] if found is None else found
         return tensor
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are; the CPU without any."""
+        return next((tensor.device for tensor in self.program.state_dict.values()), torch.device("cpu"))
+
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, which takes no memory until it is needed again where the graph has a spool."""
         return tensor if self.spool is None else self.spool.put_probe(tensor)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dotresize_fx.fx_form import causal_masks
+from dotresize_fx.fx_form import execution as execution_of
 from dotresize_fx.fx_form.causal_masks import is_causal, mask_of
 from dotresize_fx.fx_form.execution import Execution
 
@@ -49,33 +50,42 @@ def test_a_model_computes_the_same_without_it(tiny_graph: Any, monkeypatch: pyte
     batch["attention_mask"][0, :padding] = 0
     (expected,) = Execution(graph).outputs(batch)
     monkeypatch.setattr(causal_masks, "DEVICES", ("cpu",))
+    monkeypatch.setattr(execution_of, "DEVICES", ("cpu",))
     execution = Execution(graph)
-    called = []
-    attention = torch.nn.functional.scaled_dot_product_attention
-    assert attention is not None
-    for node in execution.nodes:
-        if mask_of(node) is not None:
-            called.append(node)
-    without = [args[3] is None for args in _arguments(execution, batch, called, monkeypatch)]
-    assert without
-    assert all(without) if padding == 0 else not any(without)
+    given: list[Any] = []
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+
+    def called(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given.append(args)
+        return attention(*args, **kwargs)
+
+    execution._targets |= {node: called for node in execution.nodes if mask_of(node) is not None}
     (found,) = execution.outputs(batch)
+    assert len(given) == 2
+    assert all((args[3] is None) is (padding == 0) for args in given)
     real = batch["attention_mask"].bool()
     # Another kernel sums in another order.
     assert torch.allclose(found[real], expected[real], atol=1e-5)
 
 
-def _arguments(
-    execution: Execution, batch: Mapping[str, torch.Tensor], nodes: list[torch.fx.Node], monkeypatch: Any
-) -> list[Any]:
-    """What attention is called with."""
-    given: list[Any] = []
-    execution._targets |= {
-        node: lambda *args, **kwargs: (
-            given.append(args) or torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
-        )
-        for node in nodes
-    }
-    execution.outputs(batch)
-    execution._targets = {}
-    return given
+def test_what_each_block_makes_of_the_same_inputs_is_made_once(
+    tiny_graph: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks and what they are made of; to the bit the same answers, in pieces too."""
+    _, graph = tiny_graph("llama")
+    batch = {"input_ids": torch.arange(18).reshape(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    batch["attention_mask"][0, :3] = 0
+    (expected,) = Execution(graph).outputs(batch)
+    monkeypatch.setattr(execution_of, "DEVICES", ("cpu",))
+    execution = Execution(graph)
+    assert execution._same
+    assert all(first not in execution._same for first in execution._same.values())
+    environment = execution.start(batch)
+    masks = []
+    for i in range(len(execution.nodes)):
+        mask = mask_of(execution.nodes[i])
+        if mask is not None:
+            masks.append(environment[mask])
+        execution.run(environment, i, i + 1)
+    assert torch.equal(environment[execution.results[0]], expected)
+    assert masks[0] is masks[1]
