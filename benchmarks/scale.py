@@ -3,6 +3,7 @@
     python benchmarks/scale.py measure 0.1 1 3 8 --rows 128 --length 2048          # models of random weights
     python benchmarks/scale.py measure 8 --blocks 8 --rows 128 --length 2048       # its first blocks alone
     python benchmarks/scale.py foretell 70 405 --rows 128 --length 2048            # files that hold no numbers
+    torchrun --nproc-per-node 2 benchmarks/scale.py slim 1 --rows 128 --length 2048    # two GPUs, rank 0 tells
 
 A model is named by its billions of weights, see MODELS. It is written to ``--folder`` in bfloat16, a shard for each
 block, with a tokenizer of words and a text of random words: speed and memory are what is measured, fidelity is not.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -207,7 +209,7 @@ def _settled(device: str) -> None:
 def run_slim(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """From weights on disk to the slim blocks' weights on disk."""
     folder, text = write_model(name, arguments, numbers=True), write_text(arguments)
-    work = arguments.folder / "work"
+    work = arguments.folder / f"work-{os.environ.get('RANK', '0')}"
     shutil.rmtree(work, ignore_errors=True)  # what another run finished would be taken over
     work.mkdir()
     progress = Progress()

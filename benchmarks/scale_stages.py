@@ -48,6 +48,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (FxGraph, "refresh_shapes", "tell shapes anew"),
     (FxGraph, "to", "move graphs"),
     (GramAccumulator, "add", "Gram matrices"),
+    (GramAccumulator, "add_up", "add Gram matrices up over ranks"),
     (obs, "eliminate", "elimination"),
     (dotresize, "sinkhorn", "transport"),
     (probe, "reader_change", "fit a probe's reader"),

@@ -132,8 +132,8 @@ class LazyTensor(torch.Tensor):
                 return func(*args, **kwargs)
             first: Any = args[0] if args else None
             if isinstance(first, LazyTensor):
-                if func in _AS_IT_IS:
-                    return first
+                if func in _AS_IT_IS or (func is T.__getitem__ and _is_all(args[1])):
+                    return first  # of a step nothing could be read in part
                 if func in _OF_MEMORY:
                     raise TypeError(f"{func.__name__}: a tensor that is read when it is needed has no memory")
                 if func is T.to:
@@ -189,6 +189,10 @@ def _joined(func: Any, parts: tuple[LazyTensor, ...], args: tuple[Any, ...], kwa
     told = func([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts], *args, **kwargs)
     device = parts[0].device
     return LazyTensor(lambda: func([p.read() for p in parts], *args, **kwargs), told.shape, told.dtype, device)
+
+
+def _is_all(index: Any) -> bool:
+    return index is ... or (isinstance(index, tuple) and len(index) == 1 and index[0] is ...)
 
 
 def _is_plain(index: Any) -> bool:

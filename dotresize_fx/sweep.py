@@ -110,7 +110,9 @@ class Sweep:
         stop = self._slim_index(target)
         entries = self.readers.entries(stop)
         begin = min([*self.readers.positions(stop), *(self._start(region) for region, _ in cuts)])
-        if self.stream is not None:
+        if self.stream is None:
+            begin = self.slim.execution.narrowest(self.slim.position, begin)
+        else:
             self.slim.advance(begin)
         goals, seen = self._dense_goals(target, entries)
         self.readers.refit(entries, seen)

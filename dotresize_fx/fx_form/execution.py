@@ -18,6 +18,8 @@ from dotresize_fx.held_weights import Wanted
 from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
+# So many nodes are computed again rather than that what they give waits.
+NEAR = 4
 
 
 class Execution:
@@ -110,6 +112,15 @@ class Execution:
     def read_between(self, start: int, stop: int) -> set[torch.fx.Node]:
         """What nodes ``start`` to ``stop`` (exclusive) read of an environment, and may not find in it."""
         return {used for node in self.nodes[start:stop] for used in self._reads(node)}
+
+    def narrowest(self, start: int, stop: int) -> int:
+        """The last place from ``start`` to ``stop``, or near to that, which the fewest values cross: in front of a norm
+        and not behind it, where what it reads has to wait too.
+        """
+        places = range(max(start, stop - NEAR), stop + 1)
+        return min(
+            reversed(places), key=lambda place: sum(self._last_use.get(n, -1) >= place for n in self.nodes[:place])
+        )
 
     def put_away(self, environment: Environment, kept: Mapping[int, torch.Tensor] | None = None) -> None:
         """Have activations wait where the spool says. ``kept``, by identity, wait elsewhere already."""
