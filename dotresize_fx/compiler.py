@@ -42,7 +42,7 @@ from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.ranks import Ranks
-from dotresize_fx.regions import MatchReport, counted
+from dotresize_fx.regions import MatchReport
 from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.task import Task
@@ -261,8 +261,6 @@ def slim_with(
         journal = None
         if work is not None and launched.count == 1 and loaded.sha256:  # else nothing tells one model from another
             journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, plan, device, half=half))
-            if journal.finished:
-                progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
         slimmed = _slim_on_device(
             *(dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock), half=half
         )

@@ -14,24 +14,26 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.memory import show_size
 from dotresize_fx.regions import Region
-from dotresize_fx.sensitivity import PRICE_TOKENS, SHAPE_TOKENS
+from dotresize_fx.sensitivity import GPU_SCALE, PRICE_TOKENS, SHAPE_TOKENS
 
 # Copies of the stream that the sweep holds: dense, which is wanted behind a sublayer, slim, what its reader should put
 # out and what it does.
 STREAMS = 4
 # (n, n) float64 at once while a region is solved: its Gram matrices that fit and that measure, and the solver's own.
-SQUARES = 6
-# (n, out) float64 likewise: reader, its sums with what is wanted, the fit.
-READERS = 12
-# Forward passes of the calibration text: both streams, and each sublayer once more to gather, and once merged.
-PASSES = 4.5
+SQUARES = 5
+# (n, out) float64 likewise: reader, its sums with what is wanted and with what is put out, the fit.
+READERS = 8
+# Forward passes of the calibration text: both streams, and what is cut once more merged and once as it was.
+PASSES = 4.0
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
 SOLVING = 12
 # What the libraries that convert and check take, and seconds for each op that is traced, converted and written twice.
 LIBRARIES = 450 << 20
 SECONDS_PER_OP = 0.1
-# Of square products of this size the rate is taken.
-PRODUCT = 1024
+# Of square products of this size the rate is taken, and what share of it whole models reach; a GPU needs large ones.
+PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.5}
+# Bytes a second of streams that wait in pinned memory, and how often one is copied a sublayer.
+COPIED, COPIES = 2e10, 6
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,15 @@ def forecast(
     run = 2.0 * cost.macs_per_token
     operations = run * (PASSES * tokens + 4 * measuring)
     if measured:
-        shaped, priced = min(SHAPE_TOKENS, tokens), min(PRICE_TOKENS["decoder"], tokens)
+        scale = 1 if device == "cpu" else GPU_SCALE
+        shaped, priced = min(scale * SHAPE_TOKENS, tokens), min(scale * PRICE_TOKENS["decoder"], tokens)
         operations += run * shaped + run * priced * (len(regions) / 2 + 1)
     widths = [_width(graph, region) for region in regions]
     operations += sum(2.0 * 2 * tokens * n * n for n in widths)
     rate, double = (_rate(device, dtype) for dtype in (torch.bfloat16 if half else torch.float32, torch.float64))
     solved = sum(SOLVING * float(n) ** 3 for n in widths) * (2 if measured else 1)
-    seconds = operations / rate + solved / double + SECONDS_PER_OP * len(graph.ops)
+    copied = COPIES * len(regions) * flowing / STREAMS / COPIED if streams == "pinned" else 0.0
+    seconds = (operations / rate + solved / double) / REACHED[device] + copied + SECONDS_PER_OP * len(graph.ops)
     return Forecast(host, gpu, seconds, operations + solved, rate)
 
 
@@ -123,7 +127,8 @@ def _solving(graph: FxGraph, region: Region) -> int:
 
 def _rate(device: str, dtype: torch.dtype) -> float:
     """Operations a second of a product, the best of three."""
-    x = torch.ones(PRODUCT, PRODUCT, dtype=dtype, device=device)
+    size = PRODUCT[device]
+    x = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(4):  # the first one warms up
         if x.is_cuda:
@@ -133,4 +138,4 @@ def _rate(device: str, dtype: torch.dtype) -> float:
         if x.is_cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
-    return 2 * PRODUCT**3 / best
+    return 2 * size**3 / best

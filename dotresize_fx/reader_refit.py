@@ -158,12 +158,12 @@ def fit_reader(
     """
     region, reader = inputs.region, inputs.reader
     assert reader is not None
-    mix = kept = None
-    if passes_through(region, region_map):
+    mix, kept = None, region_map.selected(region)
+    if kept is not None or region.kind in ATTENTION_KINDS:
         weight = inputs.reader_weight()
         width = weight.shape[1] - inputs.biased
         held_out = gathered.held_out
-        if (kept := region_map.selected(region)) is not None:
+        if kept is not None:
             kept = torch.cat([kept, kept.new_tensor([width])]) if inputs.biased else kept
             fitting = gathered.fitting.of(kept)
             own = gathered.fitting.gram.index_select(0, kept) @ weight.T
@@ -214,8 +214,9 @@ def best_map(
     for i, (name, solver) in enumerate(solvers):
         assert gathered.statistics is not None
         region_map, error = solver(region, gathered.statistics, width), None
-        if width < region.width and i == len(solvers) - 1 and not passes_through(region, region_map):
-            gathered.forget()
+        last = width < region.width and i == len(solvers) - 1
+        if last and region.kind not in ATTENTION_KINDS and region_map.selected(region) is None:
+            gathered.forget()  # merged neurons have to be run
         if fit is not None and fits:
             region_map, error = fit(region_map)
         # Without held-out batches nothing tells them apart.
@@ -233,11 +234,3 @@ def best_map(
 def _keep_all(region: Region, statistics: RegionStatistics, width: int) -> RegionMap:
     identity = torch.eye(width, dtype=torch.float64, device=statistics.gram.device)
     return RegionMap(identity, identity)
-
-
-def passes_through(region: Region, region_map: RegionMap) -> bool:
-    """Whether what the reader sees of the mapped writers is what it saw before, times ``down``.
-
-    So it is for the heads of an attention, which mixes values linearly, and where neurons are only selected.
-    """
-    return region.kind in ATTENTION_KINDS or region_map.selected(region) is not None

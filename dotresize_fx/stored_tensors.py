@@ -136,10 +136,10 @@ class Spool:
         with tempfile.TemporaryFile(dir=self._folder) as stream:
             stream.write(_bytes(tensor))  # which tells a full disk
             stream.flush()
-            held = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        return LazyTensor(
-            _view(held, tensor.dtype, tuple(tensor.shape), 0), tuple(tensor.shape), tensor.dtype, tensor.device
-        )
+            # Unlike an mmap of Python's it holds no descriptor, of which there are some thousand at most.
+            held = torch.from_file(f"/dev/fd/{stream.fileno()}", shared=False, size=tensor.nbytes, dtype=torch.uint8)
+        shape, dtype = tuple(tensor.shape), tensor.dtype
+        return LazyTensor(lambda: held.view(dtype).reshape(shape), shape, dtype, tensor.device)
 
     def in_turn(self, count: int, read: Callable[[int], Iterable[Any]]) -> Iterator[int]:
         """Numbers up to ``count``. What ``read`` says that the next one needs is on its way while one is worked at."""

@@ -21,7 +21,7 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.rank.low_rank_linear import LowRankLinear
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_map import RegionMap
-from dotresize_fx.regions import Region, RegionKind
+from dotresize_fx.regions import Region, RegionKind, counted
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
@@ -86,12 +86,16 @@ def sweep_regions(
         seed=options.seed,
         ranks=ranks,
     )
+    if stream is not None:
+        journal = None  # what was solved for behind another cut of it is of no use
+    if journal is not None and journal.finished:
+        progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
     swept: list[SweptRegion] = []
     with progress.stage("sweep", len(regions)) as step:
         for number, together in enumerate(sublayers(regions)):
             cuts = [(region, plan.widths[region.name]) for region in together]
             if chosen := cut_or_refitted(cuts, stream_cut=changed or stream is not None):
-                finished = journal.sublayer(number, together) if journal and stream is None else None
+                finished = journal.sublayer(number, together) if journal else None
                 if finished is not None:
                     sweep.resume_sublayer([region for region, _ in chosen], lambda: _take(finished, slimmed, together))  # noqa: B023
                     swept += finished.swept
