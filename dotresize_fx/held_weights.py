@@ -74,17 +74,20 @@ class HeldWeights:
         arriving = self._held.pop(key, None)
         if arriving is None:
             size = lazy.numel() * dtype.itemsize
-            arriving = _Arriving(lazy, size, self._reader.submit(self._fetch, lazy, dtype))
+            gpu = torch.cuda.current_device() if lazy.device.type == "cuda" else None  # a thread has its own
+            arriving = _Arriving(lazy, size, self._reader.submit(self._fetch, lazy, dtype, gpu))
             self._size += size
         self._held[key] = arriving  # the latest stands last
         while self._size > self.limit and len(self._held) > 1:
             self._size -= self._held.pop(next(iter(self._held))).size
         return arriving
 
-    def _fetch(self, lazy: LazyTensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        if lazy.device.type != "cuda":
+    def _fetch(
+        self, lazy: LazyTensor, dtype: torch.dtype, gpu: int | None
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        if gpu is None:
             return lazy.read().to(dtype), None
-        self._copying = self._copying or torch.cuda.Stream(lazy.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copying):
+        self._copying = self._copying or torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(gpu), torch.cuda.stream(self._copying):
             tensor = lazy.read(through_pinned=True).to(dtype)
             return tensor, self._copying.record_event()
