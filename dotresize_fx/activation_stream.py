@@ -39,8 +39,8 @@ class ActivationStream:
             return ((i, self.environments[i]) for i in numbers)
         nodes = self.execution.read_between(self.position, stop)
 
-        def read(i: int) -> list[torch.Tensor]:
+        def needed(i: int) -> list[torch.Tensor]:
             there = [value for node, value in self.environments[i].items() if node in nodes]
             return [*there, *(values[i] for values in beside)]
 
-        return ((i, self.environments[i]) for i in spool.in_turn(len(numbers), read))
+        return ((i, self.environments[i]) for i in spool.in_turn(len(numbers), needed))

@@ -57,7 +57,12 @@ class HeldWeights:
         dtype = dtype or lazy.dtype
         if not self.has_room(lazy.numel() * dtype.itemsize):
             return lazy.read().to(dtype)
-        return self._asked((lazy, dtype)).arrived()
+        arriving = self._asked((lazy, dtype))
+        try:
+            return arriving.arrived()
+        except Exception:  # perhaps of a moment that is over
+            self._drop((id(lazy), dtype))
+            return lazy.read().to(dtype)
 
     def read_ahead(self, following: Iterable[Wanted]) -> None:
         """Read of these, in another thread, what is not held yet."""
@@ -65,8 +70,14 @@ class HeldWeights:
             self._asked(wanted)
 
     def forget(self) -> None:
-        """Hold nothing, where memory is needed for something else."""
-        self._held, self._size = {}, 0
+        """Hold nothing and read nothing ahead, where memory is needed for something else."""
+        for key in list(self._held):
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, torch.dtype]) -> None:
+        arriving = self._held.pop(key)
+        arriving.numbers.cancel()  # if it has not begun
+        self._size -= arriving.size
 
     def _asked(self, wanted: Wanted) -> _Arriving:
         lazy, dtype = wanted
@@ -79,7 +90,7 @@ class HeldWeights:
             self._size += size
         self._held[key] = arriving  # the latest stands last
         while self._size > self.limit and len(self._held) > 1:
-            self._size -= self._held.pop(next(iter(self._held))).size
+            self._drop(next(iter(self._held)))
         return arriving
 
     def _fetch(

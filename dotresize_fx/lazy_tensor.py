@@ -50,7 +50,7 @@ _JOINS: frozenset[Any] = frozenset([torch.stack, torch.cat])
 class LazyTensor(torch.Tensor):
     """A tensor by its shape, dtype and device; its numbers come from ``source`` each time that they are needed.
 
-    ``source()`` gives a tensor on the CPU, often memory of a file; with ``dtype`` and on ``device``, ``steps``
+    ``source()`` gives a tensor, often memory of a file; with ``dtype`` and on ``device``, ``steps``
     make of it what this tensor is. Transposes, slices, copies and moves to another device are put off. Nothing can be
     written to it.
     """
@@ -84,7 +84,7 @@ class LazyTensor(torch.Tensor):
         """
         with torch.no_grad():
             stored = self._stored()
-            if through_pinned:
+            if through_pinned and stored.device.type == "cpu":
                 stored = stored.pin_memory().to(self.device, non_blocking=True)
             tensor = self._cast(stored)
             for step in self.steps:

@@ -11,7 +11,8 @@ from dotresize_fx.lazy_tensor import LazyTensor
 
 # Bytes that may be on their way to the host: the GPU keeps them until they are there.
 ON_THE_WAY = 1 << 30
-
+# Batches that may be queued behind the one that the GPU works at.
+AHEAD = 2
 
 # Threads that make the host's memory pinned: one takes 0.7 s a GiB.
 PINNING_THREADS = 8
@@ -67,9 +68,10 @@ class PinnedStreams:
 
     def __init__(self) -> None:
         _pin_in_parallel()
-        self._there, self._back = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._leaving_on, self._coming_on = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._leaving: deque[tuple[torch.cuda.Event, int]] = deque()
         self._size = 0
+        self._worked: deque[torch.cuda.Event] = deque()
 
     def put(self, tensor: torch.Tensor) -> PinnedTensor:
         """The same numbers, on the same device, once they are needed."""
@@ -78,14 +80,20 @@ class PinnedStreams:
             event.synchronize()
             self._size -= size
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._there.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._there):
+        self._leaving_on.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._leaving_on):
             host.copy_(tensor.detach(), non_blocking=True)
-            event = self._there.record_event()
-        tensor.record_stream(self._there)
+            event = self._leaving_on.record_event()
+        tensor.record_stream(self._leaving_on)
         self._leaving.append((event, tensor.nbytes))
         self._size += tensor.nbytes
-        waiting = _Waiting(host, event, self._back)
+        waiting = _Waiting(host, event, self._coming_on)
         made = PinnedTensor(waiting.take, tuple(tensor.shape), tensor.dtype, tensor.device)
         made.waiting = waiting
         return made
+
+    def worked(self) -> None:
+        """One more batch was queued: wait for the last but AHEAD, whose memory no other one has until then."""
+        self._worked.append(torch.cuda.current_stream().record_event())
+        if len(self._worked) > AHEAD:
+            self._worked.popleft().synchronize()

@@ -52,8 +52,9 @@ class _Departed:
     stream: ActivationStream
 
     def go_on(self, stop: int) -> None:
+        """Up to it, or to where near it they hold least."""
         if self.stream.position < stop:  # they may have departed to behind it
-            self.stream.advance(stop)
+            self.stream.advance(self.stream.execution.narrowest(self.stream.position, stop))
 
     def arrive(self, wanted: torch.fx.Node) -> Iterator[tuple[int, torch.Tensor]]:
         execution, start = self.stream.execution, self.stream.position
@@ -88,7 +89,7 @@ def price_probes(
     count, first = 0, 0.0
     departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
     departures.sort(key=lambda pair: pair[0])
-    for numbers in _side_by_side(graph, len(probes), batches, ranks.mine(len(batches))):
+    for numbers in _side_by_side(execution, len(probes), batches, ranks.mine(len(batches)), task):
         lost = _Lost(execution, [batches[i] for i in numbers], task, at_once=graph.spool is None)
         dense = lost.dense
         departed: list[_Departed] = []
@@ -121,13 +122,15 @@ def price_probes(
 
 
 def _side_by_side(
-    graph: FxGraph, probes: int, batches: Sequence[Inputs], numbers: Sequence[int]
+    execution: Execution, probes: int, batches: Sequence[Inputs], numbers: Sequence[int], task: str
 ) -> Iterator[Sequence[int]]:
     """The batches that go on together: more than one where weights wait in files and nothing else does."""
-    at_once = 1
+    graph, at_once = execution.graph, 1
     if graph.spool is not None and graph.spool.streams != "files":
+        node, last = answer_nodes(execution, task)
+        answers = SHORTLIST if node is not last else int(last.meta["val"].shape[-1])
         rows = max(map(graph.expected_rows, batches))
-        at_once = max(1, SIDE_BY_SIDE // (4 * rows * stream_width(graph) * (probes + 1)))
+        at_once = max(1, SIDE_BY_SIDE // (4 * rows * (stream_width(graph) * (probes + 1) + 2 * answers)))
     for start in range(0, len(numbers), at_once):
         yield numbers[start : start + at_once]
 

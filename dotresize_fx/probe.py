@@ -34,9 +34,9 @@ def reader_change(region: Region, statistics: RegionStatistics, found: RegionMap
     """(n, out): from what the reader reads to the error in what it puts out, fitted to what the map leaves."""
     weight = statistics.reader_weight
     assert weight is not None
-    down = over_heads(region, found.down, weight.shape[1])
     chosen = found.selected(region)
     if chosen is None:
+        down = over_heads(region, found.down, weight.shape[1])
         from_all = down.T @ statistics.gram
         kept = from_all @ down
     else:
@@ -44,7 +44,8 @@ def reader_change(region: Region, statistics: RegionStatistics, found: RegionMap
         kept = from_all.index_select(1, chosen)
     kept.diagonal().add_(RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny))
     fitted: torch.Tensor = torch.linalg.solve(kept, from_all @ weight.T)
-    return (down @ fitted if chosen is None else torch.zeros_like(weight.T).index_copy_(0, chosen, fitted)) - weight.T
+    back = down @ fitted if chosen is None else torch.zeros_like(weight.T).index_copy_(0, chosen, fitted)
+    return back - weight.T
 
 
 class Probe:

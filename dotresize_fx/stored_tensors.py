@@ -141,16 +141,20 @@ class Spool:
         shape, dtype = tuple(tensor.shape), tensor.dtype
         return LazyTensor(lambda: held.view(dtype).reshape(shape), shape, dtype, tensor.device)
 
-    def in_turn(self, count: int, read: Callable[[int], Iterable[Any]]) -> Iterator[int]:
-        """Numbers up to ``count``. What ``read`` says that the next one needs is on its way while one is worked at."""
-        coming = _pinned(read(0)) if count else []
+    def in_turn(self, count: int, needed: Callable[[int], Iterable[Any]]) -> Iterator[int]:
+        """Numbers up to ``count``. What the next one is said to need is on its way while one is worked at."""
+        coming = _pinned(needed(0)) if count else []
         for i in range(count):
-            now, coming = coming, _pinned(read(i + 1)) if i + 1 < count else []
+            now, coming = coming, _pinned(needed(i + 1)) if i + 1 < count else []
             for tensor in (*now, *coming):
                 tensor.waiting.start()
-            yield i
-            for tensor in now:
-                tensor.waiting.drop()
+            try:
+                yield i
+            finally:
+                for tensor in now:
+                    tensor.waiting.drop()
+            if self._pinned is not None:
+                self._pinned.worked()
 
 
 def _pinned(values: Iterable[Any]) -> list[PinnedTensor]:

@@ -195,8 +195,7 @@ class Sweep:
         if width == region.width and not self.refit:
             return SweptRegion(region, width, "kept", None)
         gathered = self.reader_refit.gather(inputs, goals, begin)
-        if self.slim_graph.spool is not None:  # to solve takes the most memory of all
-            self.slim_graph.spool.weights.forget()
+        self._make_room()
         name, region_map, error = best_map(
             inputs,
             width,
@@ -210,6 +209,11 @@ class Sweep:
         self.slim.execution = Execution(self.slim_graph)  # folding adds parameters, and tables before their readers
         return SweptRegion(region, width, name, error, region_map.notes)
 
+    def _make_room(self) -> None:
+        """To solve takes the most memory of all."""
+        if self.slim_graph.spool is not None:
+            self.slim_graph.spool.weights.forget()
+
     def _slim_experts(self, inputs: RegionInputs, width: int, solvers: Solvers) -> SweptRegion:
         """Each expert is fitted to what it put out itself: what the stream lacks is no one expert's to make good."""
         region, execution = inputs.region, self.slim.execution
@@ -220,6 +224,7 @@ class Sweep:
             inputs.add_rows(held_out if i in self.measuring else fitting, values, self.masks[i])
         for sums in (fitting, held_out):
             sums.add_up(self.ranks, self.slim_graph.weight(inputs.products[0]).device)
+        self._make_room()
         statistics = inputs.statistics(fitting, GramAccumulator())
         weight = statistics.reader_weight
         assert weight is not None

@@ -47,6 +47,8 @@ def capture_with_cache(model: Any, *, compare: bool = True) -> Captured:
         try:
             with stand_ins(model):
                 cached = cached_forward(model, sample["input_ids"], sample["attention_mask"])
+        except BadWeightsError:
+            raise
         except Exception as error:  # what a model's own code raises
             raise CaptureError(what_it_said(error)) from error
     auto = torch.export.Dim.AUTO

@@ -82,6 +82,22 @@ def test_what_is_forgotten_is_read_again(lazy: Callable[[str], LazyTensor], read
     assert reads == ["a", "a"]
 
 
+def test_what_could_not_be_read_ahead_is_read_when_it_is_needed() -> None:
+    """Memory may have been short at that moment."""
+    tries = []
+
+    def source() -> torch.Tensor:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise RuntimeError("out of memory")
+        return torch.ones(10)
+
+    held, lazy = HeldWeights(2 * SIZE), LazyTensor(source, (10,), torch.float32)
+    held.read_ahead([(lazy, torch.float32)])
+    assert torch.equal(held.read(lazy), torch.ones(10))
+    assert torch.equal(held.read(lazy), torch.ones(10))
+
+
 def test_broken_weights_are_told_to_who_reads_them(lazy: Callable[[str], LazyTensor]) -> None:
     held, broken = HeldWeights(2 * SIZE), lazy("broken")
     held.read_ahead([(broken, torch.float32)])

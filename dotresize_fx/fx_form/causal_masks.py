@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from dotresize_fx.fx_form.repeats import repeated
+
+Known = dict[tuple[Any, ...], torch.Tensor]
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 # Where attention without a mask is another, faster kernel, and a mask that is as long as the text takes room.
 DEVICES = ("cuda",)
@@ -15,15 +18,31 @@ LOWEST = -1e30
 
 
 class CausalMasks:
-    """Those of a program's nodes: all batches of a shape share one, and no attention reads it."""
+    """Those of a program: all batches of a shape share one, which no attention needs to read.
 
-    def __init__(self, nodes: Iterable[torch.fx.Node]) -> None:
-        self._masks = {mask for node in nodes if isinstance(mask := mask_of(node), torch.fx.Node)}
-        self._known: dict[tuple[Any, ...], torch.Tensor] = {}
+    ``fixed`` are the calls that only inputs and buffers enter, in their order. ``known`` are the shared ones of all
+    programs that are run side by side, added to here.
+    """
+
+    def __init__(self, fixed: Sequence[torch.fx.Node], attentions: Iterable[torch.fx.Node], known: Known) -> None:
+        self._known = known
+        masks = {mask for node in attentions if isinstance(mask := mask_of(node), torch.fx.Node)}
+        # What more than one block makes its mask of, and waits until then, is of bools.
+        waiting = {node for node in fixed if len(node.users) > 1 and _dtype(node) is torch.bool}
+        self._watched = masks.intersection(fixed) | waiting
+        same = repeated(fixed) if masks else {}
+        self._first = {mask: same[mask] for mask in masks if mask in same}
+        self.last = {first: mask for mask, first in sorted(self._first.items())}
+
+    def found(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
+        """What a node gives that makes again a mask that is shared already; None where it has to be computed."""
+        first = self._first.get(node)
+        value = None if first is None else values.get(first)
+        return value if self.knows(value) else None
 
     def shared(self, node: torch.fx.Node, value: Any) -> Any:
         """The value of a node, or the one that other batches have where it is such a mask."""
-        if node not in self._masks or value.device.type not in DEVICES or _is_recorded() or not is_causal(value):
+        if node not in self._watched or value.device.type not in DEVICES or _is_recorded() or not is_causal(value):
             return value
         key = tuple(value.shape), value.dtype, value.device
         if key not in self._known:
@@ -44,6 +63,11 @@ class CausalMasks:
         kept = {name: value for name, value in kwargs.items() if name in ("scale", "enable_gqa", "dropout_p")}
         dropout = args[4] if len(args) > 4 else kept.pop("dropout_p", 0.0)
         return (*args[:3], None, dropout, True), kept
+
+
+def _dtype(node: torch.fx.Node) -> torch.dtype | None:
+    found = node.meta.get("val")
+    return found.dtype if isinstance(found, torch.Tensor) else None
 
 
 def _is_recorded() -> bool:

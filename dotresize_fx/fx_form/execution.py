@@ -10,16 +10,15 @@ import torch
 from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
-from dotresize_fx.fx_form.causal_masks import DEVICES, CausalMasks
+from dotresize_fx.fx_form.causal_masks import CausalMasks
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, only_in_products, without_parameters
-from dotresize_fx.fx_form.repeats import repeated
 from dotresize_fx.held_weights import Wanted
 from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
 # So many nodes are computed again rather than that what they give waits.
-NEAR = 4
+NEAR = 8
 
 
 class Execution:
@@ -45,12 +44,9 @@ class Execution:
         self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
         fixed = without_parameters(graph.nodes.nodes, learned)
-        self._same: dict[torch.fx.Node, torch.fx.Node] = {}
-        self._skipped: set[torch.fx.Node] = set()
-        if graph.device.type in DEVICES:  # what a mask takes is shared there
-            self._same, self._skipped = repeated(fixed)
         self._last_use = self._find_last_uses()
-        self._causal = CausalMasks(self.nodes)
+        self._causal = CausalMasks(fixed, self.nodes, graph.causal_masks)
+        self._last_mask = {first: self.index[mask] for first, mask in self._causal.last.items()}
         read = set(self.parameters)
         order = dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used in read)
         self._order, self._place = list(order), {node: i for i, node in enumerate(order)}
@@ -63,15 +59,9 @@ class Execution:
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
         last: dict[torch.fx.Node, int] = {}
         for i, node in enumerate(self.nodes):
-            for used in self._reads(node):
+            for used in node.all_input_nodes:
                 last[used] = i
         return last | dict.fromkeys(self.results, len(self.nodes))
-
-    def _reads(self, node: torch.fx.Node) -> Sequence[torch.fx.Node]:
-        """What a node needs: one that repeats another, that alone."""
-        if node in self._same:
-            return [] if node in self._skipped else [self._same[node]]
-        return node.all_input_nodes
 
     def hold(self, nodes: Iterable[torch.fx.Node]) -> None:
         """Never drop these values from an environment."""
@@ -111,7 +101,7 @@ class Execution:
 
     def read_between(self, start: int, stop: int) -> set[torch.fx.Node]:
         """What nodes ``start`` to ``stop`` (exclusive) read of an environment, and may not find in it."""
-        return {used for node in self.nodes[start:stop] for used in self._reads(node)}
+        return {used for node in self.nodes[start:stop] for used in node.all_input_nodes}
 
     def narrowest(self, start: int, stop: int) -> int:
         """The last place from ``start`` to ``stop``, or near to that, which the fewest values cross: in front of a norm
@@ -194,14 +184,11 @@ class Execution:
         with torch.set_grad_enabled(gradients), self._rounding(environment):
             for i in range(start, stop):
                 node = self.nodes[i]
-                if node in self._skipped:
-                    continue
                 args, kwargs = node.args, node.kwargs
                 if half:
                     args, kwargs = clamped(args), clamped(kwargs)
-                if node in self._same:
-                    value = look_up(self._same[node])
-                else:
+                value = self._causal.found(node, environment)
+                if value is None:
                     args, kwargs = torch.fx.node.map_arg(args, look_up), torch.fx.node.map_arg(kwargs, look_up)
                     if node.name in self.graph.caches and not args[0][0].shape[2]:
                         value = args[0][1]  # behind an empty past, whose heads may have been cut meanwhile
@@ -211,13 +198,19 @@ class Execution:
                 environment[node] = value
                 if node in wanted:
                     kept[node] = value
-                for used in self._reads(node):
-                    if self._last_use[used] <= i:
+                for used in node.all_input_nodes:
+                    if self._is_over(used, environment, i + 1):
                         environment.pop(used, None)
                         fetched.pop(used, None)
-        for node in [n for n in environment if self._last_use.get(n, -1) < stop]:
+        for node in [n for n in environment if self._is_over(n, environment, stop)]:
             del environment[node]
         return kept
+
+    def _is_over(self, node: torch.fx.Node, environment: Environment, stop: int) -> bool:
+        """Whether no node from ``stop`` on needs this one's value; a shared mask is for all that make it again."""
+        if self._last_use.get(node, -1) >= stop:
+            return False
+        return self._last_mask.get(node, -1) < stop or not self._causal.knows(environment.get(node))
 
     def _rounding(self, environment: Environment) -> AbstractContextManager[Any]:
         if not self.graph.half_products:

@@ -106,7 +106,7 @@ class FxGraph(FxEdits):
                 verifiers=program.verifiers,
             )
         )
-        copied.spool = self.spool
+        copied.spool, copied.causal_masks = self.spool, self.causal_masks
         copied.half_products = self.half_products
         copied._shapes_stale = self._shapes_stale
         copied.packings.update(self.packings)

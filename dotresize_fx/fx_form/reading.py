@@ -30,6 +30,8 @@ class FxReading(Graph):
         self.spool: Spool | None = None
         # Products of whole activations are taken in bfloat16, as autocast does.
         self.half_products = False
+        # See CausalMasks; copies share them.
+        self.causal_masks: dict[tuple[Any, ...], torch.Tensor] = {}
         self._shapes_stale = False
         self._nodes_by_name: dict[str, torch.fx.Node] = {}
 
@@ -188,11 +190,6 @@ class FxReading(Graph):
         found = self.program.state_dict.get(key)
         tensor: torch.Tensor = self.program.constants[key] if found is None else found
         return tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are; the CPU without any."""
-        return next((tensor.device for tensor in self.program.state_dict.values()), torch.device("cpu"))
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, which takes no memory until it is needed again where the graph has a spool."""

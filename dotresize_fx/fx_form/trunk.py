@@ -13,6 +13,7 @@ from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.edits import is_impure
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.half_products import PRODUCTS, PRODUCTS_OF_WEIGHTS, clamped, exact, without_parameters
+from dotresize_fx.fx_form.repeats import repeated
 
 aten = torch.ops.aten
 
@@ -118,17 +119,12 @@ def _head(last: torch.fx.Node, keys: Mapping[str, str]) -> Head | None:
 
 def _merge_repeated(graph: torch.fx.Graph, nodes: list[torch.fx.Node]) -> None:
     """Every block of an exported model makes its own copy of the attention mask: one is enough."""
-    if any(is_impure(node) for node in graph.nodes if node.op == "call_function"):
-        return  # something writes into a tensor, perhaps into one of the copies
-    first: dict[tuple[object, ...], torch.fx.Node] = {}
-    for node in list(nodes):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            continue
-        same = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-            nodes.remove(node)
+    same = repeated(nodes)
+    for node, one in same.items():
+        node.replace_all_uses_with(one)
+    for node in reversed(same):
+        graph.erase_node(node)
+        nodes.remove(node)
 
 
 def _guard_against_autocast(graph: torch.fx.Graph, fixed: list[torch.fx.Node]) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dotresize_fx.fx_form import causal_masks
-from dotresize_fx.fx_form import execution as execution_of
 from dotresize_fx.fx_form.causal_masks import is_causal, mask_of
 from dotresize_fx.fx_form.execution import Execution
 
@@ -50,7 +49,6 @@ def test_a_model_computes_the_same_without_it(tiny_graph: Any, monkeypatch: pyte
     batch["attention_mask"][0, :padding] = 0
     (expected,) = Execution(graph).outputs(batch)
     monkeypatch.setattr(causal_masks, "DEVICES", ("cpu",))
-    monkeypatch.setattr(execution_of, "DEVICES", ("cpu",))
     execution = Execution(graph)
     given: list[Any] = []
     attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -68,24 +66,56 @@ def test_a_model_computes_the_same_without_it(tiny_graph: Any, monkeypatch: pyte
     assert torch.allclose(found[real], expected[real], atol=1e-5)
 
 
-def test_what_each_block_makes_of_the_same_inputs_is_made_once(
+def test_blocks_share_a_mask_also_where_the_graph_is_edited_on_the_way(
     tiny_graph: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masks and what they are made of; to the bit the same answers, in pieces too."""
+    """Two batches, and a run that begins and one that goes on behind an edit, as the sweep's: one mask for all."""
     _, graph = tiny_graph("llama")
+    graph.causal_masks.clear()
     batch = {"input_ids": torch.arange(18).reshape(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
-    batch["attention_mask"][0, :3] = 0
     (expected,) = Execution(graph).outputs(batch)
-    monkeypatch.setattr(execution_of, "DEVICES", ("cpu",))
-    execution = Execution(graph)
-    assert execution._same
-    assert all(first not in execution._same for first in execution._same.values())
-    environment = execution.start(batch)
+    assert not graph.causal_masks
+    monkeypatch.setattr(causal_masks, "DEVICES", ("cpu",))
     masks = []
-    for i in range(len(execution.nodes)):
-        mask = mask_of(execution.nodes[i])
-        if mask is not None:
-            masks.append(environment[mask])
-        execution.run(environment, i, i + 1)
-    assert torch.equal(environment[execution.results[0]], expected)
-    assert masks[0] is masks[1]
+    for _ in range(2):
+        execution = Execution(graph)
+        environment = execution.start(batch)
+        for i, node in enumerate(execution.nodes):
+            if (mask := mask_of(node)) is not None:
+                masks.append(environment[mask])
+                execution = Execution(graph)
+            execution.run(environment, i, i + 1)
+        assert torch.allclose(environment[execution.results[0]], expected, atol=1e-5)
+    assert len(masks) == 4
+    assert all(mask is masks[0] for mask in masks)
+    graph.causal_masks.clear()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2", "bert", "llama"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_what_is_no_causal_mask_is_left_alone(
+    tiny_graph: Any, monkeypatch: pytest.MonkeyPatch, kind: str, padding: int
+) -> None:
+    """Blocks that write into tensors of their own, encoders and padding: what waits between blocks is what did."""
+    _, graph = tiny_graph(kind)
+    batch = {"input_ids": torch.arange(18).reshape(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
+    batch["attention_mask"][0, :padding] = 0
+
+    def run() -> tuple[torch.Tensor, set[str]]:
+        execution = Execution(graph)
+        environment, names = execution.start(batch), set[str]()
+        for i in range(len(execution.nodes)):
+            execution.run(environment, i, i + 1)
+            masks = {node.name for node in environment if node.name not in batch}
+            names |= {f"{i} {name}" for name in masks}
+        return environment[execution.results[0]], names
+
+    expected, waited = run()
+    monkeypatch.setattr(causal_masks, "DEVICES", ("cpu",))
+    found, waits = run()
+    graph.causal_masks.clear()
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(found[real], expected[real], atol=1e-5)
+    if padding or kind == "bert":
+        assert torch.equal(found, expected)
+        assert waits == waited
