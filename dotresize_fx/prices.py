@@ -52,9 +52,8 @@ class _Departed:
     stream: ActivationStream
 
     def go_on(self, stop: int) -> None:
-        """Up to it, or to where near it they hold least."""
         if self.stream.position < stop:  # they may have departed to behind it
-            self.stream.advance(self.stream.execution.narrowest(self.stream.position, stop))
+            self.stream.advance(stop)
 
     def arrive(self, wanted: torch.fx.Node) -> Iterator[tuple[int, torch.Tensor]]:
         execution, start = self.stream.execution, self.stream.position
@@ -98,8 +97,9 @@ def price_probes(
             if not chosen:
                 continue
             dense.advance(start)
+            near = execution.narrowest(0, start)  # many wait there: where they hold least
             for one in departed:
-                one.go_on(start)
+                one.go_on(near)
             own = [dict(dense.environments[k]) for k in chosen]  # what waits elsewhere waits there once for all
             stop = max(probe.depart(execution, environment, start) for environment in own)
             departed.append(_Departed(probe, chosen, ActivationStream(execution, own, stop, waits=dense.waits)))
@@ -161,8 +161,9 @@ class _Lost:
             *before, _ = execution.pieces(self.dense.position, execution.index[node] + 1)
             for piece in before:
                 self.dense.advance(piece)
+                near = execution.narrowest(0, piece)
                 for one in departed:
-                    one.go_on(piece)
+                    one.go_on(near)
             for batch, environment in zip(self._batches, self.dense.environments, strict=True):
                 values = execution.run(environment, self.dense.position, execution.index[last] + 1, keep=[node, last])
                 self._answers.append(Answers(execution, batch, self._task, values))
