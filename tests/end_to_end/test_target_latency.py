@@ -12,6 +12,8 @@ import pytest
 from dotresize_fx.clock import TRIALS
 
 WORKLOAD = ["--workload", "prompt=32,decode=2,batch=8"]
+# Fractions of a millisecond are timed while other tests run beside; the export says itself when that was too uneven.
+TRIES = 4
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,11 @@ def test_a_generous_target_is_met_and_proved(
 ) -> None:
     out = tmp_path / "out"
     options = ["--target-latency", 0.9, *WORKLOAD, "--regions", "ffn", *few_tokens]
-    ended = here("export", model_folder("wide llama"), out, *options)
+    for _ in range(TRIES):
+        ended = here("export", model_folder("wide llama"), out, *options)
+        if ended.code != 19 or "run again when the machine is idle" not in ended.stderr:
+            break
+        assert not out.exists()
     assert ended.code == 0, ended.stderr
     report = json.loads((out / "report.json").read_text())
     found = report["figures"]["latency_target"]
