@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.side_copy import received
 
 # A tensor, and the dtype that it is held in.
 Wanted = tuple[LazyTensor, torch.dtype]
@@ -24,11 +25,7 @@ class _Arriving:
 
     def arrived(self) -> torch.Tensor:
         tensor, event = self.numbers.result()
-        if event is not None:
-            computing = torch.cuda.current_stream(tensor.device)
-            computing.wait_event(event)
-            tensor.record_stream(computing)
-        return tensor
+        return tensor if event is None else received(tensor, event)
 
 
 class HeldWeights:

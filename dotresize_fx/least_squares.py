@@ -64,13 +64,6 @@ def diagonal_raised(matrix: torch.Tensor, diagonal: torch.Tensor) -> Iterator[No
         matrix.diagonal().copy_(before)
 
 
-def raised(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
-    """A copy of (n, n) with (n,) added to its diagonal; nothing else as large is made."""
-    copied = matrix.clone()
-    copied.diagonal().add_(diagonal)
-    return copied
-
-
 def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Solve a symmetric positive definite system; one that rounding made indefinite through its eigenvalues."""
     factor, failed = torch.linalg.cholesky_ex(matrix)

@@ -8,6 +8,7 @@ from collections import deque
 import torch
 
 from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.side_copy import received
 
 # Bytes that may be on their way to the host: the GPU keeps them until they are there.
 ON_THE_WAY = 1 << 30
@@ -51,10 +52,7 @@ class _Waiting:
         self.start()
         assert self._ahead is not None
         (tensor, event), self._ahead = self._ahead, None
-        computing = torch.cuda.current_stream(tensor.device)
-        computing.wait_event(event)
-        tensor.record_stream(computing)
-        return tensor
+        return received(tensor, event)
 
 
 class PinnedTensor(LazyTensor):

@@ -51,10 +51,6 @@ class _Departed:
     numbers: list[int]
     stream: ActivationStream
 
-    def go_on(self, stop: int) -> None:
-        if self.stream.position < stop:  # they may have departed to behind it
-            self.stream.advance(stop)
-
     def arrive(self, wanted: torch.fx.Node) -> Iterator[tuple[int, torch.Tensor]]:
         execution, start = self.stream.execution, self.stream.position
         stop = execution.index[wanted] + 1
@@ -97,9 +93,7 @@ def price_probes(
             if not chosen:
                 continue
             dense.advance(start)
-            near = execution.narrowest(0, start)  # many wait there: where they hold least
-            for one in departed:
-                one.go_on(near)
+            _go_on(departed, execution, start)
             own = [dict(dense.environments[k]) for k in chosen]  # what waits elsewhere waits there once for all
             stop = max(probe.depart(execution, environment, start) for environment in own)
             departed.append(_Departed(probe, chosen, ActivationStream(execution, own, stop, waits=dense.waits)))
@@ -119,6 +113,15 @@ def price_probes(
         total, count = dict(zip(total, shared, strict=True)), round(counted)
     growth = sum(total[name] for name in always) / first if first > 0 else 1.0
     return {name: value * (1 if name in always else growth) / max(count, 1) for name, value in total.items()}
+
+
+def _go_on(departed: Sequence[_Departed], execution: Execution, stop: int) -> None:
+    """Run all up to it, or to where near it they hold least: many wait there."""
+    if departed:
+        near = execution.narrowest(0, stop)
+        for one in departed:
+            if one.stream.position < near:  # they may have departed to behind it
+                one.stream.advance(near)
 
 
 def _side_by_side(
@@ -161,9 +164,7 @@ class _Lost:
             *before, _ = execution.pieces(self.dense.position, execution.index[node] + 1)
             for piece in before:
                 self.dense.advance(piece)
-                near = execution.narrowest(0, piece)
-                for one in departed:
-                    one.go_on(near)
+                _go_on(departed, execution, piece)
             for batch, environment in zip(self._batches, self.dense.environments, strict=True):
                 values = execution.run(environment, self.dense.position, execution.index[last] + 1, keep=[node, last])
                 self._answers.append(Answers(execution, batch, self._task, values))

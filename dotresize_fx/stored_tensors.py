@@ -123,9 +123,7 @@ class Spool:
 
     def put_activation(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same numbers, on the same device, where the streams wait."""
-        if self.streams == "device":
-            return tensor
-        return self.put(tensor) if self._pinned is None else self._pinned.put(tensor)
+        return tensor if self.streams == "device" else self.put_probe(tensor)
 
     def put_probe(self, tensor: torch.Tensor) -> LazyTensor:
         """The same, of what one probe has of its own: as large as a weight."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from dotresize_fx.fx_form.half_products import without_parameters
 from dotresize_fx.fx_form.repeats import repeated
 
 Known = dict[tuple[Any, ...], torch.Tensor]
@@ -20,29 +22,51 @@ LOWEST = -1e30
 class CausalMasks:
     """Those of a program: all batches of a shape share one, which no attention needs to read.
 
-    ``fixed`` are the calls that only inputs and buffers enter, in their order. ``known`` are the shared ones of all
+    ``nodes`` are all of its nodes in their order, ``learned`` its parameters. ``known`` are the shared masks of all
     programs that are run side by side, added to here.
     """
 
-    def __init__(self, fixed: Sequence[torch.fx.Node], attentions: Iterable[torch.fx.Node], known: Known) -> None:
-        self._known = known
-        masks = {mask for node in attentions if isinstance(mask := mask_of(node), torch.fx.Node)}
+    def __init__(self, nodes: Sequence[torch.fx.Node], learned: Sequence[torch.fx.Node], known: Known) -> None:
+        self._nodes, self._learned, self._known = nodes, learned, known
+
+    # What is asked of the nodes is told once it is needed: on other devices never.
+
+    @cached_property
+    def fixed(self) -> list[torch.fx.Node]:
+        """The calls that only inputs and buffers enter."""
+        return without_parameters(self._nodes, self._learned)
+
+    @cached_property
+    def _masks(self) -> set[torch.fx.Node]:
+        return {mask for node in self._nodes if isinstance(mask := mask_of(node), torch.fx.Node)}
+
+    @cached_property
+    def _watched(self) -> set[torch.fx.Node]:
         # What more than one block makes its mask of, and waits until then, is of bools.
-        waiting = {node for node in fixed if len(node.users) > 1 and _dtype(node) is torch.bool}
-        self._watched = masks.intersection(fixed) | waiting
-        same = repeated(fixed) if masks else {}
-        self._first = {mask: same[mask] for mask in masks if mask in same}
-        self.last = {first: mask for mask, first in sorted(self._first.items())}
+        waiting = {node for node in self.fixed if len(node.users) > 1 and _dtype(node) is torch.bool}
+        return self._masks.intersection(self.fixed) | waiting
+
+    @cached_property
+    def _first(self) -> dict[torch.fx.Node, torch.fx.Node]:
+        same = repeated(self.fixed)
+        return {mask: same[mask] for mask in self._masks if mask in same}
+
+    @cached_property
+    def last(self) -> dict[torch.fx.Node, torch.fx.Node]:
+        """By a mask that later blocks make again the last that does."""
+        return {first: mask for mask, first in sorted(self._first.items())}
 
     def found(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Any:
         """What a node gives that makes again a mask that is shared already; None where it has to be computed."""
-        first = self._first.get(node)
+        first = self._first.get(node) if self._known else None
         value = None if first is None else values.get(first)
         return value if self.knows(value) else None
 
     def shared(self, node: torch.fx.Node, value: Any) -> Any:
         """The value of a node, or the one that other batches have where it is such a mask."""
-        if node not in self._watched or value.device.type not in DEVICES or _is_recorded() or not is_causal(value):
+        if not isinstance(value, torch.Tensor) or value.device.type not in DEVICES or node not in self._watched:
+            return value
+        if _is_recorded() or not is_causal(value):
             return value
         key = tuple(value.shape), value.dtype, value.device
         if key not in self._known:
@@ -57,8 +81,7 @@ class CausalMasks:
         """An attention's arguments, given by ``node`` and with values in their places, without such a mask."""
         if not self._known or node.target is not _ATTENTION:
             return args, kwargs
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        if not self.knows(mask):
+        if not self.knows(_mask(args, kwargs)):
             return args, kwargs
         kept = {name: value for name, value in kwargs.items() if name in ("scale", "enable_gqa", "dropout_p")}
         dropout = args[4] if len(args) > 4 else kept.pop("dropout_p", 0.0)
@@ -77,9 +100,11 @@ def _is_recorded() -> bool:
 
 def mask_of(node: torch.fx.Node) -> Any:
     """What an attention is given for a mask; None of other nodes."""
-    if node.target is not _ATTENTION:
-        return None
-    return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return _mask(node.args, node.kwargs) if node.target is _ATTENTION else None
+
+
+def _mask(args: Any, kwargs: Any) -> Any:
+    return args[3] if len(args) > 3 else kwargs.get("attn_mask")
 
 
 def is_causal(mask: torch.Tensor) -> bool:

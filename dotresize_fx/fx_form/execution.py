@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.causal_masks import CausalMasks
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, only_in_products, without_parameters
+from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, only_in_products
 from dotresize_fx.held_weights import Wanted
 from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 
@@ -43,10 +43,8 @@ class Execution:
         self.results = [node for node in results if caches or node.name not in graph.caches]
         self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
-        fixed = without_parameters(graph.nodes.nodes, learned)
         self._last_use = self._find_last_uses()
-        self._causal = CausalMasks(fixed, self.nodes, graph.causal_masks)
-        self._last_mask = {first: self.index[mask] for first, mask in self._causal.last.items()}
+        self._causal = CausalMasks(list(graph.nodes.nodes), learned, graph.causal_masks)
         read = set(self.parameters)
         order = dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used in read)
         self._order, self._place = list(order), {node: i for i, node in enumerate(order)}
@@ -54,7 +52,7 @@ class Execution:
         self._rounded: set[torch.fx.Node] = set()
         if graph.half_products:
             self._rounded = only_in_products(self.parameters)
-            self._targets = {node: exact(node.target) for node in fixed if node.target in PRODUCTS}
+            self._targets = {node: exact(node.target) for node in self._causal.fixed if node.target in PRODUCTS}
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
         last: dict[torch.fx.Node, int] = {}
@@ -82,10 +80,11 @@ class Execution:
         found, size = [], 0
         for i in range(start, stop):
             read = [node for node in self.nodes[i].all_input_nodes if node in self._place]
-            if size and size + self._bytes_of_files(node for node in read if node not in seen) > limit:
+            more = self._bytes_of_files(node for node in read if node not in seen)
+            if size and size + more > limit:
                 found.append(i)
-                size, seen = 0, set()
-            size += self._bytes_of_files(node for node in read if node not in seen)
+                size, more, seen = 0, self._bytes_of_files(read), set()
+            size += more
             seen.update(read)
         return [*found, stop]
 
@@ -94,10 +93,13 @@ class Execution:
 
     def _in_files(self, nodes: Iterable[torch.fx.Node]) -> Iterator[Wanted]:
         """What of parameters stays in files, and what it is used as."""
-        for node in nodes:
-            stored = self.graph.stored(self._keys[node])
-            if isinstance(stored, LazyTensor) and node not in self._tables:
-                yield stored, torch.bfloat16 if node in self._rounded else stored.dtype
+        return (wanted for node in nodes if (wanted := self._in_file(node)) is not None)
+
+    def _in_file(self, node: torch.fx.Node) -> Wanted | None:
+        stored = self.graph.stored(self._keys[node])
+        if not isinstance(stored, LazyTensor) or node in self._tables:
+            return None
+        return stored, torch.bfloat16 if node in self._rounded else stored.dtype
 
     def read_between(self, start: int, stop: int) -> set[torch.fx.Node]:
         """What nodes ``start`` to ``stop`` (exclusive) read of an environment, and may not find in it."""
@@ -130,10 +132,10 @@ class Execution:
         """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do. Where
         bfloat16 is all that is made of it, it is that. ``ahead``: what comes behind it is about to be read too.
         """
-        stored = self.graph.stored(self._keys[node])
-        if not isinstance(stored, LazyTensor) or node in self._tables:
-            return stored
-        dtype = torch.bfloat16 if node in self._rounded else stored.dtype
+        wanted = self._in_file(node)
+        if wanted is None:
+            return self.graph.stored(self._keys[node])
+        stored, dtype = wanted
         weights = self.graph.spool.weights if self.graph.spool is not None else None
         if weights is None or not weights.has_room(stored.numel() * dtype.itemsize):
             return stored if stored.nbytes > PIECE else stored.read()
@@ -210,7 +212,7 @@ class Execution:
         """Whether no node from ``stop`` on needs this one's value; a shared mask is for all that make it again."""
         if self._last_use.get(node, -1) >= stop:
             return False
-        return self._last_mask.get(node, -1) < stop or not self._causal.knows(environment.get(node))
+        return not self._causal.knows(environment.get(node)) or self.position(self._causal.last.get(node, node)) < stop
 
     def _rounding(self, environment: Environment) -> AbstractContextManager[Any]:
         if not self.graph.half_products:

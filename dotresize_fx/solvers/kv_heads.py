@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from dotresize_fx.gram import RegionStatistics
-from dotresize_fx.least_squares import raised
+from dotresize_fx.least_squares import diagonal_raised
 from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import Region
 from dotresize_fx.solvers.obs import damping
@@ -37,7 +37,8 @@ def _eliminate(region: Region, statistics: RegionStatistics) -> tuple[list[int],
     assert statistics.reader_weight is not None
     size = len(statistics.gram) // region.width
     weight = statistics.reader_weight.clone()
-    inverse = torch.linalg.inv(raised(statistics.gram, damping(statistics.gram)))
+    with diagonal_raised(statistics.gram, damping(statistics.gram)):
+        inverse = torch.linalg.inv(statistics.gram)
     alive, order, errors = list(range(region.width)), [], []
     error = weight.new_zeros(())
     while len(alive) > 1:

@@ -14,7 +14,7 @@ import torch
 
 from dotresize_fx.errors import UsageError
 from dotresize_fx.gram import RegionStatistics
-from dotresize_fx.least_squares import raised
+from dotresize_fx.least_squares import diagonal_raised
 from dotresize_fx.region_map import RegionMap, selection
 from dotresize_fx.regions import Region, Symmetry
 
@@ -88,7 +88,8 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
 
     gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
     """
-    inverse = _inverse(raised(gram, damping(gram)))
+    with diagonal_raised(gram, damping(gram)):
+        inverse = _inverse(gram)
     rows = weight.T.contiguous()  # a neuron a row: gathering rows is far cheaper than columns
     alive = torch.arange(len(gram), device=gram.device)
     gone = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
