@@ -18,6 +18,7 @@ from dotresize_fx.fx_form.expert_lists import join_expert_lists
 from dotresize_fx.fx_form.functional import drop_in_place, fold_constants
 from dotresize_fx.fx_form.patches import recognise_patches
 from dotresize_fx.fx_form.pointwise import recognise_pointwise, restore_pointwise
+from dotresize_fx.fx_form.shapes import moved, refresh_shapes
 from dotresize_fx.fx_form.slices import distribute_slices
 
 
@@ -31,15 +32,7 @@ class FxGraph(FxEdits):
         """Compute every node's shape anew, symbols included, after edits that changed widths."""
         if not self._shapes_stale:
             return
-        from torch._dispatch.python import enable_python_dispatcher
-        from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-        placeholders = [n.meta["val"] for n in self.nodes.nodes if n.op == "placeholder"]
-        mode = next(v.fake_mode for v in placeholders if isinstance(v, torch._subclasses.FakeTensor))
-        self.program.graph_module.recompile()
-        # Without the dispatcher, older releases ask composite ops for sizes that are only symbols.
-        with enable_python_dispatcher():
-            FakeTensorProp(self.program.graph_module, mode).propagate_dont_convert_inputs(*placeholders)
+        refresh_shapes(self.program)
         self._shapes_stale = False
         self.changed()
 
@@ -77,10 +70,7 @@ class FxGraph(FxEdits):
 
     def to(self, device: str) -> None:
         """Move parameters, constants and the devices that tracing baked in, in place."""
-        from torch.export.passes import move_to_device_pass
-
-        # The pass moves the tensors of this program's own state dict: a copy that shares them keeps its own.
-        self.program = move_to_device_pass(self.program, device)
+        self.program = moved(self.program, device)
         self.changed()
 
     def copy(self) -> FxGraph:
