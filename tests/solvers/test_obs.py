@@ -123,14 +123,18 @@ def test_what_the_curve_eliminated_is_not_eliminated_again() -> None:
 
 @pytest.mark.parametrize("at_once", [2, 3])
 def test_several_in_a_step_lose_little_more(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """What they are said to lose is what one solve says, and within 3 % of what one by one loses."""
+    """What they are said to lose is what one solve says, and within 1 % of what one by one loses where no neuron all
+    but follows from the others, which a damped Gram matrix of text has none of either (benchmarks/elimination.py).
+    """
     gram, weight = problem(420)
+    gram += torch.eye(420, dtype=torch.float64)
     one_by_one = eliminate(gram, weight, 201)
-    monkeypatch.setattr(obs, "WIDE", 420 // at_once)
+    monkeypatch.setattr(obs, "WIDE", 420)
+    monkeypatch.setattr(obs, "GROUPS", 420 // at_once)
     found = eliminate(gram, weight, 201)
     assert len(found.order) == len(found.order.unique()) == 201
     assert float(found.error[-1]) == pytest.approx(refit_error(gram, weight, found.order), rel=1e-8)
     assert not torch.equal(found.order, one_by_one.order)
     for count in (50, 100, 201):
-        assert float(found.error[count - 1]) <= 1.03 * float(one_by_one.error[count - 1])
+        assert float(found.error[count - 1]) <= 1.01 * float(one_by_one.error[count - 1])
     assert torch.equal(eliminate(gram, weight, 100).order, found.order[:100])
