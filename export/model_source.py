@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
 from dotresize_fx.export.quiet import quiet_libraries
-from dotresize_fx.export.weight_files import file_sha256, first_line, float32_bytes, lazy_state, weight_files
+from dotresize_fx.export.weight_files import files_sha256, first_line, float32_bytes, lazy_state, weight_files
 from dotresize_fx.lazy_tensor import LazyTensor, in_memory, no_reading
 from dotresize_fx.memory import WHAT_IS_FREE, Memory
 from dotresize_fx.task import Task
@@ -282,5 +282,5 @@ def _finish(
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     model.config.use_cache = False
-    sha256 = {file.name: file_sha256(file) for file in files}
-    return LoadedModel(model, tokenizer, problem, config, task, source, sha256, lazy=lazy, stored=stored)
+    hashed = files_sha256(files)
+    return LoadedModel(model, tokenizer, problem, config, task, source, hashed, lazy=lazy, stored=stored)
