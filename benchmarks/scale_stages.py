@@ -32,6 +32,7 @@ from dotresize_fx.passes import sweep_regions
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.solvers import dotresize, obs
+from dotresize_fx.sublayer_writer import SublayerWriter
 
 # What is timed: (where it is looked up, its name, what it does).
 PARTS: list[tuple[Any, str, str]] = [
@@ -58,7 +59,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (sweep, "best_map", "solve, but for the above"),
     (RegionInputs, "mapped", "map writers"),
     (sweep_regions, "apply_map", "fold"),
-    (sweep_regions, "_put", "write a finished sublayer"),
+    (SublayerWriter, "put", "wait for the last sublayer to be written"),
 ]
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import ref
 
 import torch
 
 from dotresize_fx.depth.gone_block import GoneBlock
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.journal import FinishedSublayer, Journal, map_shape, of_shape
-from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.least_squares import ENCODER_PULL, PULL
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import REFITTED, sublayers
@@ -25,6 +23,7 @@ from dotresize_fx.regions import Region, RegionKind, counted
 from dotresize_fx.repair import ENCODER_LEARNING_RATE
 from dotresize_fx.slim_stream import SlimStream
 from dotresize_fx.solvers import solvers_for
+from dotresize_fx.sublayer_writer import SublayerWriter
 from dotresize_fx.sweep import Sweep, SweptRegion
 from dotresize_fx.task import predicts_tokens
 from dotresize_fx.width_plan import WidthPlan
@@ -91,7 +90,8 @@ def sweep_regions(
     if journal is not None and journal.finished:
         progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
     swept: list[SweptRegion] = []
-    with progress.stage("sweep", len(regions)) as step:
+    beside = next(iter(slimmed.program.state_dict.values())).is_cuda
+    with SublayerWriter(slimmed, journal, beside=beside) as writer, progress.stage("sweep", len(regions)) as step:
         for number, together in enumerate(sublayers(regions)):
             cuts = [(region, plan.widths[region.name]) for region in together]
             if chosen := cut_or_refitted(cuts, stream_cut=changed or stream is not None):
@@ -100,11 +100,10 @@ def sweep_regions(
                     sweep.resume_sublayer([region for region, _ in chosen], lambda: _take(finished, slimmed, together))  # noqa: B023
                     swept += finished.swept
                 else:
-                    # Weakly, so that what is replaced goes at once.
-                    before = {name: ref(weight) for name, weight in slimmed.program.state_dict.items()}
+                    writer.begin()
                     maps.clear()
                     found = sweep.slim_sublayer(chosen, lambda region: solvers_for(options.method, region.kind))
-                    _put(slimmed, before, number, found, maps, journal)
+                    writer.put(number, found, maps)
                     swept += found
             for _ in together:
                 step()
@@ -124,24 +123,6 @@ def cut_or_refitted(cuts: Sequence[tuple[Region, int]], *, stream_cut: bool) -> 
     again = REFITTED if stream_cut else (RegionKind.VALUE,) if scores else ()
     fewer = [region.attention for region in cut if region.kind is RegionKind.HEADS]
     return [(r, w) for r, w in cuts if w < r.width or (r.kind in again and r.attention not in fewer)]
-
-
-def _put(
-    graph: FxGraph,
-    before: Mapping[str, ref[torch.Tensor]],
-    number: int,
-    swept: Sequence[SweptRegion],
-    maps: Mapping[str, Mapping[str, Any]],
-    journal: Journal | None,
-) -> None:
-    """Note a finished sublayer; where the graph has a spool, what changed stays in files alone."""
-    weights = graph.program.state_dict
-    changed = {name: weight for name, weight in weights.items() if name not in before or before[name]() is not weight}
-    stored = journal.write_sublayer(number, swept, maps, changed) if journal else {}
-    if graph.spool is not None:
-        for name, weight in changed.items():
-            left = stored[name].to(weight.device) if journal else graph.spool.put(in_memory(weight).contiguous())
-            weights[name] = torch.nn.Parameter(left, requires_grad=False)
 
 
 def _take(finished: FinishedSublayer, graph: FxGraph, regions: Sequence[Region]) -> None:
