@@ -7,6 +7,8 @@
 
 A model is named by its billions of weights, see MODELS. It is written to ``--folder`` in bfloat16, a shard for each
 block, with a tokenizer of words and a text of random words: speed and memory are what is measured, fidelity is not.
+The forecast's seconds are those of loading and capture, and of calibrating and solving; the slimming's are from weights
+on disk to slim weights on disk, no file converted, and by stage.
 "bare" is transformers' own forward pass over the calibration tokens, in bfloat16 on a GPU; it and the slimming each
 have a process of their own. "GPU GiB" is the most that was allocated, "host GiB" the most memory of the process's own
 (anonymous or shared; pages of files are not), "pinned GiB" what CUDA had of it for activations.
@@ -266,7 +268,14 @@ def main() -> None:
     for name in arguments.models:
         told = foretell(name, arguments, numbers=arguments.job == "measure")
         blocks = arguments.blocks or MODELS[name][2]
-        row = [name, str(blocks), f"{told.seconds:.0f}", f"{told.gpu / 2**30:.1f}", f"{told.host / 2**30:.1f}"]
+        analysing, solving = (told.stages[stage] for stage in ("load and capture", "calibrate and solve"))
+        row = [
+            name,
+            str(blocks),
+            f"{analysing:.0f} + {solving:.0f}",
+            f"{told.gpu / 2**30:.1f}",
+            f"{told.host / 2**30:.1f}",
+        ]
         if arguments.job == "measure":
             bare, took = in_a_process("bare", name), in_a_process("slim", name)
             row += [f"{took['seconds']:.1f}", f"{took['gpu'] / 2**30:.1f}", f"{took['host'] / 2**30:.1f}"]

@@ -38,7 +38,7 @@ from dotresize_fx.sublayer_writer import SublayerWriter
 PARTS: list[tuple[Any, str, str]] = [
     (compiler, "analyse", "capture and find regions"),
     (compiler, "prepare_data", "tokenise"),
-    (compiler, "_slim_on_device", "all that is not below"),
+    (compiler, "slim_on_device", "all that is not below"),
     (LazyTensor, "read", "read what waits elsewhere"),
     (HeldWeights, "read", "wait for weights"),
     (FxReading, "kept_activation", "put activations where they wait"),

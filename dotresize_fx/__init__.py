@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dotresize_fx.errors import DotresizeError
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult, slim
+    from dotresize_fx.compiler import slim
+    from dotresize_fx.slim_result import SlimResult
 
 __all__ = ["DotresizeError", "SlimResult", "slim"]
 

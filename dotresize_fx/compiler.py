@@ -5,19 +5,17 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
-from dotresize_fx.clock import Clock
 from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, held_bytes, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
-from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.check_depth import check_depth
 from dotresize_fx.export.check_text import check_length, check_tokenizer, longest_text
 from dotresize_fx.export.formats import require_formats
@@ -27,29 +25,22 @@ from dotresize_fx.export.onnx_file import ONNX_FILE
 from dotresize_fx.export.onnx_source import analyse_onnx, is_onnx_source
 from dotresize_fx.export.open_model import Model, open_model, reads_given_inputs
 from dotresize_fx.forecast import stream_bytes
-from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.journal import FOLDER, Journal, export_of
 from dotresize_fx.launched import Launched
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
-from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.passes.follow_plan import check_plan
 from dotresize_fx.passes.merge_graph import check_merge
-from dotresize_fx.passes.slim_graph import slim_graph
-from dotresize_fx.passes.sweep_regions import Slimmed
 from dotresize_fx.plan_file import read_plan
 from dotresize_fx.progress import Progress
-from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import MatchReport
+from dotresize_fx.slim_on_device import alone_or_together, slim_on_device
+from dotresize_fx.slim_result import SlimResult, task_of
 from dotresize_fx.stored_tensors import Spool
-from dotresize_fx.sweep import SweptRegion
-from dotresize_fx.task import Task
-from dotresize_fx.width_plan import WidthPlan
 
 if TYPE_CHECKING:
-    from dotresize_fx.hand_out import Handed
     from dotresize_fx.report.contents import Report
 
 READ_AS_NEEDED = (
@@ -60,59 +51,6 @@ READ_AS_NEEDED = (
 IN_HALF = "calibration took products of activations in bfloat16, summed in float32 and more (--compute-dtype)"
 
 __all__ = ["SlimResult", "analyse", "compute_device", "export", "inspect", "slim"]
-
-
-@dataclass
-class SlimResult:
-    """A slim program beside the dense one it came from. ``save`` emits, proves and measures it.
-
-    ``clock`` has what widths take, where they were planned by that, and ``dense_onnx`` is the dense model's file, if
-    there is one that lasts.
-    """
-
-    loaded: LoadedModel
-    captured: Captured = field(repr=False)
-    dense: FxGraph = field(repr=False)
-    slimmed: Slimmed = field(repr=False)
-    matches: MatchReport = field(repr=False)
-    data: CalibrationData = field(repr=False)
-    options: Options
-    progress: Progress
-    notes: tuple[str, ...] = ()
-    clock: Clock | None = field(default=None, repr=False)
-    dense_onnx: Path | None = None
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def task(self) -> Task:
-        """What the model is for."""
-        return _task(self.loaded, self.captured)
-
-    @property
-    def slim(self) -> FxGraph:
-        """The slim program."""
-        return self.slimmed.graph
-
-    @property
-    def swept(self) -> tuple[SweptRegion, ...]:
-        """What was cut."""
-        return self.slimmed.swept
-
-    def save(self, out: Path | str, *, force: bool = False, checkpoint: bool | None = None) -> Report:
-        """Write model.onnx, its weights, config and tokenizer if it has any, and the reports into ``out``; returns the
-        report.
-
-        ``checkpoint``: and a folder of that name which stock ``from_pretrained`` loads; None is what the options say.
-        Nothing is left half-written. Raises OutputError when ``out`` cannot be written (it exists and is not empty
-        without ``force``), MissingExtraError without ONNX Runtime, VerificationError when it disagrees, CheckpointError
-        when no stock model has the slim widths.
-        """
-        from dotresize_fx.export.deliver import deliver
-        from dotresize_fx.export.output_folder import OutputFolder
-
-        with OutputFolder(out, force) as folder:
-            wanted = self.options.checkpoint if checkpoint is None else checkpoint
-            return deliver(self, folder.partial, folder.work, checkpoint=wanted)
 
 
 def slim(
@@ -151,7 +89,7 @@ def slim(
     texts, data = ((), paths) if reads_given_inputs(model) else (paths, ())
     chosen = Options(ratio=ratio, calibration=texts, calibration_data=data, **options)
     progress = progress or Progress(quiet=True)
-    with _alone_or_together(chosen, progress) as launched:
+    with alone_or_together(chosen, progress) as launched:
         return slim_with(
             chosen,
             model,
@@ -161,34 +99,6 @@ def slim(
             example_inputs=example_inputs,
             batches=files if in_memory else None,
         )
-
-
-def _alone_or_together(options: Options, progress: Progress) -> AbstractContextManager[Launched]:
-    from dotresize_fx.together import together  # with torch's parts for training
-
-    return together(options, progress, _help_out)
-
-
-def _help_out(handed: Handed, options: Options, progress: Progress) -> None:
-    """On other ranks, what rank 0 does with what it hands them."""
-    from dotresize_fx.together import check_alike, heal_handed
-
-    if options.effort == "heal":
-        heal_handed(handed, options, progress)
-        return
-    widths, factors = handed.numbers["widths"], handed.numbers["factors"]
-    slimmed = slim_graph(
-        handed.dense,
-        find_regions(handed.dense),
-        handed.sources[0],
-        options,
-        progress,
-        task=handed.task,
-        plan=None if widths is None else WidthPlan(widths),
-        factors=factors,
-        ranks=Ranks(),
-    )
-    check_alike(slimmed.graph)
 
 
 def slim_with(
@@ -238,7 +148,7 @@ def slim_with(
                 rehearse_depth(loaded, captured, chosen)
             else:
                 factors = rehearse_checkpoint(loaded, captured, matches, chosen, plan)
-    task = _task(loaded, captured)
+    task = task_of(loaded, captured)
     half = computes_in_half(chosen, loaded.stored, device)
     chosen = replace(chosen, repair_steps=chosen.steps_that_repair(task))
     own: Sequence[Inputs] = ()
@@ -261,7 +171,7 @@ def slim_with(
         journal = None
         if work is not None and launched.count == 1 and loaded.sha256:  # else nothing tells one model from another
             journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, plan, device, half=half))
-        slimmed = _slim_on_device(
+        slimmed = slim_on_device(
             *(dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock), half=half
         )
     return SlimResult(
@@ -290,10 +200,6 @@ def _work_folder(work: Path | None) -> Iterator[Path]:
     """The given one, or one that goes at the end."""
     with nullcontext(work) if work is not None else tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-def _task(loaded: LoadedModel, captured: Captured) -> Task:
-    return "logits" if captured.predicts else loaded.task
 
 
 def _check_kind(options: Options, given: bool, batches: Sequence[Given] | None) -> None:
@@ -330,72 +236,6 @@ def _own_text(
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.split(ids, rows)]
 
 
-def _slim_on_device(
-    dense: FxGraph,
-    matches: MatchReport,
-    data: CalibrationData,
-    own: Sequence[Inputs],
-    plan: WidthPlan | None,
-    options: Options,
-    progress: Progress,
-    journal: Journal | None,
-    task: str,
-    launched: Launched,
-    factors: Mapping[str, int],
-    clock: Clock | None,
-    *,
-    half: bool,
-) -> Slimmed:
-    """Calibrate, solve and heal where the options say; the slim graph comes back to the CPU.
-
-    ``half``: products of activations are bfloat16's until widths are solved for, and float32's again in what is given.
-    """
-    device = compute_device(options)
-    moved = dense.copy()
-    if device != "cpu":
-        moved.to(device)
-    moved.half_products = half
-    batches = [{name: value.to(device) for name, value in batch.items()} for batch in data.calibration]
-    shared = options.effort == "fast" and launched.count > 1
-    with launched.called() if shared else nullcontext():
-        if shared:
-            from dotresize_fx.hand_out import Handed, give
-
-            numbers = {"widths": None if plan is None else plan.widths, "factors": factors}
-            give(Handed(moved, moved, (batches,), task, numbers))
-        slimmed = slim_graph(
-            moved,
-            matches,
-            batches,
-            options,
-            progress,
-            journal,
-            task=task,
-            plan=plan,
-            factors=factors,
-            clock=clock,
-            ranks=Ranks(alone=not shared),
-        )
-        if shared:
-            from dotresize_fx.together import check_alike
-
-            check_alike(slimmed.graph)
-            slimmed = replace(slimmed, notes=(*slimmed.notes, f"{launched.count} processes shared the calibration"))
-    moved.half_products = slimmed.graph.half_products = False
-    if options.effort == "heal" and (slimmed.swept or slimmed.gone or slimmed.factorized):
-        from dotresize_fx.hand_out import Handed, give
-        from dotresize_fx.together import heal_handed
-
-        handed = Handed(moved, slimmed.graph, (batches, own), task)
-        with launched.called():
-            give(handed)
-            healed = heal_handed(handed, options, progress)
-        slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
-    if device != "cpu":
-        slimmed.graph.to("cpu")
-    return slimmed
-
-
 def export(
     name: str, out: Path, options: Options, *, force: bool, trust_remote_code: bool, progress: Progress, started: float
 ) -> Report:
@@ -414,7 +254,7 @@ def export(
         with OutputFolder(out, force, name) as folder:
             return slim_onnx_file(name, folder.partial, folder.work, options, progress, started)
     # Outermost, so that OUT is settled before this process ends for another's failure.
-    with _alone_or_together(options, progress) as launched:
+    with alone_or_together(options, progress) as launched:
         require_onnx_runtime()
         require_runtime(options)
         with OutputFolder(out, force, name) as folder:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from dotresize_fx.calibration import sequences_at_once
 from dotresize_fx.cost import count_cost, stream_width
 from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.memory import show_size
+from dotresize_fx.prices import SIDE_BY_SIDE
 from dotresize_fx.regions import Region
 from dotresize_fx.sensitivity import GPU_SCALE, PRICE_TOKENS, SHAPE_TOKENS
 
@@ -26,34 +28,47 @@ READERS = 8
 # Forward passes of the calibration text: both streams, and what is cut once more merged and once as it was.
 PASSES = 4.0
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
-SOLVING = 12
-# What the libraries that convert and check take, and seconds for each op that is traced, converted and written twice.
+SOLVING = {"cpu": 12, "cuda": 8}
+# What the libraries that convert and check take.
 LIBRARIES = 450 << 20
-SECONDS_PER_OP = 0.1
+# Of what the analysis took, which a dry run has just done: conversion, checks of the file and its report.
+CONVERTED = 2.0
+# Runs that compare a program with its model, bytes of weights a second in them, and in hashing and reading.
+COMPARED, COMPARING, READING = 5, 1e10, 3e9
 # Of square products of this size the rate is taken, and what share of it whole models reach; a GPU needs large ones.
-PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.5}
-# Bytes a second of streams that wait in pinned memory, and how often one is copied a sublayer.
-COPIED, COPIES = 2e10, 6
+PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.8}
+# Seconds that a GPU waits for each op of each batch to be queued.
+QUEUED = 3e-5
+# Copies of a stream to and from pinned memory a sublayer, bytes a second of these; and of memory that is made pinned.
+COPIES, COPIED, PINNED = 6, 5e10, 6e9
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """``host`` and ``gpu`` are bytes at the peak (``gpu`` 0 without one), ``seconds`` about."""
+    """``host`` and ``gpu`` are bytes at the peak (``gpu`` 0 without one), ``stages`` seconds by what they go to."""
 
     host: int
     gpu: int
-    seconds: float
+    stages: Mapping[str, float]
     operations: float
     rate: float
 
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
     def lines(self) -> list[str]:
         gpu = f", {show_size(self.gpu)} of the GPU's" if self.gpu else ""
-        time_taken = f"{self.seconds:.0f} s" if self.seconds < 120 else f"{self.seconds / 60:.0f} min"
+        told = ", ".join(f"{name} {_show_time(seconds)}" for name, seconds in self.stages.items())
         return [
             f"memory at the peak: about {show_size(self.host)}{gpu} (of files mapped into it nothing)",
-            f"time: about {time_taken}, of {self.operations / 1e12:.3g} T operations at the measured "
-            f"{self.rate / 1e9:.0f} G/s; without ONNX Runtime's runs",
+            f"time: about {_show_time(self.seconds)} ({told}), of {self.operations / 1e12:.3g} T operations at the "
+            f"measured {self.rate / 1e9:.0f} G/s; without ONNX Runtime's runs",
         ]
+
+
+def _show_time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def stream_bytes(graph: FxGraph, tokens: int) -> int:
@@ -61,51 +76,83 @@ def stream_bytes(graph: FxGraph, tokens: int) -> int:
     return STREAMS * tokens * stream_width(graph) * 4
 
 
-def forecast(
-    graph: FxGraph,
-    regions: Sequence[Region],
-    *,
-    tokens: int,
-    measuring: int,
-    length: int,
-    device: str,
-    lazy: bool,
-    streams: str,
-    half: bool,
-    measured: bool,
-) -> Forecast:
-    """For ``tokens`` that calibrate and ``measuring`` ones in sequences of ``length``.
+@dataclass(frozen=True)
+class Work:
+    """What an export is to do: ``tokens`` calibrate and ``measuring`` ones measure, in sequences of ``length``.
 
     ``lazy``: weights wait in files; ``streams``: where these do, see :class:`stored_tensors.Spool`. ``half``: products
-    of activations are bfloat16's. ``measured``: widths are planned by sensitivity.
+    of activations are bfloat16's. ``measured``: widths are planned by sensitivity. ``analysed``: seconds that
+    loading, capture and finding regions took, nothing read or compared.
     """
-    cost = count_cost(graph, length)
-    weights = {value: graph.parameter(value).nbytes for op in graph.ops for value in (op.weight, op.bias) if value}
-    whole = sum(weights.values())
-    largest = max(weights.values(), default=0)
+
+    tokens: int
+    measuring: int
+    length: int
+    device: str
+    lazy: bool
+    streams: str
+    half: bool
+    measured: bool
+    analysed: float
+
+
+def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
+    """Of a graph whose weights need not be there."""
+    host, gpu = _memory(graph, regions, work)
+    rate, double = (
+        _rate(work.device, dtype) for dtype in (torch.bfloat16 if work.half else torch.float32, torch.float64)
+    )
+    widths, flowing = [_width(graph, region) for region in regions], stream_bytes(graph, work.tokens)
+    operations = _operations(graph, widths, work)
+    solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (2 if work.measured else 1)
+    parameters = sum(_weights(graph)) / 4
+    solving = operations / rate / REACHED[work.device] + solved / double
+    if work.device != "cpu":
+        batches = work.tokens / (sequences_at_once(work.tokens, work.length, work.device) * work.length)
+        solving += QUEUED * PASSES * batches * len(graph.ops)
+    if work.streams == "pinned":
+        solving += COPIES * len(regions) * flowing / STREAMS / COPIED + flowing / PINNED
+    stages = {
+        "load and capture": work.analysed + 4 * COMPARED * parameters / COMPARING + 2 * parameters / READING,
+        "calibrate and solve": solving,
+        "convert": CONVERTED * work.analysed,
+    }
+    return Forecast(host, gpu, stages, operations + solved, rate)
+
+
+def _memory(graph: FxGraph, regions: Sequence[Region], work: Work) -> tuple[int, int]:
+    """The host's and the GPU's, in bytes."""
+    weights, flowing = _weights(graph), stream_bytes(graph, work.tokens)
+    whole, largest = sum(weights), max(weights, default=0)
     block = max((_ends(graph, region) for region in regions), default=0) * 4
     solving = max((_solving(graph, region) for region in regions), default=0)
-    flowing = stream_bytes(graph, tokens)
     vocabulary = max((int(graph.weight(op).shape[0]) for op in graph.ops if op.kind is Kind.EMBEDDING), default=0)
-    answers = 3 * length * vocabulary * 4 + 4 * POSITIONS_AT_ONCE * vocabulary * 4
-    working = max(2 * block + solving + (flowing if streams == "device" else 0), answers + largest, 2 * largest)
-    resident = 0 if lazy else 2 * whole
-    host = LIBRARIES + resident + (working if device == "cpu" else max(2 * largest, answers))
-    host += flowing if streams == "pinned" else 0
-    gpu = 0 if device == "cpu" else resident + working + largest
-    run = 2.0 * cost.macs_per_token
-    operations = run * (PASSES * tokens + 4 * measuring)
-    if measured:
-        scale = 1 if device == "cpu" else GPU_SCALE
-        shaped, priced = min(scale * SHAPE_TOKENS, tokens), min(scale * PRICE_TOKENS["decoder"], tokens)
-        operations += run * shaped + run * priced * (len(regions) / 2 + 1)
-    widths = [_width(graph, region) for region in regions]
-    operations += sum(2.0 * 2 * tokens * n * n for n in widths)
-    rate, double = (_rate(device, dtype) for dtype in (torch.bfloat16 if half else torch.float32, torch.float64))
-    solved = sum(SOLVING * float(n) ** 3 for n in widths) * (2 if measured else 1)
-    copied = COPIES * len(regions) * flowing / STREAMS / COPIED if streams == "pinned" else 0.0
-    seconds = (operations / rate + solved / double) / REACHED[device] + copied + SECONDS_PER_OP * len(graph.ops)
-    return Forecast(host, gpu, seconds, operations + solved, rate)
+    answers = 3 * work.length * vocabulary * 4 + 4 * POSITIONS_AT_ONCE * vocabulary * 4
+    there = flowing if work.streams == "device" else 0
+    working = max(2 * block + solving + there, answers + largest, 2 * largest)
+    host = LIBRARIES + (0 if work.lazy else 2 * whole) + (flowing if work.streams == "pinned" else 0)
+    if work.device == "cpu":
+        return host + working, 0
+    beside = SIDE_BY_SIDE if work.lazy else 0
+    resident = 0 if work.lazy else whole + whole // 2  # of the slim model only what was cut is another
+    return host + max(2 * largest, answers), resident + max(working, answers + beside) + largest
+
+
+def _operations(graph: FxGraph, widths: Sequence[int], work: Work) -> float:
+    """Of running both models and of summing Gram matrices."""
+    run = 2.0 * count_cost(graph, work.length).macs_per_token
+    operations = run * (PASSES * work.tokens + 4 * work.measuring)
+    if work.measured:
+        scale = 1 if work.device == "cpu" else GPU_SCALE
+        shaped, priced = (min(scale * tokens, work.tokens) for tokens in (SHAPE_TOKENS, PRICE_TOKENS["decoder"]))
+        operations += run * shaped + run * priced * (len(widths) / 2 + 1)
+    return operations + sum(2.0 * 2 * work.tokens * n * n for n in widths)
+
+
+def _weights(graph: FxGraph) -> Sequence[int]:
+    """Bytes of each, a shared one once."""
+    values = {value for op in graph.ops for value in (op.weight, op.bias) if value}
+    return [graph.parameter(value).nbytes for value in values]
 
 
 def _width(graph: FxGraph, region: Region) -> int:

@@ -19,7 +19,7 @@ from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.report.contents import CheckpointFigures
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 Inputs = Mapping[str, torch.Tensor]
 FOLDER = "checkpoint"

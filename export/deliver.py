@@ -45,7 +45,7 @@ from dotresize_fx.report.write import write_report
 from dotresize_fx.task import reads_text
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 MACS_LENGTH = 512
 PLAN_FILE = "plan.json"

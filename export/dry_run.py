@@ -13,7 +13,7 @@ from dotresize_fx.export.model_source import load_model
 from dotresize_fx.export.onnx_source import is_onnx_source
 from dotresize_fx.export.open_model import reads_given_inputs
 from dotresize_fx.export.stand_ins import stand_ins
-from dotresize_fx.forecast import Forecast, forecast, stream_bytes
+from dotresize_fx.forecast import Forecast, Work, forecast, stream_bytes
 from dotresize_fx.memory import show_size
 from dotresize_fx.options import Options
 from dotresize_fx.passes.choose_regions import choose_regions, why_not_cut
@@ -67,9 +67,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
         lazy = memory.is_short_of(weights)
         tokens = options.tokens_that_calibrate(loaded.task)
         place = stream_place(memory, stream_bytes(graph, tokens), device) if lazy else "device"
-        told = forecast(
-            graph,
-            regions,
+        work = Work(
             tokens=tokens,
             measuring=options.evaluation_tokens,
             length=length,
@@ -78,7 +76,9 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             streams=place,
             half=computes_in_half(options, loaded.stored, device),
             measured=options.allocation != "uniform",
+            analysed=sum(progress.seconds[name] for name in ("load", "capture", "find regions")),
         )
+        told = forecast(graph, regions, work)
     where = "stay in their files and are read as needed" if lazy else "are held in memory"
     text = "\n".join(
         [

@@ -24,7 +24,7 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.report.contents import FormatFigures, Verification
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 Cases = Iterator[tuple[dict[str, Any], list[Any]]]
 # By the format, the module that has to be there; of executorch all of the first name may be an empty folder.

@@ -34,7 +34,7 @@ from dotresize_fx.width_plan import step_of
 from dotresize_fx.workload import Workload
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 # Widths of a region that are timed at most; between them a straight line is drawn.
 SAMPLES = 12

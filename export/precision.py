@@ -24,7 +24,7 @@ from dotresize_fx.report.contents import Latency, PrecisionFigures, Verification
 from dotresize_fx.task import predicts_tokens
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 Side = Literal["dense", "slim"]
 Cases = Iterable[tuple[Mapping[str, Any], Any]]

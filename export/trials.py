@@ -17,7 +17,7 @@ from dotresize_fx.report.contents import DecoderFidelity, EncoderFidelity, Outpu
 from dotresize_fx.task import reads_text
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 # (batch, length, padded tokens on the left of the last row): shapes that were not traced, padding included.
 VERIFIED_SHAPES = ((1, 1, 0), (2, 16, 5), (3, 37, 11), (1, 130, 0))

@@ -14,7 +14,7 @@ from dotresize_fx.export.trials import mask_name, rounding_noise, verification_c
 from dotresize_fx.report.contents import Verification
 
 if TYPE_CHECKING:
-    from dotresize_fx.compiler import SlimResult
+    from dotresize_fx.slim_result import SlimResult
 
 # Two runtimes sum in other orders in every op, which is some roundings more than one in every weight.
 ROUNDINGS = 4

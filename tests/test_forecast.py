@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dotresize_fx.cost import stream_width
-from dotresize_fx.forecast import LIBRARIES, STREAMS, forecast, stream_bytes
+from dotresize_fx.forecast import LIBRARIES, STREAMS, Work, forecast, stream_bytes
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import RegionKind
@@ -27,7 +27,7 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
     def told(**changed: Any) -> Any:
         given = {"tokens": 1000, "measuring": 100, "length": 50, "device": "cpu", "lazy": True}
         given |= {"streams": "files", "half": False}
-        return forecast(graph, regions, measured=True, **{**given, **changed})
+        return forecast(graph, regions, Work(measured=True, analysed=1.0, **{**given, **changed}))
 
     assert stream_width(graph) == 32
     assert stream_bytes(graph, 10) == STREAMS * 10 * 32 * 4
@@ -37,5 +37,7 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
     assert told(lazy=False).host > least.host
     assert told(streams="device", tokens=10**6).host > told(tokens=10**6).host
     assert told(tokens=10**6).operations > least.operations
-    assert told(tokens=10**6).seconds > 0
+    assert told(tokens=10**6).stages["calibrate and solve"] > least.stages["calibrate and solve"]
+    assert least.stages["load and capture"] > 1
+    assert least.seconds == sum(least.stages.values())
     assert len(least.lines()) == 2

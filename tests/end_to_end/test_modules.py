@@ -15,12 +15,13 @@ import torch
 import transformers
 from torch import nn
 
-from dotresize_fx.compiler import SlimResult, slim
+from dotresize_fx.compiler import slim
 from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.onnx_session import OnnxModel
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.passes.prove_exactness import BOUND, BROKEN, map_regions, redraw_parameters
 from dotresize_fx.region_map import random_admissible_map, random_wrong_map
+from dotresize_fx.slim_result import SlimResult
 
 Sample = dict[str, torch.Tensor]
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 
 import dotresize_fx
-from dotresize_fx.compiler import SlimResult
 from dotresize_fx.errors import MissingExtraError, VerificationError
 from dotresize_fx.export import precision
 from dotresize_fx.export.onnx_session import CUDA, OnnxModel
+from dotresize_fx.slim_result import SlimResult
 
 HALF = onnx.TensorProto.FLOAT16
 

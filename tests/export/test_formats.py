@@ -15,7 +15,6 @@ import torch
 import transformers
 
 import dotresize_fx
-from dotresize_fx.compiler import SlimResult
 from dotresize_fx.errors import FormatError, MissingExtraError, UsageError, VerificationError
 from dotresize_fx.export import emit_openvino, emit_pt2, formats
 from dotresize_fx.export.checkpoint import write_checkpoint
@@ -25,6 +24,7 @@ from dotresize_fx.export.trials import text_inputs
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.passes.prove_exactness import redraw_parameters
+from dotresize_fx.slim_result import SlimResult
 
 SMALL = {"calibration_tokens": 256, "sequence_length": 32, "evaluation_tokens": 64, "multiple": 4}
 # Two float32 implementations of one function, whose outputs are of size 1.

@@ -9,10 +9,10 @@ import onnx
 import pytest
 
 import dotresize_fx
-from dotresize_fx.compiler import SlimResult
 from dotresize_fx.errors import VerificationError
 from dotresize_fx.export import verified_onnx
 from dotresize_fx.export.verified_onnx import write_verified
+from dotresize_fx.slim_result import SlimResult
 
 
 @pytest.fixture
