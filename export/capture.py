@@ -128,7 +128,7 @@ def trace(
     """The program of a forward pass, and what converting it needs; raises whatever torch.export does."""
     with stand_ins(model) as put_back:
         try:
-            with quiet_libraries(), no_fast_path():
+            with quiet_libraries(), no_fast_path(), no_stack_traces():
                 config = OnnxConfig(dynamic=True, dynamic_shapes=dict(shapes))
                 _StoppedOnnxExporter().export(model, dict(sample), config)
         except _Captured as captured:
@@ -146,6 +146,17 @@ def no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def no_stack_traces() -> Iterator[None]:
+    """Inside, nodes do not note which lines made them, which would be paths of this machine and takes its time."""
+    emitted = getattr(torch.fx.config, "do_not_emit_stack_traces", False)  # not there in older releases
+    torch.fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        torch.fx.config.do_not_emit_stack_traces = emitted
 
 
 def what_it_said(error: Exception) -> str:

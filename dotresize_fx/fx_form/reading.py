@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -209,9 +209,13 @@ class FxReading(Graph):
 
 def plain_size(size: Any) -> int | str:
     """A number, or the name of a size that is free; a symbol that turned out to be a number is one."""
-    if isinstance(size, int):
-        return size
-    return int(name) if (name := str(size)).isdigit() else name
+    return size if isinstance(size, int) else _plain(size.node.expr)
+
+
+@lru_cache(1024)
+def _plain(expression: Any) -> int | str:
+    """The same of what sympy knows, which takes its time to say it."""
+    return int(name) if (name := str(expression)).isdigit() else name
 
 
 def _hint(sizes: Iterable[Any]) -> int:
