@@ -25,14 +25,14 @@ STREAMS = 4
 SQUARES = 5
 # (n, out) float64 likewise: reader, its sums with what is wanted and with what is put out, the fit.
 READERS = 8
-# Forward passes of the calibration text: both streams, and what is cut once more merged and once as it was.
+# Passes of the calibration text through the blocks: both streams, and what is cut once more merged and once as it was.
 PASSES = 4.0
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
 SOLVING = {"cpu": 12, "cuda": 8}
 # What the libraries that convert and check take.
 LIBRARIES = 450 << 20
-# Of what the analysis took, which a dry run has just done: conversion, checks of the file and its report.
-CONVERTED = 2.0
+# Of what the analysis took, which a dry run has just done: converting and checking the slim file and the dense one.
+CONVERTED = 3.0
 # Runs that compare a program with its model, bytes of weights a second in them, and in hashing and reading.
 COMPARED, COMPARING, READING = 5, 1e10, 3e9
 # Of square products of this size the rate is taken, and what share of it whole models reach; a GPU needs large ones.
@@ -140,12 +140,13 @@ def _memory(graph: FxGraph, regions: Sequence[Region], work: Work) -> tuple[int,
 
 def _operations(graph: FxGraph, widths: Sequence[int], work: Work) -> float:
     """Of running both models and of summing Gram matrices."""
-    run = 2.0 * count_cost(graph, work.length).macs_per_token
-    operations = run * (PASSES * work.tokens + 4 * work.measuring)
+    cost = count_cost(graph, work.length)
+    whole, blocks = 2.0 * cost.macs_per_token, 2.0 * (cost.block_macs_per_token + cost.attention_macs_per_token)
+    operations = blocks * PASSES * work.tokens + whole * 4 * work.measuring
     if work.measured:
         scale = 1 if work.device == "cpu" else GPU_SCALE
         shaped, priced = (min(scale * tokens, work.tokens) for tokens in (SHAPE_TOKENS, PRICE_TOKENS["decoder"]))
-        operations += run * shaped + run * priced * (len(widths) / 2 + 1)
+        operations += blocks * (shaped + priced * len(widths) / 2) + whole * priced
     return operations + sum(2.0 * 2 * work.tokens * n * n for n in widths)
 
 
