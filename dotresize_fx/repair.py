@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import token_rows
+from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.repeated_work import CudaRecorder, RepeatedWork, tf32
 
 # Adam's steps, relative to each weight's mean size: 0.01 to 0.05 made no difference that mattered.
@@ -60,7 +61,10 @@ class Sublayer:
     ) -> None:
         self.execution, self.environments, self.position = execution, environments, position
         self.target, self.goals, self.masks = target, goals, masks
-        nodes = execution.nodes[position : execution.index[target] + 1]
+        stop = execution.index[target] + 1
+        # What stays in files is read once, not each step; and a recording holds on to what it reads.
+        self.fixed = execution.read_for_good(position, stop)
+        nodes = execution.nodes[position:stop]
         # Scores are sensitive to rounding; products of an FFN are not.
         self.attends = any("attention" in str(node.target) for node in nodes)
 
@@ -102,7 +106,8 @@ class Sublayer:
     ) -> torch.Tensor:
         """What ``target`` puts out with these weights; with gradients when ``training``."""
         stop = self.execution.index[self.target] + 1
-        found = self.execution.run(dict(environment), self.position, stop, [self.target], weights, gradients=training)
+        given = {**self.fixed, **weights}
+        found = self.execution.run(dict(environment), self.position, stop, [self.target], given, gradients=training)
         value: torch.Tensor = found[self.target]
         return value
 
@@ -123,7 +128,7 @@ class _Training:
         self.recorded: RepeatedWork | None = None
         if cuda and sublayer.alike:
             self.environment = {n: _own(value) for n, value in sublayer.environments[0].items()}
-            self.goal = sublayer.goals[0].clone()
+            self.goal = _own(sublayer.goals[0])
             self.recorded = RepeatedWork(lambda: self._step(self.environment, self.goal, None), CudaRecorder(device))
 
     def step(self, i: int, share: float) -> None:
@@ -152,7 +157,7 @@ class _Training:
 
 
 def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
+    return in_memory(value).clone() if isinstance(value, torch.Tensor) else value
 
 
 @contextlib.contextmanager
@@ -192,7 +197,7 @@ def repair(
     seed gives the same weights on one machine.
     """
     execution = sublayer.execution
-    weights = {node: execution.parameter(node).detach().clone().requires_grad_() for node in parameters}
+    weights = {node: in_memory(execution.stored(node)).detach().clone().requires_grad_() for node in parameters}
     batches = [i for i in range(len(sublayer.goals)) if i not in set(held_out)]
     measured = list(held_out) or batches
     training = _Training(sublayer, weights, LEARNING_RATE if rate is None else rate)

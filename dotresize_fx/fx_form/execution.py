@@ -96,7 +96,7 @@ class Execution:
         return (wanted for node in nodes if (wanted := self._in_file(node)) is not None)
 
     def _in_file(self, node: torch.fx.Node) -> Wanted | None:
-        stored = self.graph.stored(self._keys[node])
+        stored = self.stored(node)
         if not isinstance(stored, LazyTensor) or node in self._tables:
             return None
         return stored, torch.bfloat16 if node in self._rounded else stored.dtype
@@ -128,13 +128,24 @@ class Execution:
         """
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
+    def read_for_good(self, start: int, stop: int) -> dict[torch.fx.Node, torch.Tensor]:
+        """What nodes ``start`` to ``stop`` (exclusive) read of parameters that stay in files, for many runs; a table of
+        which only rows are read is none.
+        """
+        read = [node for node in self.read_between(start, stop) if node in self._place]
+        return {node: self.parameter(node) for node in read if self._in_file(node) is not None}
+
+    def stored(self, node: torch.fx.Node) -> torch.Tensor:
+        """The tensor behind a parameter placeholder, read or not."""
+        return self.graph.stored(self._keys[node])
+
     def parameter(self, node: torch.fx.Node, *, ahead: bool = False) -> torch.Tensor:
         """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do. Where
         bfloat16 is all that is made of it, it is that. ``ahead``: what comes behind it is about to be read too.
         """
         wanted = self._in_file(node)
         if wanted is None:
-            return self.graph.stored(self._keys[node])
+            return self.stored(node)
         stored, dtype = wanted
         weights = self.graph.spool.weights if self.graph.spool is not None else None
         if weights is None or not weights.has_room(stored.numel() * dtype.itemsize):

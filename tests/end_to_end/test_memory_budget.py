@@ -71,6 +71,26 @@ def test_a_lazily_slimmed_model_is_the_normally_slimmed_one(
     assert [path for path in tmp_path.iterdir() if path.name not in ("out", "shards")] == []
 
 
+def test_repair_reads_what_it_needs(
+    model_folder: Folder, few_tokens: list[str], here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes again where each cut sublayer is trained, its activations and the other weights in files."""
+
+    def best(out: Path, *more: object) -> tuple[bool, bytes]:
+        options = ["--effort", "best", "--repair-steps", 8, *more]
+        ended = here("export", model_folder("llama"), out, "--ratio", 0.25, "--quiet", *options, *few_tokens)
+        assert ended.code == 0, ended.stderr
+        notes = json.loads((out / "report.json").read_text())["notes"]
+        return any("read from the model's files" in note for note in notes), (out / "model.onnx.data").read_bytes()
+
+    lazy, wanted = best(tmp_path / "normal")
+    assert not lazy
+    monkeypatch.setattr(dotresize_fx.memory, "WEIGHTS_SHARE", 0.0)
+    monkeypatch.setattr(dotresize_fx.memory, "STREAMS_SHARE", 0.0)
+    monkeypatch.setattr("dotresize_fx.fx_form.reading.LEAST_SPOOLED", 1)
+    assert best(tmp_path / "lazy", "--memory-budget", "2GiB") == (True, wanted)
+
+
 # -- what is wrong with them -----------------------------------------------------------------------
 
 
