@@ -1,10 +1,10 @@
 """Where the time of scale.py's slimming goes, and which part needs the most of a GPU's memory.
 
-    python benchmarks/scale_stages.py slim 8 --blocks 8 --rows 128 --length 2048 --memory-budget 24GiB --regions ffn
+    python benchmarks/scale_stages.py slim 8 --blocks 8 --rows 128 --length 2048 --memory-budget 22GiB --regions ffn
 
 Arguments are scale.py's. Each part waits for the device before and after, so that copies that go on beside what is
 computed are waited for, and a run takes longer than without. Seconds of a part are its own, those of parts that it
-calls left out; what the thread does that reads ahead is in none.
+calls left out; what the threads do that read ahead and write is in none.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (sweep, "best_map", "solve, but for the above"),
     (RegionInputs, "mapped", "map writers"),
     (sweep_regions, "apply_map", "fold"),
-    (SublayerWriter, "put", "wait for the last sublayer to be written"),
+    (SublayerWriter, "put", "write a finished sublayer, or wait for the last one"),
 ]
 
 

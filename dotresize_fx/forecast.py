@@ -27,6 +27,8 @@ SQUARES = 5
 READERS = 8
 # Passes of the calibration text through the blocks: both streams, and what is cut once more merged and once as it was.
 PASSES = 4.0
+# Passes of the text that measures.
+MEASURED = 4
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
 SOLVING = {"cpu": 12, "cuda": 8}
 # What the libraries that convert and check take.
@@ -82,7 +84,7 @@ class Work:
 
     ``lazy``: weights wait in files; ``streams``: where these do, see :class:`stored_tensors.Spool`. ``half``: products
     of activations are bfloat16's. ``measured``: widths are planned by sensitivity. ``analysed``: seconds that
-    loading, capture and finding regions took, nothing read or compared.
+    loading, capture and finding regions took, nothing read or compared. ``stored``: bytes of a weight in its file.
     """
 
     tokens: int
@@ -94,6 +96,7 @@ class Work:
     half: bool
     measured: bool
     analysed: float
+    stored: int
 
 
 def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
@@ -111,13 +114,16 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
         batches = work.tokens / (sequences_at_once(work.tokens, work.length, work.device) * work.length)
         solving += QUEUED * PASSES * batches * len(graph.ops)
     if work.streams == "pinned":
-        solving += COPIES * len(regions) * flowing / STREAMS / COPIED + flowing / PINNED
+        sublayers = len({region.target for region in regions})
+        solving += COPIES * sublayers * flowing / STREAMS / COPIED + flowing / PINNED
+    measuring = 2.0 * count_cost(graph, work.length).macs_per_token * MEASURED * work.measuring
+    reading = 4 * COMPARED * parameters / COMPARING + work.stored * parameters / READING
     stages = {
-        "load and capture": work.analysed + 4 * COMPARED * parameters / COMPARING + 2 * parameters / READING,
+        "load and capture": work.analysed + reading,
         "calibrate and solve": solving,
-        "convert": CONVERTED * work.analysed,
+        "convert and measure": CONVERTED * work.analysed + measuring / rate / REACHED[work.device],
     }
-    return Forecast(host, gpu, stages, operations + solved, rate)
+    return Forecast(host, gpu, stages, operations + solved + measuring, rate)
 
 
 def _memory(graph: FxGraph, regions: Sequence[Region], work: Work) -> tuple[int, int]:
@@ -133,7 +139,9 @@ def _memory(graph: FxGraph, regions: Sequence[Region], work: Work) -> tuple[int,
     host = LIBRARIES + (0 if work.lazy else 2 * whole) + (flowing if work.streams == "pinned" else 0)
     if work.device == "cpu":
         return host + working, 0
-    beside = SIDE_BY_SIDE if work.lazy else 0
+    beside = 0
+    if work.lazy and work.measured and work.streams != "files":  # of each probe what waits, on the text that prices
+        beside = min(SIDE_BY_SIDE, 4 * _priced(work) * stream_width(graph) * (len(regions) + 1))
     resident = 0 if work.lazy else whole + whole // 2  # of the slim model only what was cut is another
     return host + max(2 * largest, answers), resident + max(working, answers + beside) + largest
 
@@ -142,12 +150,20 @@ def _operations(graph: FxGraph, widths: Sequence[int], work: Work) -> float:
     """Of running both models and of summing Gram matrices."""
     cost = count_cost(graph, work.length)
     whole, blocks = 2.0 * cost.macs_per_token, 2.0 * (cost.block_macs_per_token + cost.attention_macs_per_token)
-    operations = blocks * PASSES * work.tokens + whole * 4 * work.measuring
+    operations = blocks * PASSES * work.tokens
     if work.measured:
-        scale = 1 if work.device == "cpu" else GPU_SCALE
-        shaped, priced = (min(scale * tokens, work.tokens) for tokens in (SHAPE_TOKENS, PRICE_TOKENS["decoder"]))
+        shaped, priced = min(_scale(work) * SHAPE_TOKENS, work.tokens), _priced(work)
         operations += blocks * (shaped + priced * len(widths) / 2) + whole * priced
     return operations + sum(2.0 * 2 * work.tokens * n * n for n in widths)
+
+
+def _scale(work: Work) -> int:
+    return 1 if work.device == "cpu" else GPU_SCALE
+
+
+def _priced(work: Work) -> int:
+    """Tokens that price probes."""
+    return min(_scale(work) * PRICE_TOKENS["decoder"], work.tokens)
 
 
 def _weights(graph: FxGraph) -> Sequence[int]:

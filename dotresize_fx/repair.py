@@ -61,12 +61,16 @@ class Sublayer:
     ) -> None:
         self.execution, self.environments, self.position = execution, environments, position
         self.target, self.goals, self.masks = target, goals, masks
-        stop = execution.index[target] + 1
-        # What stays in files is read once, not each step; and a recording holds on to what it reads.
-        self.fixed = execution.read_for_good(position, stop)
-        nodes = execution.nodes[position:stop]
+        self.stop = execution.index[target] + 1
+        nodes = execution.nodes[position : self.stop]
+        # What is read of files for all steps: see :meth:`read_but`.
+        self.fixed: Mapping[torch.fx.Node, torch.Tensor] = {}
         # Scores are sensitive to rounding; products of an FFN are not.
         self.attends = any("attention" in str(node.target) for node in nodes)
+
+    def read_but(self, trained: Sequence[torch.fx.Node]) -> None:
+        """Read what other parameters stay in files, once for all steps; a recording would hold on to what it reads."""
+        self.fixed = self.execution.read_for_good(self.position, self.stop, trained)
 
     @property
     def alike(self) -> bool:
@@ -105,9 +109,8 @@ class Sublayer:
         self, environment: Environment, weights: Mapping[torch.fx.Node, torch.Tensor], *, training: bool
     ) -> torch.Tensor:
         """What ``target`` puts out with these weights; with gradients when ``training``."""
-        stop = self.execution.index[self.target] + 1
-        given = {**self.fixed, **weights}
-        found = self.execution.run(dict(environment), self.position, stop, [self.target], given, gradients=training)
+        given, wanted = {**self.fixed, **weights}, [self.target]
+        found = self.execution.run(dict(environment), self.position, self.stop, wanted, given, gradients=training)
         value: torch.Tensor = found[self.target]
         return value
 
@@ -197,6 +200,7 @@ def repair(
     seed gives the same weights on one machine.
     """
     execution = sublayer.execution
+    sublayer.read_but(parameters)
     weights = {node: in_memory(execution.stored(node)).detach().clone().requires_grad_() for node in parameters}
     batches = [i for i in range(len(sublayer.goals)) if i not in set(held_out)]
     measured = list(held_out) or batches

@@ -57,8 +57,10 @@ class CudaRecorder:
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             before = generator.clone_state()
             try:
+                # Other threads may copy meanwhile.
+                recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
                 # A capture that fails while it ends leaves its stream the current one.
-                with _uncollected(), torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                with _uncollected(), torch.cuda.stream(torch.cuda.current_stream()), recording:
                     work()
             except BaseException:
                 with contextlib.suppress(RuntimeError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import torch
+
 from dotresize_fx.cost import CostModel
 from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, stream_place
 from dotresize_fx.errors import UsageError
@@ -77,6 +79,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             half=computes_in_half(options, loaded.stored, device),
             measured=options.allocation != "uniform",
             analysed=sum(progress.seconds[name] for name in ("load", "capture", "find regions")),
+            stored=(loaded.stored or torch.float32).itemsize,
         )
         told = forecast(graph, regions, work)
     where = "stay in their files and are read as needed" if lazy else "are held in memory"

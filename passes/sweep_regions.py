@@ -91,7 +91,7 @@ def sweep_regions(
         progress.show(f"goes on behind {counted(journal.finished, 'sublayer')} of an earlier run")
     swept: list[SweptRegion] = []
     beside = next(iter(slimmed.program.state_dict.values())).is_cuda
-    with SublayerWriter(slimmed, journal, beside=beside) as writer, progress.stage("sweep", len(regions)) as step:
+    with progress.stage("sweep", len(regions)) as step, SublayerWriter(slimmed, journal, beside=beside) as writer:
         for number, together in enumerate(sublayers(regions)):
             cuts = [(region, plan.widths[region.name]) for region in together]
             if chosen := cut_or_refitted(cuts, stream_cut=changed or stream is not None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from dotresize_fx.cost import stream_width
@@ -13,7 +14,8 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import RegionKind
 
 
-def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
+def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dotresize_fx.forecast._rate", lambda device, dtype: 1e9)
     _, graph = tiny_graph("llama")
     regions = list(find_regions(graph).of_kind(RegionKind.FFN))
 
@@ -27,7 +29,7 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
     def told(**changed: Any) -> Any:
         given = {"tokens": 1000, "measuring": 100, "length": 50, "device": "cpu", "lazy": True}
         given |= {"streams": "files", "half": False}
-        return forecast(graph, regions, Work(measured=True, analysed=1.0, **{**given, **changed}))
+        return forecast(graph, regions, Work(measured=True, analysed=1.0, stored=4, **{**given, **changed}))
 
     assert stream_width(graph) == 32
     assert stream_bytes(graph, 10) == STREAMS * 10 * 32 * 4
@@ -35,6 +37,12 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any) -> None:
     assert least.host > LIBRARIES
     assert least.gpu == 0
     assert told(lazy=False).host > least.host
+    measuring = told(measuring=10**6).stages
+    assert measuring["calibrate and solve"] == least.stages["calibrate and solve"]
+    assert measuring["convert and measure"] > least.stages["convert and measure"]
+    # What waits of probes side by side on a GPU, which does not in files.
+    assert told(device="cuda", streams="pinned").gpu > told(device="cuda").gpu > 0
+    assert told(device="cuda", streams="pinned").host > told(device="cuda").host
     assert told(streams="device", tokens=10**6).host > told(tokens=10**6).host
     assert told(tokens=10**6).operations > least.operations
     assert told(tokens=10**6).stages["calibrate and solve"] > least.stages["calibrate and solve"]

@@ -12,6 +12,7 @@ from dotresize_fx import repair as module
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import padding_mask
+from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import Region
@@ -142,6 +143,32 @@ def test_only_what_was_named_is_trained(dense: FxGraph, cut: tuple[FxGraph, Regi
     assert list(found.weights) == named
     assert all(torch.equal(tensor, before[name]) for name, tensor in slim.program.state_dict.items())
     assert not any(weight.requires_grad for weight in found.weights.values())
+
+
+def test_what_stays_in_files_is_read_once(
+    dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the steps, and a large weight too, of which a run alone would read a part at a time."""
+    slim, region = cut[0].copy(), cut[1]
+    monkeypatch.setattr("dotresize_fx.fx_form.execution.PIECE", 1)
+    named = parameters(slim, region)[:1]
+    expected = repair(sublayer(dense, slim, region, batches), named, [7], steps=5)
+    reads: list[str] = []
+    for op in (slim.op(name) for name in (*region.writers, *region.readers)):
+        assert op.weight is not None
+        if op.weight.name == named[0].name:
+            continue
+        key, weight = slim.parameter_name(op.weight), slim.weight(op)
+
+        def read(key: str = key, weight: torch.Tensor = weight) -> torch.Tensor:
+            reads.append(key)
+            return weight
+
+        slim.program.state_dict[key] = torch.nn.Parameter(LazyTensor(read, tuple(weight.shape), weight.dtype), False)
+    piece = sublayer(dense, slim, region, batches)
+    reads.clear()
+    assert same(repair(piece, named, [7], steps=5), expected)
+    assert len(reads) == len(set(reads)) == 2
 
 
 def test_held_out_batches_do_not_train(

@@ -76,11 +76,15 @@ def test_a_sublayer_is_written_while_the_next_is_under_way(trace: Trace, tmp_pat
         writer.begin()
         graph.set_weight(first, torch.eye(4))
         writer.put(0, [], {})
+        under_way = writer._under_way
         writer.begin()
         assert not isinstance(graph.weight(first), LazyTensor)
         graph.set_weight(second, 2 * torch.eye(4))
         journal.go_on.set()
+        assert under_way is not None
+        under_way.result()
         writer.put(1, [], {})
+        assert isinstance(graph.weight(first), LazyTensor)
     assert [len(lazy_tensors(file)) for file in sorted((tmp_path / "journal").glob("*.safetensors"))] == [1, 1]
     for op, wanted in ((first, torch.eye(4)), (second, 2 * torch.eye(4))):
         assert isinstance(graph.weight(op), LazyTensor)
@@ -94,9 +98,12 @@ def test_what_changes_again_meanwhile_is_not_put_back(trace: Trace, tmp_path: Pa
         writer.begin()
         graph.set_weight(first, torch.eye(4))
         writer.put(0, [], {})
+        under_way = writer._under_way
         writer.begin()
         graph.set_weight(first, 3 * torch.eye(4))
         journal.go_on.set()
+        assert under_way is not None
+        under_way.result()
         writer.put(1, [], {})
     assert torch.equal(in_memory(graph.weight(first)), 3 * torch.eye(4))
 

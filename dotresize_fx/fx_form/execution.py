@@ -128,12 +128,14 @@ class Execution:
         """
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
-    def read_for_good(self, start: int, stop: int) -> dict[torch.fx.Node, torch.Tensor]:
-        """What nodes ``start`` to ``stop`` (exclusive) read of parameters that stay in files, for many runs; a table of
-        which only rows are read is none.
+    def read_for_good(
+        self, start: int, stop: int, without: Iterable[torch.fx.Node]
+    ) -> dict[torch.fx.Node, torch.Tensor]:
+        """What nodes ``start`` to ``stop`` (exclusive) read of parameters that stay in files, for many runs, but for
+        some; a table of which only rows are read is none.
         """
-        read = [node for node in self.read_between(start, stop) if node in self._place]
-        return {node: self.parameter(node) for node in read if self._in_file(node) is not None}
+        read = [node for node in self.read_between(start, stop) - {*without} if node in self._place]
+        return {node: in_memory(self.parameter(node)) for node in read if self._in_file(node) is not None}
 
     def stored(self, node: torch.fx.Node) -> torch.Tensor:
         """The tensor behind a parameter placeholder, read or not."""

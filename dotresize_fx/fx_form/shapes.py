@@ -13,6 +13,8 @@ import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from dotresize_fx.fx_form.edits import has_effects
+
 # What to expect of a tensor, by what it is: see _told.
 Known = dict[object, Any]
 
@@ -26,9 +28,7 @@ def refresh_shapes(program: ExportedProgram) -> None:
     program.graph_module.recompile()
     # Without the dispatcher, older releases ask composite ops for sizes that are only symbols.
     with enable_python_dispatcher():
-        # Of sizes that only numbers tell torch takes note at the tensor, which calls would share.
-        own = any("unbacked_bindings" in node.meta for node in program.graph.nodes)
-        told = (FakeTensorProp if own else _AskedOnce)(program.graph_module, mode)
+        told = (_AskedOnce if _may_share(program.graph) else FakeTensorProp)(program.graph_module, mode)
         told.propagate_dont_convert_inputs(*placeholders)
 
 
@@ -55,6 +55,14 @@ def moved(program: ExportedProgram, device: str) -> ExportedProgram:
     return program
 
 
+def _may_share(graph: torch.fx.Graph) -> bool:
+    """Whether calls that are alike may give one tensor: of sizes that only numbers tell torch takes note at the tensor,
+    and what is written into may change its shape.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    return not any("unbacked_bindings" in node.meta or has_effects(node.target) for node in calls)
+
+
 class _AskedOnce(FakeTensorProp):
     """As torch's, with one answer for calls of the same op on the same shapes."""
 
@@ -68,12 +76,14 @@ class _AskedOnce(FakeTensorProp):
         given, form = pytree.tree_flatten(self.fetch_args_kwargs_from_env(n))
         key = (n.target, form, tuple(map(_told, given)))
         if key in self._known:
-            n.meta["val"] = self._known[key]
-            return self._known[key]
+            result, told = self._known[key]
+            if told is not None:  # as it is of what gives nothing
+                n.meta["val"] = told
+            return result
         result = super().run_node(n)
         # Where numbers are known, shapes may follow from them.
         if not any(getattr(value, "constant", None) is not None for value in given):
-            self._known[key] = result
+            self._known[key] = result, None if result is None else n.meta["val"]
         return result
 
 

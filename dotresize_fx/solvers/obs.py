@@ -88,8 +88,8 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
 
     Within a block the steps are exact on the CANDIDATES neurons that are cheapest at its start; only then are the
     whole matrices updated, so that n neurons cost n / BLOCK large products instead of n small ones. Of WIDE neurons
-    and more several go in a step, the cheapest, what they cost together counted; they lose at most 0.5 % more
-    (docs/measurements.md, "Elimination in groups").
+    and more several go in a step, the cheapest, what they cost together counted; in FFNs of text they lose half
+    a percent more at most (docs/measurements.md, "Elimination in groups").
 
     gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
     """

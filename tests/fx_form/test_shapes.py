@@ -66,6 +66,19 @@ def test_sizes_that_only_numbers_tell_are_each_call_s_own(trace: Trace) -> None:
     assert first.node.expr != second.node.expr
 
 
+def test_what_is_written_into_is_each_call_s_own(trace: Trace) -> None:
+    def forward(m: Any, x: torch.Tensor) -> Any:
+        first, second = x.relu(), x.relu()
+        flat = first.view(-1)
+        first.unsqueeze_(0)
+        return first.sum(-1), flat.sum(), second.sum(-1)
+
+    graph = trace(forward, (3, 4))
+    expected = told_by_torch(graph)
+    refresh_shapes(graph.program)
+    assert shapes(graph) == expected
+
+
 def test_shapes_move_with_the_program(trace: Trace) -> None:
     graph = trace(lambda m, x: m.layer(x).relu(), (3, 4), layer=nn.Linear(4, 4))
     before = shapes(graph)

@@ -121,13 +121,15 @@ def test_what_the_curve_eliminated_is_not_eliminated_again() -> None:
     assert len(seen.eliminations) == 1
 
 
-@pytest.mark.parametrize("at_once", [2, 3])
-def test_several_in_a_step_lose_little_more(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """What they are said to lose is what one solve says, and within 1 % of what one by one loses where no neuron all
-    but follows from the others, which a damped Gram matrix of text has none of either (benchmarks/elimination.py).
+@pytest.mark.parametrize(("at_once", "apart", "worse"), [(2, 0.0, 1.1), (3, 0.0, 1.1), (2, 1.0, 1.01), (3, 1.0, 1.01)])
+def test_several_in_a_step_lose_little_more(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, apart: float, worse: float
+) -> None:
+    """What they are said to lose is what one solve says, and hardly more than what one by one loses; most where neurons
+    all but follow from each other (``apart`` is what each has of its own). Text's are in benchmarks/elimination.py.
     """
     gram, weight = problem(420)
-    gram += torch.eye(420, dtype=torch.float64)
+    gram += apart * torch.eye(420, dtype=torch.float64)
     one_by_one = eliminate(gram, weight, 201)
     monkeypatch.setattr(obs, "WIDE", 420)
     monkeypatch.setattr(obs, "GROUPS", 420 // at_once)
@@ -136,5 +138,5 @@ def test_several_in_a_step_lose_little_more(monkeypatch: pytest.MonkeyPatch, at_
     assert float(found.error[-1]) == pytest.approx(refit_error(gram, weight, found.order), rel=1e-8)
     assert not torch.equal(found.order, one_by_one.order)
     for count in (50, 100, 201):
-        assert float(found.error[count - 1]) <= 1.01 * float(one_by_one.error[count - 1])
+        assert float(found.error[count - 1]) <= worse * float(one_by_one.error[count - 1])
     assert torch.equal(eliminate(gram, weight, 100).order, found.order[:100])
