@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,7 +72,7 @@ def price_probes(
     """Loss an answer by name. The dense model is run once more a batch; each probe departs from that run.
 
     Where weights wait in files all that departed go on side by side, and batches too, so that each weight is read once
-    for as many as there is room for.
+    for as many as there is room for; where there is room for some of them alone, the dense model is run again.
 
     Of what rarely goes, and is run on the first batch alone, the loss grows as that of the others does. ``ranks`` share
     the batches.
@@ -84,27 +84,19 @@ def price_probes(
     count, first = 0, 0.0
     departures = [(min(execution.index[node] for node in probe.departs), probe) for probe in probes]
     departures.sort(key=lambda pair: pair[0])
-    for numbers in _side_by_side(execution, len(probes), batches, ranks.mine(len(batches)), task):
-        lost = _Lost(execution, [batches[i] for i in numbers], task, at_once=graph.spool is None)
-        dense = lost.dense
-        departed: list[_Departed] = []
-        for start, probe in departures:
-            chosen = [k for k, i in enumerate(numbers) if i == 0 or probe.name in always]
-            if not chosen:
-                continue
-            dense.advance(start)
-            _go_on(departed, execution, start)
-            own = [dict(dense.environments[k]) for k in chosen]  # what waits elsewhere waits there once for all
-            stop = max(probe.depart(execution, environment, start) for environment in own)
-            departed.append(_Departed(probe, chosen, ActivationStream(execution, own, stop, waits=dense.waits)))
-            if graph.spool is None:
-                lost.add(departed)
-        lost.add(departed)
-        for name, of_batches in lost.by_probe.items():
-            total[name] += sum(of_batches.values())
-        if 0 in numbers:
-            first = sum(lost.by_probe[name][numbers.index(0)] for name in always)
-        count += lost.count
+    at_once, together = _side_by_side(execution, len(probes), batches, task)
+    mine = ranks.mine(len(batches))
+    for numbers in (mine[i : i + at_once] for i in range(0, len(mine), at_once)):
+        chosen = [(start, probe) for start, probe in departures if 0 in numbers or probe.name in always]
+        counted = 0
+        for some in (chosen[i : i + together] for i in range(0, len(chosen), together)):
+            lost = _run_on(execution, some, always, batches, numbers, task)
+            for name, of_batches in lost.by_probe.items():
+                total[name] += sum(of_batches.values())
+                if 0 in numbers and name in always:
+                    first += of_batches[numbers.index(0)]
+            counted = lost.count
+        count += counted
         for _ in numbers:
             advanced()
     if ranks.count > 1:
@@ -113,6 +105,34 @@ def price_probes(
         total, count = dict(zip(total, shared, strict=True)), round(counted)
     growth = sum(total[name] for name in always) / first if first > 0 else 1.0
     return {name: value * (1 if name in always else growth) / max(count, 1) for name, value in total.items()}
+
+
+def _run_on(
+    execution: Execution,
+    departures: Sequence[tuple[int, Departure]],
+    always: Collection[str],
+    batches: Sequence[Inputs],
+    numbers: Sequence[int],
+    task: str,
+) -> _Lost:
+    """What these lose, each with where it departs, in that order, on the batches of these numbers; of these one that is
+    not to run ``always`` takes the first alone.
+    """
+    in_memory_too = execution.graph.spool is None
+    lost = _Lost(execution, [batches[i] for i in numbers], task, at_once=in_memory_too)
+    dense = lost.dense
+    departed: list[_Departed] = []
+    for start, probe in departures:
+        chosen = [k for k, i in enumerate(numbers) if i == 0 or probe.name in always]
+        dense.advance(start)
+        _go_on(departed, execution, start)
+        own = [dict(dense.environments[k]) for k in chosen]  # what waits elsewhere waits there once for all
+        stop = max(probe.depart(execution, environment, start) for environment in own)
+        departed.append(_Departed(probe, chosen, ActivationStream(execution, own, stop, waits=dense.waits)))
+        if in_memory_too:
+            lost.add(departed)
+    lost.add(departed)
+    return lost
 
 
 def _go_on(departed: Sequence[_Departed], execution: Execution, stop: int) -> None:
@@ -124,18 +144,18 @@ def _go_on(departed: Sequence[_Departed], execution: Execution, stop: int) -> No
                 one.stream.advance(near)
 
 
-def _side_by_side(
-    execution: Execution, probes: int, batches: Sequence[Inputs], numbers: Sequence[int], task: str
-) -> Iterator[Sequence[int]]:
-    """The batches that go on together: more than one where weights wait in files and nothing else does."""
-    graph, at_once = execution.graph, 1
-    if graph.spool is not None and graph.spool.streams != "files":
-        node, last = answer_nodes(execution, task)
-        answers = SHORTLIST if node is not last else int(last.meta["val"].shape[-1])
-        rows = max(map(graph.expected_rows, batches))
-        at_once = max(1, SIDE_BY_SIDE // (4 * rows * (stream_width(graph) * (probes + 1) + 2 * answers)))
-    for start in range(0, len(numbers), at_once):
-        yield numbers[start : start + at_once]
+def _side_by_side(execution: Execution, probes: int, batches: Sequence[Inputs], task: str) -> tuple[int, int]:
+    """How many batches and how many probes go on together: more than one batch where weights wait in files and nothing
+    else does; there no more probes than there is room for.
+    """
+    graph = execution.graph
+    if graph.spool is None or graph.spool.streams == "files" or not probes:
+        return 1, max(1, probes)
+    node, last = answer_nodes(execution, task)
+    answers = 2 * (SHORTLIST if node is not last else int(last.meta["val"].shape[-1]))
+    room, width = SIDE_BY_SIDE // (4 * max(map(graph.expected_rows, batches))), stream_width(graph)
+    at_once = room // (width * (probes + 1) + answers)
+    return (at_once, probes) if at_once else (1, max(1, (room - answers) // width - 1))
 
 
 class _Lost:

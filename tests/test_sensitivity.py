@@ -251,11 +251,17 @@ def test_a_shortlist_of_the_vocabulary_prices_alike(
         assert not torch.equal(short[region.name], whole[region.name])
 
 
-@pytest.mark.parametrize("streams", ["device", "files"])
+@pytest.mark.parametrize(
+    ("streams", "room"),  # all; three batches; three of eight probes; one
+    [("device", prices.SIDE_BY_SIDE), ("device", 1_500_000), ("device", 330_000), ("device", 1), ("files", 1)],
+)
 def test_runs_side_by_side_lose_what_each_would_alone(
-    tiny_graph: Any, many: list[Batch], tmp_path: Path, streams: str
+    tiny_graph: Any, many: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: str, room: int
 ) -> None:
-    """Weights that wait in files are read once for all probes of a batch: to the bit the same curves."""
+    """Weights that wait in files are read once for all probes of a batch, or as many as there is room for: to the bit
+    the same curves.
+    """
+    monkeypatch.setattr(prices, "SIDE_BY_SIDE", room)
     _, dense = tiny_graph("llama")
     regions, batches = found(dense), many[:4]
     alone = measure_curves(dense, regions, batches)
