@@ -21,7 +21,8 @@ import scale
 import torch
 from bench import line
 
-from dotresize_fx import compiler, prices, probe, reader_refit, sweep
+from dotresize_fx import compiler, probe, reader_refit, sweep
+from dotresize_fx.answers import Answers
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.reading import FxReading
@@ -53,7 +54,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (obs, "eliminate", "elimination"),
     (dotresize, "sinkhorn", "transport"),
     (probe, "reader_change", "fit a probe's reader"),
-    (prices.Answers, "lost", "compare answers"),
+    (Answers, "lost", "compare answers"),
     (reader_refit, "refit_reader", "fit a reader"),
     (reader_refit, "relative_error", "measure a reader"),
     (sweep, "best_map", "solve, but for the above"),

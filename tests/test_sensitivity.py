@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from dotresize_fx import prices, probe, sensitivity
+from dotresize_fx import answers, prices, probe, sensitivity
 from dotresize_fx.errors import SolverError
 from dotresize_fx.export.capture import capture
 from dotresize_fx.fidelity import mean_cosine
@@ -243,7 +243,7 @@ def test_a_shortlist_of_the_vocabulary_prices_alike(
     _, dense = tiny_graph("llama")
     regions = found(dense)
     whole = measure_curves(dense, regions, many)
-    monkeypatch.setattr(prices, "SHORTLIST", 60)
+    monkeypatch.setattr(answers, "SHORTLIST", 60)
     short = measure_curves(dense, regions, many)
     for region in regions:
         width = probed_width(region)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dotresize_fx.answers import SHORTLIST
 from dotresize_fx.graph import Kind, Op
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.gram_nodes import GramNodes
 from dotresize_fx.onnx_form.piece import Environment
 from dotresize_fx.onnx_form.runtime_values import to_runtime
 from dotresize_fx.onnx_form.stream import OnnxStream
-from dotresize_fx.prices import SHORTLIST
 from dotresize_fx.task import predicts_tokens
 
 _DENSE = "dotresize_fx.dense"

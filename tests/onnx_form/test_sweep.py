@@ -12,12 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from dotresize_fx import prices
 from dotresize_fx.errors import NothingToSlimError, SolverError, UsageError
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.memory import Memory
-from dotresize_fx.onnx_form import answers
 from dotresize_fx.onnx_form.answers import OnnxAnswers
 from dotresize_fx.onnx_form.execution import OnnxExecution
 from dotresize_fx.onnx_form.graph import OnnxGraph
@@ -178,8 +176,8 @@ def test_of_a_large_vocabulary_the_likeliest_tokens_are_scored(batches: Any, mon
     model = Deep()
     model.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
     program, graphs = traced(model)
-    for module in (prices, answers):
-        monkeypatch.setattr(module, "SHORTLIST", VOCABULARY // 4)
+    for module in ("dotresize_fx.answers", "dotresize_fx.onnx_form.answers"):
+        monkeypatch.setattr(f"{module}.SHORTLIST", VOCABULARY // 4)
     expected = measure_curves(program, ffns(find_regions(program)), batches, task="decoder")
     arguments = graphs.given, ffns(graphs.matches), batches
     found = measure_onnx_curves(*arguments, task="decoder", rows=lambda batch: batch["input_ids"].numel())
