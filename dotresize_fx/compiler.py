@@ -119,6 +119,10 @@ def slim_with(
         raise UsageError(f"{model}: an ONNX file is slimmed by the command line: dotresize-fx export")
     given = reads_given_inputs(model)
     _check_kind(chosen, given, batches)
+    if launched.count > 1 and chosen.memory_budget is not None:
+        raise UsageError(
+            "--memory-budget is for one process: what others are handed is held in memory: leave it out, or torchrun"
+        )
     # What is wrong with these is said before the model is loaded.
     require_formats(chosen.formats, given)
     text = None if given else load_text(chosen.calibration)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData
+from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.options import Options
 from dotresize_fx.region_map import RegionMap, pair_selection, selection
@@ -64,17 +65,22 @@ class Journal:
         _write(self.folder / _PLAN, {"widths": dict(plan.widths), "losses": dict(plan.losses), "notes": list(notes)})
 
     def sublayer(self, number: int, regions: Sequence[Region]) -> FinishedSublayer | None:
-        """That of this number, if it is finished."""
+        """That of this number, if it is finished; what was cut off, say with the machine's power, goes."""
         if not (file := self._file(number)).exists():
             return None
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
+        try:
+            parameters = lazy_tensors(file, checked=False)
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
+        except (BadWeightsError, KeyError, ValueError):
+            file.unlink()
+            return None
         named = {region.name: region for region in regions}
         swept = tuple(
             SweptRegion(named[name], width, method, error, notes)
             for name, width, method, error, notes in json.loads(header[_SWEPT])
         )
-        return FinishedSublayer(swept, json.loads(header[_MAPS]), lazy_tensors(file, checked=False))
+        return FinishedSublayer(swept, json.loads(header[_MAPS]), parameters)
 
     def write_sublayer(
         self,

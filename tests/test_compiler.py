@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from dotresize_fx.compiler import analyse, slim
+from dotresize_fx.compiler import analyse, slim, slim_with
 from dotresize_fx.errors import CaptureError, TextError, UsageError
 from dotresize_fx.export.capture import TRACED_LENGTH
 from dotresize_fx.export.model_source import load_model
+from dotresize_fx.options import Options
 from dotresize_fx.plan_file import write_plan
 from dotresize_fx.progress import Progress
 from dotresize_fx.width_plan import WidthPlan
@@ -87,6 +89,12 @@ def test_a_plan_is_followed_instead_of_a_ratio(tmp_path: Path, save_tiny_model: 
 def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--method pca does not cut what is cut by default"):
         slim(tmp_path / "no model", method="pca")
+
+
+def test_a_memory_budget_is_for_one_process(tmp_path: Path) -> None:
+    launched: Any = SimpleNamespace(count=2, rank=0)
+    with pytest.raises(UsageError, match="--memory-budget is for one process"):
+        slim_with(Options(memory_budget=1 << 30), str(tmp_path), launched, progress=Progress(quiet=True))
 
 
 def test_products_in_half_precision_change_little(tmp_path: Path, save_tiny_model: SaveModel) -> None:
