@@ -279,7 +279,7 @@ class Options:
     def _takes_all_weights(self) -> tuple[str, str] | None:
         """What is asked for that has all weights in memory, and why."""
         known = {
-            "--effort heal": self.effort == "heal" and "it trains the whole model",
+            "--effort heal": self.effort == "heal" and "it trains the whole model (best does not)",
             "--regions residual": RegionKind.RESIDUAL in self.kinds and "a stream is cut in all weights at once",
             "--methods": bool(self.methods) and "it solves the model four times",
             "--merge": self.merge is not None and "blocks are compared with each other",

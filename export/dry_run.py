@@ -97,9 +97,18 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             "",
             f"weights: {show_size(weights)} in float32, which {where}" + STREAMS_WAIT[place],
             *told.lines(),
+            *_beyond(told, options),
         ]
     )
     return DryRun(text, told)
+
+
+def _beyond(told: Forecast, options: Options) -> list[str]:
+    """Whether the host's memory is more than was allowed."""
+    budget = options.memory.budget
+    if budget is None or told.host <= budget:
+        return []
+    return [f"--memory-budget {show_size(budget)} is less than that: this export takes more"]
 
 
 def _check(name: str, options: Options) -> None:
