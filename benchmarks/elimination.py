@@ -13,18 +13,17 @@ import argparse
 import time
 from statistics import median
 
-import torch
 from bench import line
 
 from dotresize_fx.calibration import load_text, prepare_data
 from dotresize_fx.compiler import analyse, compute_device
 from dotresize_fx.export.open_model import open_model
-from dotresize_fx.fx_form.execution import Execution
-from dotresize_fx.gram import GramAccumulator, RegionStatistics
 from dotresize_fx.options import Options
 from dotresize_fx.progress import Progress
+from dotresize_fx.ranks import Ranks
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import RegionKind
+from dotresize_fx.sensitivity import dense_statistics
 from dotresize_fx.solvers import obs
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
@@ -47,12 +46,11 @@ def main() -> None:
     data = prepare_data(load_text(()), options, loaded.tokenizer, loaded.task, captured.longest, device)
     dense.to(device)
     regions = [region for region in matches.regions if region.kind is RegionKind.FFN]
-    execution = Execution(dense)
     ratios: dict[int, list[list[float]]] = {count: [] for count in arguments.at_once}
     seconds: dict[int, float] = dict.fromkeys((1, *arguments.at_once), 0.0)
-    for region in regions:
-        seen = _statistics(execution, RegionInputs(dense, region), data.calibration, device)
-        weight, width = seen.reader_weight, region.width
+    watched = [RegionInputs(dense, region) for region in regions]
+    for inputs, seen in dense_statistics(dense, watched, data.calibration, Ranks(alone=True)):
+        weight, width = seen.reader_weight, inputs.region.width
         assert weight is not None
         one_by_one: list[float] = []
         for at_once in seconds:
@@ -70,17 +68,6 @@ def main() -> None:
     for at_once, rows in ratios.items():
         told = [f"{max(column):.4f} ({median(column):.4f})" for column in zip(*rows, strict=True)]
         line([str(at_once), *told, f"{seconds[at_once] / len(regions):.2f}"])
-
-
-def _statistics(
-    execution: Execution, inputs: RegionInputs, batches: list[dict[str, torch.Tensor]], device: str
-) -> RegionStatistics:
-    sums = inputs.new_sums()
-    for batch in batches:
-        assert inputs.hidden is not None
-        values = execution.run(execution.start(batch), 0, execution.position(inputs.hidden) + 1, keep=[inputs.hidden])
-        inputs.add_rows(sums, values, None)
-    return inputs.statistics(sums, GramAccumulator())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dotresize_fx.calibration import sequences_at_once
-from dotresize_fx.cost import count_cost, stream_width
+from dotresize_fx.cost import Cost, count_cost, stream_width
 from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
@@ -101,14 +101,15 @@ class Work:
 
 def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     """Of a graph whose weights need not be there."""
-    host, gpu = _memory(graph, regions, work)
+    cost, weights = count_cost(graph, work.length), _weights(graph)
+    host, gpu = _memory(graph, regions, weights, work)
     rate, double = (
         _rate(work.device, dtype) for dtype in (torch.bfloat16 if work.half else torch.float32, torch.float64)
     )
     widths, flowing = [_width(graph, region) for region in regions], stream_bytes(graph, work.tokens)
-    operations = _operations(graph, widths, work)
+    operations = _operations(cost, widths, work)
     solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (2 if work.measured else 1)
-    parameters = sum(_weights(graph)) / 4
+    parameters = sum(weights) / 4
     solving = operations / rate / REACHED[work.device] + solved / double
     if work.device != "cpu":
         batches = work.tokens / (sequences_at_once(work.tokens, work.length, work.device) * work.length)
@@ -116,7 +117,7 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     if work.streams == "pinned":
         sublayers = len({region.target for region in regions})
         solving += COPIES * sublayers * flowing / STREAMS / COPIED + flowing / PINNED
-    measuring = 2.0 * count_cost(graph, work.length).macs_per_token * MEASURED * work.measuring
+    measuring = 2.0 * cost.macs_per_token * MEASURED * work.measuring
     reading = 4 * COMPARED * parameters / COMPARING + work.stored * parameters / READING
     stages = {
         "load and capture": work.analysed + reading,
@@ -126,9 +127,9 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     return Forecast(host, gpu, stages, operations + solved + measuring, rate)
 
 
-def _memory(graph: FxGraph, regions: Sequence[Region], work: Work) -> tuple[int, int]:
-    """The host's and the GPU's, in bytes."""
-    weights, flowing = _weights(graph), stream_bytes(graph, work.tokens)
+def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], work: Work) -> tuple[int, int]:
+    """The host's and the GPU's, in bytes, of which each of the ``weights`` takes so many."""
+    flowing = stream_bytes(graph, work.tokens)
     whole, largest = sum(weights), max(weights, default=0)
     block = max((_ends(graph, region) for region in regions), default=0) * 4
     solving = max((_solving(graph, region) for region in regions), default=0)
@@ -146,9 +147,8 @@ def _memory(graph: FxGraph, regions: Sequence[Region], work: Work) -> tuple[int,
     return host + max(2 * largest, answers), resident + max(working, answers + beside) + largest
 
 
-def _operations(graph: FxGraph, widths: Sequence[int], work: Work) -> float:
+def _operations(cost: Cost, widths: Sequence[int], work: Work) -> float:
     """Of running both models and of summing Gram matrices."""
-    cost = count_cost(graph, work.length)
     whole, blocks = 2.0 * cost.macs_per_token, 2.0 * (cost.block_macs_per_token + cost.attention_macs_per_token)
     operations = blocks * PASSES * work.tokens
     if work.measured:

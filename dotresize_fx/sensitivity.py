@@ -58,7 +58,7 @@ def measure_curves(
     shaping, pricing = shaping_and_pricing(graph, batches, task)
     shapes: dict[str, torch.Tensor] = {}
     probes: list[Probe] = []
-    for inputs, found in _dense_statistics(graph, watched, shaping, ranks):
+    for inputs, found in dense_statistics(graph, watched, shaping, ranks):
         region = inputs.region
         shapes[region.name] = CURVES[region.kind](region, found)
         probes.append(Probe(inputs, found))
@@ -132,7 +132,7 @@ def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
     return sum(map(tokens, pieces)) / len(pieces)
 
 
-def _dense_statistics(
+def dense_statistics(
     graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs], ranks: Ranks
 ) -> Iterator[tuple[RegionInputs, RegionStatistics]]:
     """What readers read; for queries and keys, which nothing but the attention reads, what their writers do.

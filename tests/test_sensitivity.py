@@ -76,7 +76,7 @@ def test_a_probe_of_scores_is_the_program_that_its_map_gives(
     batches = [tiny_batch(8, 32, padding=3, seed=seed) for seed in range(2)]
     for region in find_regions(dense).of_kind(RegionKind.QUERY_KEY):
         inputs = RegionInputs(dense, region)
-        statistics = dict(sensitivity._dense_statistics(dense, [inputs], batches, Ranks(alone=True)))[inputs]
+        statistics = dict(sensitivity.dense_statistics(dense, [inputs], batches, Ranks(alone=True)))[inputs]
         assert (statistics.coherence is None) == (kind == "opt")
         cut = probe.Probe(inputs, statistics)
         written = {op.name for op in inputs.writers}

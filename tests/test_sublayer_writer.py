@@ -69,22 +69,28 @@ def test_what_changed_is_in_the_journal_and_in_files_alone(trace: Trace, tmp_pat
     assert finished.maps == {"a map": {}}
 
 
+def change_next(graph: FxGraph, op: Op, weight: torch.Tensor, writer: SublayerWriter, journal: Waiting) -> None:
+    """The sublayer behind one that is under way, and written before this one is put."""
+    under_way = writer._under_way
+    writer.begin()
+    graph.set_weight(op, weight)
+    journal.go_on.set()
+    assert under_way is not None
+    under_way.result()
+    writer.put(1, [], {})
+
+
 def test_a_sublayer_is_written_while_the_next_is_under_way(trace: Trace, tmp_path: Path) -> None:
     graph, first, second = two_layers(trace, tmp_path)
     journal = Waiting(tmp_path / "journal")
-    with SublayerWriter(graph, journal, beside=True) as writer:
-        writer.begin()
-        graph.set_weight(first, torch.eye(4))
-        writer.put(0, [], {})
-        under_way = writer._under_way
-        writer.begin()
+    writer = SublayerWriter(graph, journal, beside=True)
+
+    def behind() -> None:
         assert not isinstance(graph.weight(first), LazyTensor)
-        graph.set_weight(second, 2 * torch.eye(4))
-        journal.go_on.set()
-        assert under_way is not None
-        under_way.result()
-        writer.put(1, [], {})
+        change_next(graph, second, 2 * torch.eye(4), writer, journal)
         assert isinstance(graph.weight(first), LazyTensor)
+
+    change(graph, first, writer, behind)
     assert [len(lazy_tensors(file)) for file in sorted((tmp_path / "journal").glob("*.safetensors"))] == [1, 1]
     for op, wanted in ((first, torch.eye(4)), (second, 2 * torch.eye(4))):
         assert isinstance(graph.weight(op), LazyTensor)
@@ -94,17 +100,8 @@ def test_a_sublayer_is_written_while_the_next_is_under_way(trace: Trace, tmp_pat
 def test_what_changes_again_meanwhile_is_not_put_back(trace: Trace, tmp_path: Path) -> None:
     graph, first, _ = two_layers(trace, tmp_path)
     journal = Waiting(tmp_path / "journal")
-    with SublayerWriter(graph, journal, beside=True) as writer:
-        writer.begin()
-        graph.set_weight(first, torch.eye(4))
-        writer.put(0, [], {})
-        under_way = writer._under_way
-        writer.begin()
-        graph.set_weight(first, 3 * torch.eye(4))
-        journal.go_on.set()
-        assert under_way is not None
-        under_way.result()
-        writer.put(1, [], {})
+    writer = SublayerWriter(graph, journal, beside=True)
+    change(graph, first, writer, lambda: change_next(graph, first, 3 * torch.eye(4), writer, journal))
     assert torch.equal(in_memory(graph.weight(first)), 3 * torch.eye(4))
 
 
