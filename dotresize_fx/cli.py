@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -30,8 +31,6 @@ from dotresize_fx.process_start import process_start
 if TYPE_CHECKING:
     from dotresize_fx.options import Options
 
-INTERRUPTED = 130
-TERMINATED = 143
 INTERRUPTION = "interrupted; nothing half-written was left behind"
 NO_ROOM = "the GPU has no memory left: take a shorter --sequence-length, fewer --calibration-tokens, or --device cpu"
 
@@ -49,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             if not _flushed(sys.stderr):
                 _silence(sys.stderr)
             sys.stdout.flush()  # here, where what goes wrong with it is still handled
-    except SystemExit:
+    except SystemExit as error:
         if stop.code is None:  # --help, or a mistake on the command line
             raise
-        _fail(INTERRUPTION, stop.code)
+        _fail("; ".join([INTERRUPTION, *getattr(error, "__notes__", ())]), stop.code)
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except Exception as error:
@@ -76,14 +75,16 @@ class _Stop:
     """Ctrl-C and SIGTERM, as a SystemExit that is not lost.
 
     A library may swallow the exception that a signal raises (an import that it only tries, a callback from C): the
-    signal is remembered, and ``check``, which runs between the stages, raises again. It is no KeyboardInterrupt,
-    because Python kills itself at its end where one has passed through an ``exec``, handled or not.
+    signal is remembered, and ``check``, which runs between the stages, raises again. Or it writes what is raised in it
+    to a log, which is off from then on. It is no KeyboardInterrupt, because Python kills itself at its end where one
+    has passed through an ``exec``, handled or not.
     """
 
     def __init__(self) -> None:
         self.code: int | None = None
         numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
         self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
+        self._logs = logging.root.manager.disable
         self._before = {number: signal.signal(number, self._arrived) for number in numbers}
 
     def check(self) -> None:
@@ -96,6 +97,8 @@ class _Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler if restore else signal.SIG_IGN)
         sys.unraisablehook = self._hook
+        if restore:
+            logging.disable(self._logs)
 
     def _swallowed(self, lost: sys.UnraisableHookArgs) -> None:
         """What a destructor or a callback cannot raise Python prints, with a traceback: not what a signal raised."""
@@ -104,6 +107,7 @@ class _Stop:
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
+        logging.disable()
         self.check()
 
 

@@ -175,6 +175,8 @@ def slim_with(
         journal = None
         if work is not None and launched.count == 1 and loaded.sha256:  # else nothing tells one model from another
             journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, plan, device, half=half))
+            if journal.gone:
+                progress.show(f"gone: {journal.gone}")
         slimmed = slim_on_device(
             *(dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock), half=half
         )
@@ -255,13 +257,13 @@ def export(
 
     progress.seconds["start"] = time.perf_counter() - started  # imports, mostly
     if is_onnx_source(name):
-        with OutputFolder(out, force, name) as folder:
+        with OutputFolder(out, force, name, check=progress.check) as folder:
             return slim_onnx_file(name, folder.partial, folder.work, options, progress, started)
     # Outermost, so that OUT is settled before this process ends for another's failure.
     with alone_or_together(options, progress) as launched:
         require_onnx_runtime()
         require_runtime(options)
-        with OutputFolder(out, force, name) as folder:
+        with OutputFolder(out, force, name, check=progress.check) as folder:
             result = slim_with(
                 options, name, launched, trust_remote_code=trust_remote_code, progress=progress, work=folder.work
             )

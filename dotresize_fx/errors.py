@@ -5,6 +5,9 @@ A message is one line: what was wrong, where, and what to do. The command line p
 
 from __future__ import annotations
 
+# The exit codes of a process that Ctrl-C or SIGTERM ends, as a shell gives them: 128 and the signal's number.
+INTERRUPTED, TERMINATED = 130, 143
+
 
 class DotresizeError(Exception):
     """Any error that a user can act on. ``exit_code`` is what the command line exits with."""

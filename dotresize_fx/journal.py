@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,18 +15,17 @@ from typing import Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData
-from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.options import Options
 from dotresize_fx.region_map import RegionMap, pair_selection, selection
-from dotresize_fx.regions import Region
-from dotresize_fx.stored_tensors import lazy_tensors, write_tensors
+from dotresize_fx.regions import Region, counted
+from dotresize_fx.stored_tensors import file_crc32, lazy_tensors, write_tensors
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.width_plan import WidthPlan
 
 FOLDER = "journal"
 _WHOSE, _PLAN = "export.json", "plan.json"
-_SWEPT, _MAPS = "swept", "maps"
+_SWEPT, _MAPS, _CRC = "swept", "maps", "crc32"
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,20 @@ class FinishedSublayer:
 
 
 class Journal:
-    """In ``folder``, made here. ``export`` says of what it is, as JSON: what another one left there goes.
+    """In ``folder``, made here. ``export`` says of what it is, as JSON: what another one left there goes, and ``gone``
+    says in words what that was.
 
-    Every file appears whole: a process may be killed at any moment.
+    Every file appears whole: a process may be killed at any moment. A sublayer is finished once its numbers have what
+    was swept beside them.
     """
 
     def __init__(self, folder: Path, export: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self.gone = folder, ""
         told = json.loads(json.dumps(export))
-        if _read(folder / _WHOSE) != told:
+        if (before := _read(folder / _WHOSE)) != told:
+            if (count := self.finished) and before is not None:
+                differ = ", ".join(_differences(before, told))
+                self.gone = f"{counted(count, 'finished sublayer')} of an earlier run, of another export ({differ})"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             _write(folder / _WHOSE, told)
@@ -65,22 +70,22 @@ class Journal:
         _write(self.folder / _PLAN, {"widths": dict(plan.widths), "losses": dict(plan.losses), "notes": list(notes)})
 
     def sublayer(self, number: int, regions: Sequence[Region]) -> FinishedSublayer | None:
-        """That of this number, if it is finished; what was cut off, say with the machine's power, goes."""
-        if not (file := self._file(number)).exists():
-            return None
+        """That of this number, if it is finished; what was damaged since then goes (the power failed, say)."""
+        file, row = self._file(number), self._row(number)
+        told = _read(row)
         try:
+            if told is None or _crc(told, file_crc32(file)) != told[_CRC]:
+                raise ValueError(f"{file} is not as it was written")
             parameters = lazy_tensors(file, checked=False)
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
-        except (BadWeightsError, KeyError, ValueError):
-            file.unlink()
+        except (OSError, KeyError, ValueError):
+            row.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             return None
         named = {region.name: region for region in regions}
         swept = tuple(
-            SweptRegion(named[name], width, method, error, notes)
-            for name, width, method, error, notes in json.loads(header[_SWEPT])
+            SweptRegion(named[name], width, method, error, notes) for name, width, method, error, notes in told[_SWEPT]
         )
-        return FinishedSublayer(swept, json.loads(header[_MAPS]), parameters)
+        return FinishedSublayer(swept, told[_MAPS], parameters)
 
     def write_sublayer(
         self,
@@ -91,23 +96,32 @@ class Journal:
     ) -> Mapping[str, LazyTensor]:
         """Returns the parameters as they stand in the file now."""
         rows = [[s.region.name, s.width, s.method, s.error, dict(s.notes)] for s in swept]
-        told = {_SWEPT: json.dumps(rows), _MAPS: json.dumps(maps)}
+        told: dict[str, Any] = {_SWEPT: rows, _MAPS: maps}
         partial = self.folder / "partial"
         try:
-            write_tensors(partial, parameters, told)
+            crc = write_tensors(partial, parameters)
         except OSError:  # a full disk, which has better use for the room
             partial.unlink(missing_ok=True)
             raise
         partial.replace(file := self._file(number))
+        _write(self._row(number), told | {_CRC: _crc(told, crc)})
         return lazy_tensors(file, checked=False)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05}.safetensors"
 
+    def _row(self, number: int) -> Path:
+        return self._file(number).with_suffix(".json")
+
+
+def _crc(told: Mapping[str, Any], of_numbers: int) -> int:
+    """Of a finished sublayer's numbers and of what was swept."""
+    return zlib.crc32(json.dumps([told[_SWEPT], told[_MAPS]]).encode(), of_numbers)
+
 
 def count_finished(folder: Path) -> int:
     """How many sublayers a journal's folder has, 0 where there is none."""
-    return sum(1 for _ in folder.glob("*.safetensors"))
+    return sum(1 for _ in folder.glob("[0-9]*.json"))
 
 
 # What a run may take, or writes beside the model, decides on no number.
@@ -140,6 +154,16 @@ def export_of(
         "calibration": given.hexdigest(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads",
     }
+
+
+def _differences(before: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, options by their names on the command line."""
+    for name in dict.fromkeys([*told, *before]):
+        one, other = before.get(name), told.get(name)
+        if name == "options" and one and other:
+            yield from (f"--{key.replace('_', '-')}" for key in other if one.get(key) != other[key])
+        elif one != other:
+            yield name
 
 
 def map_shape(found: RegionMap) -> dict[str, Any]:

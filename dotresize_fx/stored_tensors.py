@@ -7,7 +7,9 @@ import math
 import mmap
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,24 +59,35 @@ def lazy_tensors(file: Path, dtype: torch.dtype | None = None, *, checked: bool 
     return found
 
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> None:
-    """A safetensors file with ``told`` as its metadata; one tensor at a time is in memory for it, and none is copied
-    that is there already, the same numbers under two names either.
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+    """A safetensors file; one tensor at a time is in memory for it, and none is copied that is there already, the same
+    numbers under two names either. Returns the file's CRC-32.
     """
     # The largest numbers first, so that all stand at a multiple of their size.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": dict(told)}
-    end = 0
+    header, end = {}, 0
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + tensor.numel() * tensor.itemsize
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    crc = 0
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            stream.write(_bytes(in_memory(tensors[name])))
+        numbers = (_bytes(in_memory(tensors[name])) for name in order)
+        for part in chain([memoryview(len(text).to_bytes(8, "little") + text)], numbers):
+            stream.write(part)
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def file_crc32(file: Path) -> int:
+    """That of all its bytes."""
+    crc = 0
+    with file.open("rb") as stream:
+        while part := stream.read(1 << 22):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -17,7 +17,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from dotresize_fx.errors import OutputError
+from dotresize_fx.errors import TERMINATED, OutputError
 from dotresize_fx.journal import FOLDER as JOURNAL
 from dotresize_fx.journal import count_finished
 from dotresize_fx.regions import counted
@@ -36,10 +36,11 @@ class OutputFolder:
     Entering checks OUT before any work is done and makes two folders beside it: ``partial`` for what OUT
     will hold and ``work`` for intermediate files, which is removed. Leaving without an exception renames
     ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the parents made for
-    OUT. A process that is killed leaves ``work``; one whose disk is full leaves the journal in it, if that has a
-    finished sublayer. The next one for this OUT takes the journal over, see :mod:`dotresize_fx.journal`. With
-    ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new one is complete. ``source`` is the
-    model, where that is a file or folder.
+    OUT. A process that is killed leaves ``work``; one whose disk is full, or that SIGTERM ends (a job's time limit, a
+    machine that is taken back), leaves the journal in it, if that has a finished sublayer. The next one for this OUT
+    takes the journal over, see :mod:`dotresize_fx.journal`. ``check`` raises what a signal has asked for and something
+    swallowed. With ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new one is complete.
+    ``source`` is the model, where that is a file or folder.
 
     Raises:
         OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
@@ -47,7 +48,14 @@ class OutputFolder:
             written; on leaving, also when the disk was full.
     """
 
-    def __init__(self, out: Path | str, force: bool = False, source: Path | str | None = None) -> None:
+    def __init__(
+        self,
+        out: Path | str,
+        force: bool = False,
+        source: Path | str | None = None,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         # Resolved, so that a link to a folder stays a link and a later chdir changes nothing.
         self.out = Path(out).resolve()
         self._force = force
@@ -57,6 +65,7 @@ class OutputFolder:
         self.partial = self._beside("partial")
         self.work = self._beside("work")
         self._lock = FileLock(self.work / LOCK)
+        self._check_signals = check
         self._keep_journal = False
 
     def __enter__(self) -> Self:
@@ -87,9 +96,8 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _signals_wait():
-            # Whose disk was full goes on, when there is room, from what was finished.
-            full = error is not None and _is_full_disk(error)
-            finished = count_finished(self.work / JOURNAL) if full else 0
+            full, ended = error is not None and _is_full_disk(error), self._termination(error)
+            finished = count_finished(self.work / JOURNAL) if full or ended else 0
             self._keep_journal = finished > 0
             try:
                 if error is None:
@@ -98,12 +106,22 @@ class OutputFolder:
                 raise OutputError(f"{self.out} cannot be put in place: {problem.strerror}") from problem
             finally:
                 self._discard()
+        behind = f"it goes on behind {counted(finished, 'finished sublayer')}, kept in {self.work / JOURNAL}"
         if full:
             said = f"the disk is full: no room for {self.out}; free some space and run again"
-            if finished:
-                said += f" with the same OUT: it goes on behind {counted(finished, 'finished sublayer')}, kept in "
-                said += str(self.work / JOURNAL)
-            raise OutputError(said) from error
+            raise OutputError(f"{said} with the same OUT: {behind}" if finished else said) from error
+        if ended and finished:
+            ended.add_note(f"run the same command again: {behind}")
+            raise ended from (None if ended is error else error)
+
+    def _termination(self, error: BaseException | None) -> SystemExit | None:
+        """What SIGTERM raised, though something on its way may have made another error of it."""
+        if isinstance(error, Exception):
+            try:
+                self._check_signals()
+            except SystemExit as swallowed:
+                error = swallowed
+        return error if isinstance(error, SystemExit) and error.code == TERMINATED else None
 
     def _take_over(self) -> None:
         """Of what killed runs left: the latest one's journal becomes ours, all else goes."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import dotresize_fx.errors
-from dotresize_fx.cli import INTERRUPTED, TERMINATED, _parser, main
-from dotresize_fx.errors import DotresizeError
+from dotresize_fx.cli import _parser, main
+from dotresize_fx.errors import INTERRUPTED, TERMINATED, DotresizeError
 from dotresize_fx.options import CALIBRATION_TOKENS, PLANNED, REPAIR_STEPS, Options
 from dotresize_fx.width_plan import MULTIPLE, STEPS_AT_LEAST, grid
 
@@ -125,10 +125,13 @@ def test_output_that_finds_no_room(tmp_path: Path) -> None:
 # Between the command line and the work, something that keeps what is raised in it to itself.
 SWALLOWS = {
     "a library": "try:\n        os.kill(os.getpid(), int(name))\n    except BaseException:\n        pass",
+    "a log": "try:\n        os.kill(os.getpid(), int(name))\n    except BaseException:\n"
+    "        logging.getLogger('torch').exception('no luck')\n        raise RuntimeError('no luck') from None",
     "a destructor": "type('Part', (), {'__del__': lambda part: os.kill(os.getpid(), int(name))})()",
 }
+SWALLOWED = [("a library", signal.SIGINT), ("a log", signal.SIGINT), ("a destructor", signal.SIGTERM)]
 SCRIPT = """
-import os, sys
+import logging, os, sys
 from dotresize_fx import cli, compiler
 
 def open_model(name, **options):
@@ -140,7 +143,7 @@ cli.main(["inspect", sys.argv[1], "--quiet"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of another kind")
-@pytest.mark.parametrize(("swallower", "number"), [("a library", signal.SIGINT), ("a destructor", signal.SIGTERM)])
+@pytest.mark.parametrize(("swallower", "number"), SWALLOWED)
 def test_a_signal_that_is_swallowed(tmp_path: Path, swallower: str, number: int) -> None:
     """The command ends behind the stage all the same, before what the stage did not do can fail."""
     script = SCRIPT.format(body=SWALLOWS[swallower])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,42 @@ def test_room_and_what_is_written_beside_the_model_are_not(other: dict[str, Any]
     assert told(**other) == told()
 
 
-@pytest.mark.parametrize("left", [0, 4, 60, -1])
-def test_a_sublayer_that_was_cut_off_is_not_finished(tmp_path: Path, left: int) -> None:
-    """Its file goes, others stay."""
+def cut(share: float) -> Callable[[bytes], bytes]:
+    return lambda data: data[: int(share * len(data))]
+
+
+def flip(share: float) -> Callable[[bytes], bytes]:
+    def flipped(data: bytes) -> bytes:
+        place = int(share * len(data))
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+    return flipped
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+@pytest.mark.parametrize("damage", [cut(0), cut(0.1), cut(0.99), flip(0.2), flip(0.5), flip(0.97)])
+def test_a_sublayer_that_was_damaged_is_not_finished(
+    tmp_path: Path, damage: Callable[[bytes], bytes], ending: str
+) -> None:
+    """Cut off or changed on the disk; its files go, others stay."""
     journal = Journal(tmp_path / "journal", {})
     for number in range(2):
         journal.write_sublayer(number, [], {}, {"weight": torch.ones(8)})
-    file = tmp_path / "journal" / "00000.safetensors"
-    file.write_bytes(file.read_bytes()[:left])
+    file = tmp_path / "journal" / f"00000.{ending}"
+    file.write_bytes(damage(file.read_bytes()))
     assert journal.sublayer(0, []) is None
-    assert not file.exists()
+    assert journal.finished == 1
+    assert not list(file.parent.glob("00000.*"))
     other = journal.sublayer(1, [])
     assert other is not None
     assert torch.equal(other.parameters["weight"].read(), torch.ones(8))
+
+
+def test_what_another_export_left_is_told_as_it_goes(tmp_path: Path) -> None:
+    first = Journal(tmp_path / "journal", told())
+    first.write_sublayer(0, [], {}, {"weight": torch.ones(8)})
+    again = Journal(tmp_path / "journal", told())
+    assert (again.finished, again.gone) == (1, "")
+    other = Journal(tmp_path / "journal", told(tokens=1, repair_steps=3))
+    assert other.finished == 0
+    assert other.gone == "1 finished sublayer of an earlier run, of another export (--repair-steps, calibration)"

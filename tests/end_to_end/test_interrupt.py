@@ -20,6 +20,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of anot
 MOMENTS = [("", 0.1), ("", 1.5), ("load", 1.0), ("find regions", 0.2), ("convert slim", 0.15)]
 
 
+# What a journal's files, and the lock beside it, end in.
+JOURNAL = {".safetensors", ".json", ""}
+
 Send = Callable[[int, int], None]
 
 
@@ -113,7 +116,9 @@ def test_a_termination_of_the_command_alone_ends_its_child_too(
     few_tokens: list[str],
     tmp_path: Path,
 ) -> None:
-    """As ``kill PID`` and a job's time limit do; an earlier output that was to be replaced stays as it was."""
+    """As ``kill PID`` and a job's time limit do; an earlier output that was to be replaced stays, and finished
+    sublayers are kept beside it.
+    """
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text("{}")
     before = tree(tmp_path)
@@ -121,5 +126,8 @@ def test_a_termination_of_the_command_alone_ends_its_child_too(
     code, out, err = interrupt(process, "convert slim", 0.15, signal.SIGTERM, os.kill)
     assert (code, out) == (143, "")
     assert "Traceback" not in err
-    assert tree(tmp_path) == before
+    assert "nothing half-written was left behind; run the same command again: it goes on behind" in err.splitlines()[-1]
+    left = tree(tmp_path)
+    assert {name: left[name] for name in before} == before
+    assert {Path(name).suffix for name in left.keys() - before.keys() if left[name] != "folder"} == JOURNAL
     assert group_is_gone(process.pid)

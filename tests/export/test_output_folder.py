@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dotresize_fx.errors import OutputError
+from dotresize_fx.errors import TERMINATED, OutputError
 from dotresize_fx.export.output_folder import OutputFolder
 
 
@@ -152,34 +154,58 @@ def test_disk_full_is_told_and_cleaned_up(tmp_path: Path) -> None:
         write_and_raise(tmp_path / "out", PermissionError(13, "other errors keep their kind"))
 
 
-def test_a_full_disk_keeps_finished_sublayers_alone(tmp_path: Path) -> None:
+FULL = OSError(errno.ENOSPC, "No space left on device")
+BEHIND = r"it goes on behind 1 finished sublayer, kept in .*journal$"
+
+
+def swallowed() -> None:
+    raise SystemExit(TERMINATED)
+
+
+@pytest.mark.parametrize(
+    ("failure", "check", "raised", "said"),
+    [
+        pytest.param(FULL, lambda: None, OutputError, f"run again with the same OUT: {BEHIND}", id="full disk"),
+        pytest.param(SystemExit(TERMINATED), lambda: None, SystemExit, f"same command again: {BEHIND}", id="SIGTERM"),
+        pytest.param(RuntimeError("half"), swallowed, SystemExit, f"same command again: {BEHIND}", id="swallowed"),
+    ],
+)
+def test_finished_sublayers_alone_are_kept(
+    tmp_path: Path, failure: BaseException, check: Callable[[], None], raised: type[BaseException], said: str
+) -> None:
     """The next run takes them over, in a process of the same number too, as the first ones of containers are."""
     out = tmp_path / "new" / "out"
 
     def run(finish: bool, error: BaseException | None) -> list[str]:
-        with OutputFolder(out) as folder:
+        with OutputFolder(out, check=check) as folder:
             found = names(folder.work)
             (journal := folder.work / "journal").mkdir(exist_ok=True)
             if finish:
-                (journal / "00000.safetensors").write_text("x")
+                (journal / "00000.json").write_text("x")
             (folder.work / "spooled").mkdir()
             write(folder)
             if error is not None:
                 raise error
         return found
 
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OutputError, match=r"free some space and run again$"):
-        run(False, full)
+    with pytest.raises((raised, type(failure))) as nothing:
+        run(False, failure)
+    assert "goes on behind" not in told(nothing.value)
     assert names(tmp_path) == []
     for _ in range(2):
-        with pytest.raises(OutputError, match=r"same OUT: it goes on behind 1 finished sublayer, kept in .*journal$"):
-            run(True, full)
+        with pytest.raises(raised) as kept:
+            run(True, failure)
+        assert re.search(said, told(kept.value))
+        kept.value.__notes__ = []
         assert names(out.parent) == [f".out.work-{os.getpid()}"]
         assert names(out.parent / f".out.work-{os.getpid()}") == ["journal", "lock"]
     (out.parent / f".out.work-{os.getpid()}").rename(out.parent / ".out.work-1")
     assert run(True, None) == ["journal", "lock"]
     assert names(out.parent) == ["out"]
+
+
+def told(error: BaseException) -> str:
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 _CHILD = """
