@@ -28,8 +28,12 @@ def continued(
 ) -> dict[str, torch.Tensor]:
     """The inputs for what stands behind the first ``past`` tokens of ``whole``, whose cache ``present`` is."""
     results = [node.name for node in graph.nodes.output_node().all_input_nodes][1:]
-    given = {name: value if name == "attention_mask" else value[:, past:] for name, value in whole.items()}
-    return given | {graph.caches[name]: value for name, value in zip(results, present, strict=True)}
+    return behind(whole, past) | {graph.caches[name]: value for name, value in zip(results, present, strict=True)}
+
+
+def behind(whole: Mapping[str, torch.Tensor], past: int) -> dict[str, torch.Tensor]:
+    """Of the same inputs those that are no cache."""
+    return {name: value if name == "attention_mask" else value[:, past:] for name, value in whole.items()}
 
 
 def splits(mask: torch.Tensor) -> list[int]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from dotresize_fx.errors import BadWeightsError, CaptureError
 from dotresize_fx.export.cached_forward import PAST_LENGTH, cached_forward
-from dotresize_fx.export.cached_runs import continued, prompt_inputs
 from dotresize_fx.export.capture import (
-    CAPTURE_TOLERANCE,
     LARGEST_BATCH,
     Captured,
     longest_of,
@@ -20,14 +17,11 @@ from dotresize_fx.export.capture import (
     trace,
     what_it_said,
 )
+from dotresize_fx.export.compare_cached import compare_cached
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.stand_ins import stand_ins
 from dotresize_fx.fx_form.cache import find_caches
-from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-
-# (tokens of the past, new tokens) of the sample's; a single new token is tried in a batch of one.
-SPLITS = ((0, 16), (0, 1), (9, 7), (15, 1))
 
 
 def capture_with_cache(model: Any, *, compare: bool = True) -> Captured:
@@ -68,7 +62,7 @@ def capture_with_cache(model: Any, *, compare: bool = True) -> Captured:
         if len(graph.caches) != 2 * len(cached.sizes):
             raise CaptureError("what it puts out as its cache is not the past with the new tokens behind it")
         if compare:
-            _compare(model, captured)
+            compare_cached(model, captured)
         return captured
     raise CaptureError(f"torch.export said: {what_it_said(refusal or Exception())}") from refusal
 
@@ -80,39 +74,3 @@ def free_sizes(longest: int) -> tuple[Any, Any, Any]:
         torch.export.Dim.AUTO,
         torch.export.Dim("past", min=0, max=max(longest, PAST_LENGTH + 1)),
     )
-
-
-@torch.no_grad()
-def _compare(model: Any, captured: Captured) -> None:
-    """The model's logits, once without a cache, against the program's, in one go and behind a past of its own: a
-    decoder's logits do not depend on what stands behind or in other rows.
-    """
-    assert captured.cache is not None
-    ids, mask = captured.sample["input_ids"], captured.sample["attention_mask"]
-    execution = Execution(captured.graph, caches=True)
-    expected = None
-    present: list[torch.Tensor] = []
-    for past, length in SPLITS:
-        first, stop = 1 if length == 1 else 0, past + length
-        whole = prompt_inputs(captured.cache, ids[first:, :stop], mask[first:, :stop])
-        try:
-            if expected is None:
-                expected = model(**whole)[0]
-            given: Mapping[str, torch.Tensor] = whole
-            if past:
-                given = continued(captured.graph, whole, [value[first:, :, :past] for value in present], past)
-            found, *caches = execution.outputs(given)
-            present = present or caches
-            wanted = expected[first:, past:stop]
-            same = found.shape == wanted.shape and bool(
-                (found - wanted)[mask[first:, past:stop].bool()].abs().max()
-                <= CAPTURE_TOLERANCE * expected[mask.bool()].abs().max()
-            )
-        except BadWeightsError:
-            raise
-        except Exception:  # sizes that tracing took for constants, or positions that the model cannot be given
-            same = False
-        if not same:
-            raise CaptureError(
-                f"with a past of {past} and {length} new tokens the captured program computes something else"
-            )

@@ -69,11 +69,13 @@ class Execution:
         """Which of the nodes it is; -1 for an input or a parameter, which is there from the start."""
         return self.index.get(node, -1)
 
-    def pieces(self, start: int, stop: int) -> list[int]:
+    def pieces(self, start: int, stop: int, limit: int | None = None) -> list[int]:
         """Where batches that are run from ``start`` to ``stop`` had better wait for one another, and ``stop``: weights
-        that stay in files are read once for all of them where the spool can hold what a piece needs, and the next.
+        that stay in files are read once for all of them where ``limit`` bytes can be held, which by default is what the
+        spool can while it holds what the next piece needs.
         """
-        limit = self.graph.spool.weights.limit // 2 if self.graph.spool is not None else 0
+        if limit is None:
+            limit = self.graph.spool.weights.limit // 2 if self.graph.spool is not None else 0
         if not limit:
             return [stop]
         seen = set[torch.fx.Node]()
