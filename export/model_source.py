@@ -167,12 +167,16 @@ def _load_folder(folder: Path, source: str, trust_remote_code: bool, memory: Mem
 def _load_gguf(file: Path, source: str) -> LoadedModel:
     import gguf
 
-    try:
-        gguf.GGUFReader(file)  # maps the file and every tensor in it, so it fails on a truncated one
-    except Exception as error:
-        raise BadWeightsError(f"{file}: truncated or not a GGUF file ({first_line(error)}): fetch it again") from error
-    model = _load_weights(transformers.AutoModelForCausalLM, file.parent, str(file), gguf_file=file.name)
-    return _finish(model, "decoder", source, [file], file.parent, gguf_file=file.name)
+    from dotresize_fx.export.gguf_header import parsed_once
+
+    with parsed_once():
+        try:
+            gguf.GGUFReader(file)  # maps the file and every tensor in it, so it fails on a truncated one
+        except Exception as error:
+            why = f"truncated or not a GGUF file ({first_line(error)})"
+            raise BadWeightsError(f"{file}: {why}: fetch it again") from error
+        model = _load_weights(transformers.AutoModelForCausalLM, file.parent, str(file), gguf_file=file.name)
+        return _finish(model, "decoder", source, [file], file.parent, gguf_file=file.name)
 
 
 def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> tuple[Any, Task]:
