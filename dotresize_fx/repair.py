@@ -81,6 +81,17 @@ class Sublayer:
         ]
         return all(mask is None for mask in self.masks) and all(shape == shapes[0] for shape in shapes)
 
+    def in_turn(self, numbers: Sequence[int]) -> Iterator[int]:
+        """These batches' numbers. What of the next one waits elsewhere is on its way while one is worked at."""
+        spool = self.execution.graph.spool
+        if spool is None:
+            yield from numbers
+            return
+        for k in spool.in_turn(
+            len(numbers), lambda k: (*self.environments[numbers[k]].values(), self.goals[numbers[k]])
+        ):
+            yield numbers[k]
+
     def loss(self, i: int, weights: Mapping[torch.fx.Node, torch.Tensor], *, training: bool) -> torch.Tensor:
         """Mean over batch i's real tokens of |stream - goal|² / |goal|²; float32."""
         return self.loss_of(self.environments[i], self.goals[i], self.masks[i], weights, training=training)
@@ -205,18 +216,16 @@ def repair(
     batches = [i for i in range(len(sublayer.goals)) if i not in set(held_out)]
     measured = list(held_out) or batches
     training = _Training(sublayer, weights, LEARNING_RATE if rate is None else rate)
-    generator = torch.Generator().manual_seed(seed)
 
     def measure() -> float:
-        return float(torch.stack([sublayer.loss(i, weights, training=False) for i in measured]).mean())
+        losses = [sublayer.loss(i, weights, training=False) for i in sublayer.in_turn(measured)]
+        return float(torch.stack(losses).mean())
 
     before = best = measure()
     kept: dict[torch.fx.Node, torch.Tensor] = {}
-    order: list[int] = []
-    for step in range(steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
+    for step, i in enumerate(sublayer.in_turn(_order(batches, steps, seed))):
         share = min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-        training.step(batches[order.pop()], share)
+        training.step(i, share)
         if (step + 1) * (MEASUREMENTS - 1) // steps > step * (MEASUREMENTS - 1) // steps:
             now = measure()
             if not math.isfinite(now):
@@ -224,3 +233,12 @@ def repair(
             if now < best:
                 best, kept = now, {node: w.detach().clone() for node, w in weights.items()}
     return Repaired(kept, before, best, training.recorded.note if training.recorded else "")
+
+
+def _order(batches: Sequence[int], steps: int, seed: int) -> list[int]:
+    """Of each step the batch: all in another order each time round."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps:
+        order += [batches[k] for k in reversed(torch.randperm(len(batches), generator=generator).tolist())]
+    return order[:steps]

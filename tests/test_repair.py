@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import Region
 from dotresize_fx.repair import Repaired, Sublayer, repair
 from dotresize_fx.solvers import solvers_for
+from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]
@@ -194,6 +196,54 @@ def test_the_loss_is_relative_token_by_token(dense: FxGraph, cut: tuple[FxGraph,
     # A token a hundred times as large counts like any other.
     piece.goals[0][1, 3] *= 100
     assert float(piece.loss(0, {}, training=False)) < float(errors.mean()) + 1 / int(real.sum())
+
+
+def waiting(piece: Sublayer, folder: Path, streams: str) -> Sublayer:
+    """The same one, whose activations wait there."""
+    piece.execution.graph.spool = spool = Spool(folder, streams=streams)
+    for environment in piece.environments:
+        piece.execution.put_away(environment)
+    piece.goals = [spool.put_activation(goal) for goal in piece.goals]
+    return piece
+
+
+def test_batches_come_in_turn(
+    dense: FxGraph, cut: tuple[FxGraph, Region], batches: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the steps in one go, and between them those that measure; what they hold is asked for ahead."""
+    slim, region = cut[0].copy(), cut[1]
+    named = parameters(slim, region)
+    expected = repair(sublayer(dense, slim, region, batches), named, [7, 8], steps=12)
+    piece = waiting(sublayer(dense, slim, region, batches), tmp_path, "files")
+    asked: list[list[int]] = []
+    goals = {id(goal): i for i, goal in enumerate(piece.goals)}
+
+    def in_turn(count: int, needed: Callable[[int], Iterable[torch.Tensor]]) -> Iterator[int]:
+        asked.append([goals[id(value)] for k in range(count) for value in needed(k) if id(value) in goals])
+        yield from range(count)
+
+    assert slim.spool is not None
+    monkeypatch.setattr(slim.spool, "in_turn", in_turn)
+    assert same(repair(piece, named, [7, 8], steps=12), expected)
+    steps = next(order for order in asked if len(order) == 12)
+    assert sorted(steps[:8]) == [0, 1, 2, 3, 4, 5, 6, 9]
+    assert [order for order in asked if order is not steps] == [[7, 8]] * module.MEASUREMENTS
+
+
+@pytest.mark.gpu
+def test_activations_that_wait_in_pinned_memory(
+    dense: FxGraph, cut: tuple[FxGraph, Region], tiny_batch: Any, tmp_path: Path
+) -> None:
+    """The same weights, from recorded steps, where batches are copied beside the step before."""
+    graphs = dense.copy(), cut[0].copy()
+    for graph in graphs:
+        graph.to("cuda")
+    batches = [{k: v.cuda() for k, v in tiny_batch(4, 32, seed=seed).items()} for seed in range(10)]
+    piece = sublayer(graphs[0], graphs[1], cut[1], batches)
+    assert piece.alike
+    named = parameters(graphs[1], cut[1])
+    expected = repair(piece, named, [7, 8], steps=STEPS)
+    assert same(repair(waiting(piece, tmp_path, "pinned"), named, [7, 8], steps=STEPS), expected)
 
 
 @pytest.mark.gpu
