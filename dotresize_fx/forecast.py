@@ -35,8 +35,8 @@ SOLVING = {"cpu": 12, "cuda": 8}
 LIBRARIES = 450 << 20
 # Of what the analysis took, which a dry run has just done: converting and checking the slim file and the dense one.
 CONVERTED = 3.0
-# Runs that compare a program with its model, bytes of weights a second in them, and in hashing and reading.
-COMPARED, COMPARING, READING = 5, 1e10, 3e9
+# How often comparing a program with its model reads the weights, bytes a second of that, and of hashing and reading.
+COMPARED, COMPARING, READING = 2.5, 1e10, 3e9
 # Of square products of this size the rate is taken, and what share of it whole models reach; a GPU needs large ones.
 PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.8}
 # Seconds that a GPU waits for each op of each batch to be queued.

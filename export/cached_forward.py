@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +69,8 @@ class CachedForward:
         """What ``model`` gives inside :meth:`on`; ``original`` is its own forward pass."""
         _check_sizes(ids, mask, positions, past)
         extra = {} if positions is None else {POSITIONS: positions}
-        found = original(input_ids=ids, attention_mask=mask, past_key_values=_cache(past), use_cache=True, **extra)
+        with _same_symbols([ids, mask, *extra.values(), *(value for layer in past for value in layer.values())]):
+            found = original(input_ids=ids, attention_mask=mask, past_key_values=_cache(past), use_cache=True, **extra)
         layers = found.past_key_values.layers
         return {"logits": found.logits, "present": [{"key": each.keys, "value": each.values} for each in layers]}
 
@@ -150,6 +151,27 @@ def _cache(layers: Layers) -> Any:
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
         cache.layers.append(layer)
     return cache
+
+
+@contextmanager
+def _same_symbols(inputs: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, traced sizes that were said to be the same have the same symbol.
+
+    Each input has its own symbols, and by these torch looks up the shapes that it has told before: it would find none
+    of one layer in the next. Afterwards they are as they were, which is what torch holds the bounds against.
+    """
+    before = []
+    for tensor in inputs:
+        for size in (*tensor.size(), *tensor.stride(), tensor.storage_offset()):
+            if isinstance(size, torch.SymInt):
+                node: Any = size.node
+                before.append((node, node._expr))
+                node._expr = node.expr
+    try:
+        yield
+    finally:
+        for node, expression in reversed(before):
+            node._expr = expression
 
 
 def _check_sizes(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor | None, layers: Layers) -> None:
