@@ -11,6 +11,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 
 from dotresize_fx.export.capture import Captured, no_fast_path
 from dotresize_fx.export.quiet import quiet_libraries
+from dotresize_fx.export.rules_by_op import rules_by_op
 from dotresize_fx.export.shallow_forward import fitted_to, guard_layers_left
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.simplify import simplify
@@ -40,7 +41,8 @@ def export_given(
     cached = captured.cache
     sample = dict(captured.sample if cached is None else cached.sample)
     given = type(f"Given{exporter.__name__}", (exporter, _GivenProgram), {})
-    with quiet_libraries(), no_fast_path(), torch.no_grad(), cached.on(model) if cached else nullcontext():
+    named = cached.on(model) if cached else nullcontext()
+    with quiet_libraries(), no_fast_path(), rules_by_op(), torch.no_grad(), named:
         made = given()  # inside: it warns of versions when it is made
         made.program, made.metadata = program, captured.metadata
         return made.export(model, sample, config).program
