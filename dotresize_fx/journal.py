@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData
+from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.options import Options
 from dotresize_fx.region_map import RegionMap, pair_selection, selection
@@ -48,10 +50,14 @@ class Journal:
     def __init__(self, folder: Path, export: Mapping[str, Any]) -> None:
         self.folder, self.gone = folder, ""
         told = json.loads(json.dumps(export))
-        if (before := _read(folder / _WHOSE)) != told:
-            if (count := self.finished) and before is not None:
-                differ = ", ".join(_differences(before, told))
-                self.gone = f"{counted(count, 'finished sublayer')} of an earlier run, of another export ({differ})"
+        if (before := _read(folder / _WHOSE)) == told:
+            os.utime(folder / _WHOSE)  # see taken_up
+        else:
+            if count := self.finished:
+                why = "which export it was is damaged"
+                if before is not None:
+                    why = f"another export: {', '.join(_differences(before, told))}"
+                self.gone = f"{counted(count, 'finished sublayer')} of an earlier run ({why})"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             _write(folder / _WHOSE, told)
@@ -64,20 +70,23 @@ class Journal:
     def plan(self) -> tuple[WidthPlan, tuple[str, ...]] | None:
         """The width plan and the notes on it, if there are any yet."""
         found = _read(self.folder / _PLAN)
-        return None if found is None else (WidthPlan(found["widths"], found["losses"]), tuple(found["notes"]))
+        if not isinstance(found, dict) or found.pop(_CRC, None) != _crc(found):
+            return None
+        return WidthPlan(found["widths"], found["losses"]), tuple(found["notes"])
 
     def write_plan(self, plan: WidthPlan, notes: Sequence[str]) -> None:
-        _write(self.folder / _PLAN, {"widths": dict(plan.widths), "losses": dict(plan.losses), "notes": list(notes)})
+        told = {"widths": dict(plan.widths), "losses": dict(plan.losses), "notes": list(notes)}
+        _write(self.folder / _PLAN, told | {_CRC: _crc(told)})
 
     def sublayer(self, number: int, regions: Sequence[Region]) -> FinishedSublayer | None:
         """That of this number, if it is finished; what was damaged since then goes (the power failed, say)."""
         file, row = self._file(number), self._row(number)
         told = _read(row)
         try:
-            if told is None or _crc(told, file_crc32(file)) != told[_CRC]:
+            if not isinstance(told, dict) or told.pop(_CRC, None) != _crc(told, file_crc32(file)):
                 raise ValueError(f"{file} is not as it was written")
             parameters = lazy_tensors(file, checked=False)
-        except (OSError, KeyError, ValueError):
+        except (OSError, ValueError, BadWeightsError):
             row.unlink(missing_ok=True)
             file.unlink(missing_ok=True)
             return None
@@ -97,14 +106,14 @@ class Journal:
         """Returns the parameters as they stand in the file now."""
         rows = [[s.region.name, s.width, s.method, s.error, dict(s.notes)] for s in swept]
         told: dict[str, Any] = {_SWEPT: rows, _MAPS: maps}
-        partial = self.folder / "partial"
+        partial, file = self.folder / "partial", self._file(number)
         try:
             crc = write_tensors(partial, parameters)
-        except OSError:  # a full disk, which has better use for the room
-            partial.unlink(missing_ok=True)
+            partial.replace(file)
+            _write(self._row(number), told | {_CRC: _crc(told, crc)})
+        except BaseException:  # a full disk, which has better use for the room, or a signal
+            drop_half_written(self.folder)
             raise
-        partial.replace(file := self._file(number))
-        _write(self._row(number), told | {_CRC: _crc(told, crc)})
         return lazy_tensors(file, checked=False)
 
     def _file(self, number: int) -> Path:
@@ -114,9 +123,26 @@ class Journal:
         return self._file(number).with_suffix(".json")
 
 
-def _crc(told: Mapping[str, Any], of_numbers: int) -> int:
-    """Of a finished sublayer's numbers and of what was swept."""
-    return zlib.crc32(json.dumps([told[_SWEPT], told[_MAPS]]).encode(), of_numbers)
+def _crc(told: Mapping[str, Any], before: int = 0) -> int:
+    """Of what is told, behind numbers whose CRC-32 is ``before``."""
+    return zlib.crc32(json.dumps(told).encode(), before)
+
+
+def drop_half_written(folder: Path) -> None:
+    """Of a journal's folder: parts of files, and numbers without what was swept."""
+    for part in folder.glob("*partial"):
+        part.unlink(missing_ok=True)
+    for numbers in folder.glob("*.safetensors"):
+        if not numbers.with_suffix(".json").exists():
+            numbers.unlink(missing_ok=True)
+
+
+def taken_up(folder: Path) -> int:
+    """A number that changes when a run takes up the journal in this folder, or makes one there."""
+    try:
+        return (folder / _WHOSE).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def count_finished(folder: Path) -> int:
@@ -151,7 +177,7 @@ def export_of(
         "plan": None if plan is None else dict(plan.widths),
         "half": half,
         "model": dict(sha256),
-        "calibration": given.hexdigest(),
+        "calibration text": given.hexdigest(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads",
     }
 
@@ -161,7 +187,8 @@ def _differences(before: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator
     for name in dict.fromkeys([*told, *before]):
         one, other = before.get(name), told.get(name)
         if name == "options" and one and other:
-            yield from (f"--{key.replace('_', '-')}" for key in other if one.get(key) != other[key])
+            keys = [key for key in dict.fromkeys([*other, *one]) if one.get(key) != other.get(key)]
+            yield from (f"--{'no-' * (key == 'cache')}{key.replace('_', '-')}" for key in keys)
         elif one != other:
             yield name
 

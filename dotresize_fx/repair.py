@@ -239,6 +239,6 @@ def _order(batches: Sequence[int], steps: int, seed: int) -> list[int]:
     """Of each step the batch: all in another order each time round."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    while len(order) < steps:
+    while batches and len(order) < steps:
         order += [batches[k] for k in reversed(torch.randperm(len(batches), generator=generator).tolist())]
     return order[:steps]

@@ -163,8 +163,8 @@ def _same_symbols(inputs: Iterable[torch.Tensor]) -> Iterator[None]:
     before = []
     for tensor in inputs:
         for size in (*tensor.size(), *tensor.stride(), tensor.storage_offset()):
-            if isinstance(size, torch.SymInt):
-                node: Any = size.node
+            node: Any = getattr(size, "node", None)
+            if hasattr(node, "_expr"):
                 before.append((node, node._expr))
                 node._expr = node.expr
     try:

@@ -90,6 +90,7 @@ def _run(captured: Captured, splits: list[_Split], ids: torch.Tensor, mask: torc
                 for other in splits:
                     if other.past and execution.index[node] >= start:
                         other.environment[pasts[node]] = value[other.first :, :, : other.past]
+        weights.clear()  # before the next ones are read
         start = stop
     return [split.environment[logits] for split in splits]
 

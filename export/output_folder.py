@@ -17,9 +17,9 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from dotresize_fx.errors import TERMINATED, OutputError
+from dotresize_fx.errors import INTERRUPTED, TERMINATED, OutputError
 from dotresize_fx.journal import FOLDER as JOURNAL
-from dotresize_fx.journal import count_finished
+from dotresize_fx.journal import count_finished, drop_half_written, taken_up
 from dotresize_fx.regions import counted
 from dotresize_fx.report.contents import REPORT_FILE
 
@@ -66,7 +66,9 @@ class OutputFolder:
         self.work = self._beside("work")
         self._lock = FileLock(self.work / LOCK)
         self._check_signals = check
-        self._keep_journal = False
+        # Unless the work comes to an end, or is given up.
+        self._keep_journal = True
+        self._taken_up = 0
 
     def __enter__(self) -> Self:
         try:
@@ -84,10 +86,12 @@ class OutputFolder:
                     self._lock.acquire(timeout=0)
                 # Last resort for a signal that arrives between here and the body of the with statement.
                 atexit.register(self._discard)
+            self._taken_up = taken_up(self.work / JOURNAL)
         except OSError as error:
             self._discard()
             raise OutputError(f"{self.out} cannot be written: {error.strerror}: {error.filename}") from error
-        except BaseException:
+        except BaseException as error:
+            self._keep_journal = not isinstance(error, SystemExit) or error.code != INTERRUPTED
             self._discard()
             raise
         return self
@@ -95,24 +99,37 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _signals_wait():
-            full, ended = error is not None and _is_full_disk(error), self._termination(error)
-            finished = count_finished(self.work / JOURNAL) if full or ended else 0
-            self._keep_journal = finished > 0
-            try:
-                if error is None:
-                    self._commit()
-            except OSError as problem:
-                raise OutputError(f"{self.out} cannot be put in place: {problem.strerror}") from problem
-            finally:
-                self._discard()
-        behind = f"it goes on behind {counted(finished, 'finished sublayer')}, kept in {self.work / JOURNAL}"
+        full, ended = error is not None and _is_full_disk(error), self._termination(error)
+        kept = ""
+        try:
+            with _signals_wait():
+                self._keep_journal = full or ended is not None
+                if self._keep_journal:
+                    kept = self._kept()
+                try:
+                    if error is None:
+                        self._commit()
+                except OSError as problem:
+                    raise OutputError(f"{self.out} cannot be put in place: {problem.strerror}") from problem
+                finally:
+                    self._discard()
+        except SystemExit:
+            if ended is None:  # else it is ended already, and says more
+                raise
         if full:
             said = f"the disk is full: no room for {self.out}; free some space and run again"
-            raise OutputError(f"{said} with the same OUT: {behind}" if finished else said) from error
-        if ended and finished:
-            ended.add_note(f"run the same command again: {behind}")
+            raise OutputError(f"{said}; {kept}" if kept else said) from error
+        if ended and kept:
+            ended.add_note(kept)
             raise ended from (None if ended is error else error)
+
+    def _kept(self) -> str:
+        """What a journal that stays is good for; empty where none does."""
+        folder = self.work / JOURNAL
+        finished = counted(count_finished(folder), "finished sublayer") if count_finished(folder) else ""
+        if finished and taken_up(folder) == self._taken_up:  # this run did not come as far as to look
+            return f"{finished} of an earlier run stay in {folder}"
+        return finished and f"the same command goes on behind {finished}, kept in {folder}"
 
     def _termination(self, error: BaseException | None) -> SystemExit | None:
         """What SIGTERM raised, though something on its way may have made another error of it."""
@@ -139,7 +156,8 @@ class OutputFolder:
             self._clear_work()
 
     def _clear_work(self) -> None:
-        """All goes but the journal and the lock."""
+        """All goes but the lock and what is whole of the journal."""
+        drop_half_written(self.work / JOURNAL)
         for entry in self.work.iterdir():
             if entry.is_dir() and entry.name != JOURNAL:
                 shutil.rmtree(entry, ignore_errors=True)
@@ -190,10 +208,11 @@ class OutputFolder:
             return
         atexit.unregister(self._discard)
         shutil.rmtree(self.partial, ignore_errors=True)
-        if self._keep_journal:
+        keep = self._keep_journal and count_finished(self.work / JOURNAL) > 0
+        if keep:
             self._clear_work()
         self._lock.release()
-        if not self._keep_journal:
+        if not keep:
             shutil.rmtree(self.work, ignore_errors=True)
         for parent in reversed(self._made_parents):
             try:

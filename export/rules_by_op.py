@@ -12,7 +12,7 @@ def rules_by_op() -> Iterator[None]:
     """Inside, a pattern does not begin with a node that its first output cannot be.
 
     It would find that out first thing; but one of several outputs lists all nodes of the graph before it looks, for
-    each node anew, which takes most of a conversion's time. Does nothing where this onnxscript matches in other ways.
+    each node anew, which takes most of a conversion's time. Does nothing where onnxscript has no such matcher.
     """
     try:
         from onnxscript.rewriter._basics import MatchResult

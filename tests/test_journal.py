@@ -11,6 +11,7 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData
 from dotresize_fx.journal import Journal, export_of
+from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.options import Options
 from dotresize_fx.width_plan import WidthPlan
 
@@ -74,4 +75,33 @@ def test_what_another_export_left_is_told_as_it_goes(tmp_path: Path) -> None:
     assert (again.finished, again.gone) == (1, "")
     other = Journal(tmp_path / "journal", told(tokens=1, repair_steps=3))
     assert other.finished == 0
-    assert other.gone == "1 finished sublayer of an earlier run, of another export (--repair-steps, calibration)"
+    assert other.gone == "1 finished sublayer of an earlier run (another export: --repair-steps, calibration text)"
+    other.write_sublayer(0, [], {}, {"weight": torch.ones(8)})
+    (other.folder / "export.json").write_text("{")
+    gone = Journal(tmp_path / "journal", told()).gone
+    assert gone == "1 finished sublayer of an earlier run (which export it was is damaged)"
+
+
+@pytest.mark.parametrize("damage", [cut(0), cut(0.5), flip(0.3), flip(0.5), flip(0.9)])
+def test_a_plan_that_was_damaged_is_none(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    journal = Journal(tmp_path / "journal", {})
+    assert journal.plan() is None
+    journal.write_plan(WidthPlan({"one": 48, "other": 96}, {"one": 0.25}), ["a note"])
+    assert journal.plan() == (WidthPlan({"one": 48, "other": 96}, {"one": 0.25}), ("a note",))
+    file = tmp_path / "journal" / "plan.json"
+    file.write_bytes(damage(file.read_bytes()))
+    assert journal.plan() is None
+
+
+def test_nothing_half_written_stays_of_a_sublayer(tmp_path: Path) -> None:
+    """A signal comes, or the disk is full, while its numbers are written."""
+    journal = Journal(tmp_path / "journal", {})
+    journal.write_sublayer(0, [], {}, {"weight": torch.ones(8)})
+    before = sorted(journal.folder.iterdir())
+
+    def end() -> torch.Tensor:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        journal.write_sublayer(1, [], {}, {"a": torch.ones(8), "b": LazyTensor(end, (8,), torch.float32)})
+    assert sorted(journal.folder.iterdir()) == before

@@ -115,3 +115,7 @@ def test_the_other_scripts_run(
     assert rows[0]["parameters"] < rows[1]["parameters"]
     assert [len(row["regions"]) for row in rows] == [1, 1, 5, 5]
     assert "| all | 3 |" in start("sensitivity", f"{given} --layers 0 --solve-tokens 96")
+    given = f"{model} --text {text_dir / 'calibration-a.txt'} --tokens 256 --length 16 --share 0.5 --device cpu"
+    printed = start("repair_tokens", f"{given} --layers 0 1 --steps 2 3 --at-once 2 1")
+    assert [row.count(" | ") for row in printed.splitlines()[-8:]] == [5] * 8
+    assert "| 1 | 16 | 3 |" in printed

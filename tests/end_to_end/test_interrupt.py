@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment: the exit code of a signal, one line at most, and nothing left behind."""
+"""Ctrl-C and SIGTERM at any moment: the exit code of a signal, one line at most, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_termination_of_the_command_alone_ends_its_child_too(
     code, out, err = interrupt(process, "convert slim", 0.15, signal.SIGTERM, os.kill)
     assert (code, out) == (143, "")
     assert "Traceback" not in err
-    assert "nothing half-written was left behind; run the same command again: it goes on behind" in err.splitlines()[-1]
+    assert "nothing half-written was left behind; the same command goes on behind" in err.splitlines()[-1]
     left = tree(tmp_path)
     assert {name: left[name] for name in before} == before
     assert {Path(name).suffix for name in left.keys() - before.keys() if left[name] != "folder"} == JOURNAL

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from dotresize_fx.errors import TERMINATED, OutputError
+from dotresize_fx.errors import INTERRUPTED, TERMINATED, OutputError
 from dotresize_fx.export.output_folder import OutputFolder
+from dotresize_fx.journal import Journal
 
 
 def write(folder: OutputFolder, text: str = "new") -> None:
@@ -155,7 +157,10 @@ def test_disk_full_is_told_and_cleaned_up(tmp_path: Path) -> None:
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
-BEHIND = r"it goes on behind 1 finished sublayer, kept in .*journal$"
+BEHIND = r"; the same command goes on behind 1 finished sublayer, kept in .*journal$"
+
+
+WHOLE = ["00000.json", "00000.safetensors", "export.json"]
 
 
 def swallowed() -> None:
@@ -165,9 +170,9 @@ def swallowed() -> None:
 @pytest.mark.parametrize(
     ("failure", "check", "raised", "said"),
     [
-        pytest.param(FULL, lambda: None, OutputError, f"run again with the same OUT: {BEHIND}", id="full disk"),
-        pytest.param(SystemExit(TERMINATED), lambda: None, SystemExit, f"same command again: {BEHIND}", id="SIGTERM"),
-        pytest.param(RuntimeError("half"), swallowed, SystemExit, f"same command again: {BEHIND}", id="swallowed"),
+        pytest.param(FULL, lambda: None, OutputError, f"run again{BEHIND}", id="full disk"),
+        pytest.param(SystemExit(TERMINATED), lambda: None, SystemExit, BEHIND, id="SIGTERM"),
+        pytest.param(RuntimeError("half"), swallowed, SystemExit, BEHIND, id="swallowed"),
     ],
 )
 def test_finished_sublayers_alone_are_kept(
@@ -179,9 +184,11 @@ def test_finished_sublayers_alone_are_kept(
     def run(finish: bool, error: BaseException | None) -> list[str]:
         with OutputFolder(out, check=check) as folder:
             found = names(folder.work)
-            (journal := folder.work / "journal").mkdir(exist_ok=True)
+            journal = Journal(folder.work / "journal", {"of": "this"})
             if finish:
-                (journal / "00000.json").write_text("x")
+                journal.write_sublayer(0, [], {}, {"weight": torch.ones(2)})
+            (journal.folder / "partial").write_text("half")
+            (journal.folder / "00001.safetensors").write_text("without what was swept")
             (folder.work / "spooled").mkdir()
             write(folder)
             if error is not None:
@@ -197,11 +204,67 @@ def test_finished_sublayers_alone_are_kept(
             run(True, failure)
         assert re.search(said, told(kept.value))
         kept.value.__notes__ = []
+        assert names(out.parent / f".out.work-{os.getpid()}" / "journal") == WHOLE
         assert names(out.parent) == [f".out.work-{os.getpid()}"]
         assert names(out.parent / f".out.work-{os.getpid()}") == ["journal", "lock"]
     (out.parent / f".out.work-{os.getpid()}").rename(out.parent / ".out.work-1")
     assert run(True, None) == ["journal", "lock"]
     assert names(out.parent) == ["out"]
+
+
+def finish_one(out: Path) -> None:
+    """A sublayer, and be terminated."""
+    with OutputFolder(out) as folder:
+        Journal(folder.work / "journal", {}).write_sublayer(0, [], {}, {"weight": torch.ones(2)})
+        raise SystemExit(TERMINATED)
+
+
+def leave_a_journal(out: Path) -> Path:
+    """Returns its folder."""
+    with pytest.raises(SystemExit):
+        finish_one(out)
+    (work,) = out.parent.glob(".out.work-*")
+    return work / "journal"
+
+
+@pytest.mark.parametrize("error", [SystemExit(TERMINATED), FULL, SystemExit(INTERRUPTED)])
+def test_what_was_taken_over_stays_if_nothing_is_begun(
+    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for Ctrl-C; no more is said of it than that it is there: nobody looked whose it is."""
+    journal = leave_a_journal(out := tmp_path / "out")
+    with pytest.raises((SystemExit, OutputError)) as raised, OutputFolder(out):
+        raise error
+    stays = getattr(error, "code", None) != INTERRUPTED
+    assert ("1 finished sublayer of an earlier run stay in" in told(raised.value)) == stays
+    assert journal.exists() == stays
+    journal = leave_a_journal(out)
+
+    def fail(folder: OutputFolder) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "_take_over", fail)
+        with pytest.raises((SystemExit, OutputError)):
+            OutputFolder(out).__enter__()
+    assert journal.exists() == stays
+    with OutputFolder(out) as folder:
+        assert (Journal(folder.work / "journal", {}).finished == 1) == stays
+
+
+def test_a_second_signal_while_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def arrived(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    discard = OutputFolder._discard
+    monkeypatch.setattr(OutputFolder, "_discard", lambda folder: (signal.raise_signal(signal.SIGTERM), discard(folder)))
+    before = signal.signal(signal.SIGTERM, arrived)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            finish_one(tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert re.search(BEHIND, told(ended.value))
 
 
 def told(error: BaseException) -> str:
