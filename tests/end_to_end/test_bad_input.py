@@ -296,11 +296,11 @@ def test_a_disk_too_full_for_the_model(
     assert work.name.startswith(".out.work-")
     assert len(list((work / "journal").glob("*.safetensors"))) == 1
     assert {Path(name).name for name in tree(work) if not name.endswith(".safetensors")} == {
-        *("lock", "journal", "export.json", "plan.json")
+        *("lock", "journal", "export.json", "plan.json", "00001.json")
     }
     assert ended.stderr == (
-        f"dotresize-fx: the disk is full: no room for {tmp_path / 'new' / 'out'}; free some space and run again with "
-        f"the same OUT: it goes on behind 1 finished sublayer, kept in {work / 'journal'}\n"
+        f"dotresize-fx: the disk is full: no room for {tmp_path / 'new' / 'out'}; free some space and run again; "
+        f"the same command goes on behind 1 finished sublayer, kept in {work / 'journal'}\n"
     )
     ended = here(*command)
     assert ended.code == 0, ended.stderr
