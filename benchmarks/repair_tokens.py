@@ -1,6 +1,6 @@
 """What repair of one cut FFN reaches, by its steps and the tokens that each takes.
 
-    python benchmarks/repair_tokens.py smollm2-135m --text FILE ... --layers 1 7 14 --steps 400 --at-once 8 4
+    python benchmarks/repair_tokens.py smollm2-135m --text FILE ... --layers 1 7 --steps 400 200 --at-once 16 8 2
 
 Models are those of ``dotresize-fx export``. FFNs are cut to ``--share`` of their width in closed form, one after the
 other up to the last one wanted; those wanted are repaired as often as there are steps and counts of sequences at once,

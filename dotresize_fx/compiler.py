@@ -175,8 +175,8 @@ def slim_with(
         journal = None
         if work is not None and launched.count == 1 and loaded.sha256:  # else nothing tells one model from another
             journal = Journal(work / FOLDER, export_of(chosen, loaded.sha256, data, plan, device, half=half))
-            if journal.gone:
-                progress.show(f"gone: {journal.gone}")
+            if journal.other:
+                progress.show(f"not taken up: {journal.other}")
         slimmed = slim_on_device(
             *(dense, matches, data, own, plan, chosen, progress, journal, task, launched, factors, clock), half=half
         )

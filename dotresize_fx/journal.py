@@ -40,55 +40,65 @@ class FinishedSublayer:
 
 
 class Journal:
-    """In ``folder``, made here. ``export`` says of what it is, as JSON: what another one left there goes, and ``gone``
-    says in words what that was.
+    """In ``folder``. ``export`` says of what it is, as JSON: what another one left there is not taken up, which
+    ``other`` says in words, and goes once there is something to write. ``damaged`` counts sublayers that were finished
+    and are no more as they were written.
 
     Every file appears whole: a process may be killed at any moment. A sublayer is finished once its numbers have what
     was swept beside them.
     """
 
     def __init__(self, folder: Path, export: Mapping[str, Any]) -> None:
-        self.folder, self.gone = folder, ""
-        told = json.loads(json.dumps(export))
-        if (before := _read(folder / _WHOSE)) == told:
+        self.folder, self.other, self.damaged = folder, "", 0
+        self._export = json.loads(json.dumps(export))
+        before = _read_checked(folder / _WHOSE)
+        self._begun = before == self._export
+        if self._begun:
             os.utime(folder / _WHOSE)  # see taken_up
-        else:
-            if count := self.finished:
-                why = "which export it was is damaged"
-                if before is not None:
-                    why = f"another export: {', '.join(_differences(before, told))}"
-                self.gone = f"{counted(count, 'finished sublayer')} of an earlier run ({why})"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            _write(folder / _WHOSE, told)
+        elif count := count_finished(folder):
+            why = "which export it was is damaged"
+            if before is not None:
+                why = f"another export: {', '.join(_differences(before, self._export))}"
+            self.other = f"{counted(count, 'finished sublayer')} of an earlier run ({why})"
+
+    def _begin(self) -> None:
+        if not self._begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            _write_checked(self.folder / _WHOSE, self._export)
+            self._begun = True
 
     @property
     def finished(self) -> int:
         """How many sublayers."""
-        return count_finished(self.folder)
+        return count_finished(self.folder) if self._begun else 0
 
     def plan(self) -> tuple[WidthPlan, tuple[str, ...]] | None:
         """The width plan and the notes on it, if there are any yet."""
-        found = _read(self.folder / _PLAN)
-        if not isinstance(found, dict) or found.pop(_CRC, None) != _crc(found):
+        found = _read_checked(self.folder / _PLAN) if self._begun else None
+        if found is None:
             return None
         return WidthPlan(found["widths"], found["losses"]), tuple(found["notes"])
 
     def write_plan(self, plan: WidthPlan, notes: Sequence[str]) -> None:
+        self._begin()
         told = {"widths": dict(plan.widths), "losses": dict(plan.losses), "notes": list(notes)}
-        _write(self.folder / _PLAN, told | {_CRC: _crc(told)})
+        _write_checked(self.folder / _PLAN, told)
 
     def sublayer(self, number: int, regions: Sequence[Region]) -> FinishedSublayer | None:
         """That of this number, if it is finished; what was damaged since then goes (the power failed, say)."""
         file, row = self._file(number), self._row(number)
-        told = _read(row)
+        if not self._begun or not row.exists():
+            return None
         try:
-            if not isinstance(told, dict) or told.pop(_CRC, None) != _crc(told, file_crc32(file)):
+            told = _read_checked(row, file_crc32(file))
+            if told is None:
                 raise ValueError(f"{file} is not as it was written")
             parameters = lazy_tensors(file, checked=False)
         except (OSError, ValueError, BadWeightsError):
             row.unlink(missing_ok=True)
             file.unlink(missing_ok=True)
+            self.damaged += 1
             return None
         named = {region.name: region for region in regions}
         swept = tuple(
@@ -105,12 +115,12 @@ class Journal:
     ) -> Mapping[str, LazyTensor]:
         """Returns the parameters as they stand in the file now."""
         rows = [[s.region.name, s.width, s.method, s.error, dict(s.notes)] for s in swept]
-        told: dict[str, Any] = {_SWEPT: rows, _MAPS: maps}
+        self._begin()
         partial, file = self.folder / "partial", self._file(number)
         try:
             crc = write_tensors(partial, parameters)
             partial.replace(file)
-            _write(self._row(number), told | {_CRC: _crc(told, crc)})
+            _write_checked(self._row(number), {_SWEPT: rows, _MAPS: maps}, crc)
         except BaseException:  # a full disk, which has better use for the room, or a signal
             drop_half_written(self.folder)
             raise
@@ -229,13 +239,16 @@ def of_shape(told: Mapping[str, Any], device: torch.device) -> RegionMap:
     )
 
 
-def _read(file: Path) -> Any:
+def _read_checked(file: Path, before: int = 0) -> dict[str, Any] | None:
+    """What was written there, behind numbers whose CRC-32 is ``before``; None if it is not as it was."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and found.pop(_CRC, None) == _crc(found, before) else None
 
 
-def _write(file: Path, told: Any) -> None:
-    (partial := file.with_suffix(".partial")).write_text(json.dumps(told), encoding="utf-8")
+def _write_checked(file: Path, told: Mapping[str, Any], before: int = 0) -> None:
+    text = json.dumps({**told, _CRC: _crc(told, before)})
+    (partial := file.with_suffix(".partial")).write_text(text, encoding="utf-8")
     partial.replace(file)

@@ -43,9 +43,9 @@ class OutputFolder:
     ``source`` is the model, where that is a file or folder.
 
     Raises:
-        OutputError: OUT is a file, is not empty (without ``force``), does not look like an earlier output
-            (with it), is or holds the model or the current or the home folder, is a mount point, or cannot be
-            written; on leaving, also when the disk was full.
+        OutputError: another process writes OUT, it is a file, is not empty (without ``force``), does not look like an
+            earlier output (with it), is or holds the model or the current or the home folder, is a mount point, or
+            cannot be written; on leaving, also when the disk was full.
     """
 
     def __init__(
@@ -69,10 +69,14 @@ class OutputFolder:
         # Unless the work comes to an end, or is given up.
         self._keep_journal = True
         self._taken_up = 0
+        # Before it is settled that nobody else does, nothing beside OUT is ours.
+        self._entered = False
 
     def __enter__(self) -> Self:
         try:
             self._check()
+            self._check_nobody_writes()
+            self._entered = True
             with _signals_wait():
                 for parent in reversed([p for p in self.out.parents if not p.exists()]):
                     parent.mkdir(exist_ok=True)
@@ -91,7 +95,7 @@ class OutputFolder:
             self._discard()
             raise OutputError(f"{self.out} cannot be written: {error.strerror}: {error.filename}") from error
         except BaseException as error:
-            self._keep_journal = not isinstance(error, SystemExit) or error.code != INTERRUPTED
+            self._keep_journal = not _is_given_up(error)
             self._discard()
             raise
         return self
@@ -103,9 +107,15 @@ class OutputFolder:
         kept = ""
         try:
             with _signals_wait():
-                self._keep_journal = full or ended is not None
-                if self._keep_journal:
+                given_up = _is_given_up(error)
+                # What is wrong with a command is no reason to lose what another has finished.
+                refused = error is not None and not given_up and taken_up(self.work / JOURNAL) == self._taken_up
+                self._keep_journal = full or ended is not None or refused
+                if full or ended is not None:
                     kept = self._kept()
+                elif error is not None and given_up and (finished := count_finished(self.work / JOURNAL)):
+                    gone = counted(finished, "finished sublayer")
+                    error.add_note(f"{gone} went too, which a termination (kill PID) keeps")
                 try:
                     if error is None:
                         self._commit()
@@ -140,9 +150,19 @@ class OutputFolder:
                 error = swallowed
         return error if isinstance(error, SystemExit) and error.code == TERMINATED else None
 
+    def _work_folders(self) -> list[Path]:
+        return list(self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*"))
+
+    def _check_nobody_writes(self) -> None:
+        busy = next((folder for folder in self._work_folders() if _is_held(folder / LOCK)), None)
+        if busy is not None:
+            raise OutputError(
+                f"{self.out}: another export writes it (and works in {busy}): wait for its end, or give another folder"
+            )
+
     def _take_over(self) -> None:
         """Of what killed runs left: the latest one's journal becomes ours, all else goes."""
-        found = self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*")
+        found = self._work_folders()
         # One with our own number and without a lock is no living process's; in a container all may have one number.
         left = [f for f in found if _is_free(f / LOCK) or (f == self.work and not (f / LOCK).exists())]
         left.sort(key=lambda folder: folder.stat().st_mtime)
@@ -204,7 +224,7 @@ class OutputFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _discard(self) -> None:
-        if os.getpid() != self._pid:  # a forked child that runs its parent's atexit list
+        if os.getpid() != self._pid or not self._entered:  # a forked child that runs its parent's atexit list
             return
         atexit.unregister(self._discard)
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -219,6 +239,25 @@ class OutputFolder:
                 parent.rmdir()
             except OSError:
                 break  # someone else uses it by now
+
+
+def _is_given_up(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == INTERRUPTED)
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process that works there holds it for sure."""
+    if not lock.is_file():
+        return False
+    try:
+        (other := FileLock(lock)).acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+    other.release()
+    return False
 
 
 def _is_free(lock: Path) -> bool:

@@ -107,6 +107,8 @@ def sweep_regions(
                     swept += found
             for _ in together:
                 step()
+    if journal is not None and journal.damaged:
+        progress.show(f"{counted(journal.damaged, 'finished sublayer')} found damaged and solved for again")
     behind = sweep.finish()
     if swept and behind:
         swept[-1] = replace(swept[-1], notes={**swept[-1].notes, **behind})

@@ -61,25 +61,36 @@ def test_a_sublayer_that_was_damaged_is_not_finished(
     file = tmp_path / "journal" / f"00000.{ending}"
     file.write_bytes(damage(file.read_bytes()))
     assert journal.sublayer(0, []) is None
-    assert journal.finished == 1
+    assert (journal.finished, journal.damaged) == (1, 1)
+    assert journal.sublayer(0, []) is None
+    assert journal.damaged == 1  # it is gone
     assert not list(file.parent.glob("00000.*"))
     other = journal.sublayer(1, [])
     assert other is not None
     assert torch.equal(other.parameters["weight"].read(), torch.ones(8))
 
 
-def test_what_another_export_left_is_told_as_it_goes(tmp_path: Path) -> None:
+def test_what_another_export_left_is_told_and_goes_once_there_is_more(tmp_path: Path) -> None:
     first = Journal(tmp_path / "journal", told())
     first.write_sublayer(0, [], {}, {"weight": torch.ones(8)})
     again = Journal(tmp_path / "journal", told())
-    assert (again.finished, again.gone) == (1, "")
+    assert (again.finished, again.other) == (1, "")
     other = Journal(tmp_path / "journal", told(tokens=1, repair_steps=3))
-    assert other.finished == 0
-    assert other.gone == "1 finished sublayer of an earlier run (another export: --repair-steps, calibration text)"
-    other.write_sublayer(0, [], {}, {"weight": torch.ones(8)})
-    (other.folder / "export.json").write_text("{")
-    gone = Journal(tmp_path / "journal", told()).gone
-    assert gone == "1 finished sublayer of an earlier run (which export it was is damaged)"
+    assert other.other == "1 finished sublayer of an earlier run (another export: --repair-steps, calibration text)"
+    assert (other.finished, other.plan(), other.sublayer(0, [])) == (0, None, None)
+    assert Journal(tmp_path / "journal", told()).finished == 1  # nothing was written: nothing went
+    other.write_plan(WidthPlan({}), [])
+    assert Journal(tmp_path / "journal", told()).finished == 0
+
+
+@pytest.mark.parametrize("damage", [cut(0.5), flip(0.2), flip(0.8)])
+def test_whose_it_was_is_damaged(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    Journal(tmp_path / "journal", told()).write_sublayer(0, [], {}, {"weight": torch.ones(8)})
+    file = tmp_path / "journal" / "export.json"
+    file.write_bytes(damage(file.read_bytes()))
+    journal = Journal(tmp_path / "journal", told())
+    assert journal.other == "1 finished sublayer of an earlier run (which export it was is damaged)"
+    assert journal.finished == 0
 
 
 @pytest.mark.parametrize("damage", [cut(0), cut(0.5), flip(0.3), flip(0.5), flip(0.9)])

@@ -23,7 +23,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 def goes_on(said: str) -> bool:
     """Whether a run took up what another had finished, which it then must not have thrown away."""
-    assert "gone: " not in said
+    assert "not taken up: " not in said
     return any(line.startswith("goes on behind") for line in said.splitlines())
 
 

@@ -187,6 +187,7 @@ def test_finished_sublayers_alone_are_kept(
             journal = Journal(folder.work / "journal", {"of": "this"})
             if finish:
                 journal.write_sublayer(0, [], {}, {"weight": torch.ones(2)})
+            journal.folder.mkdir(exist_ok=True)
             (journal.folder / "partial").write_text("half")
             (journal.folder / "00001.safetensors").write_text("without what was swept")
             (folder.work / "spooled").mkdir()
@@ -250,6 +251,45 @@ def test_what_was_taken_over_stays_if_nothing_is_begun(
     assert journal.exists() == stays
     with OutputFolder(out) as folder:
         assert (Journal(folder.work / "journal", {}).finished == 1) == stays
+
+
+def test_what_is_wrong_with_a_command_does_not_cost_what_another_finished(tmp_path: Path) -> None:
+    """Once it has written something of its own it does."""
+    journal = leave_a_journal(out := tmp_path / "out")
+    with pytest.raises(ValueError, match="no such plan"):
+        fail_at_another(out, writes=False)
+    assert journal.exists()
+    with pytest.raises(ValueError, match="no such plan"):
+        fail_at_another(out, writes=True)
+    assert names(tmp_path) == []
+
+
+def fail_at_another(out: Path, *, writes: bool) -> None:
+    with OutputFolder(out) as folder:
+        journal = Journal(folder.work / "journal", {"of": "another"})
+        assert journal.other
+        if writes:
+            journal.write_sublayer(0, [], {}, {"weight": torch.ones(2)})
+        raise ValueError("no such plan")
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """The other is left alone, of the same number or not."""
+    with OutputFolder(tmp_path / "out") as folder:
+        write(folder)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OutputError, match=r"out: another export writes it \(and works in .*\): wait for its end"):
+            OutputFolder(tmp_path / "out").__enter__()
+        assert sorted(tmp_path.rglob("*")) == before
+    assert names(tmp_path) == ["out"]
+
+
+def test_ctrl_c_says_what_goes(tmp_path: Path) -> None:
+    leave_a_journal(out := tmp_path / "out")
+    with pytest.raises(SystemExit) as ended, OutputFolder(out):
+        raise SystemExit(INTERRUPTED)
+    assert told(ended.value) == "130; 1 finished sublayer went too, which a termination (kill PID) keeps"
+    assert names(tmp_path) == []
 
 
 def test_a_second_signal_while_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
