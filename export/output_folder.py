@@ -164,7 +164,7 @@ class OutputFolder:
         """Of what killed runs left: the latest one's journal becomes ours, all else goes."""
         found = self._work_folders()
         # One with our own number and without a lock is no living process's; in a container all may have one number.
-        left = [f for f in found if _is_free(f / LOCK) or (f == self.work and not (f / LOCK).exists())]
+        left = [f for f in found if _is_held(f / LOCK) is False or (f == self.work and not (f / LOCK).exists())]
         left.sort(key=lambda folder: folder.stat().st_mtime)
         latest = next((folder for folder in reversed(left) if (folder / JOURNAL).is_dir()), None)
         for folder in left:
@@ -246,31 +246,18 @@ def _is_given_up(error: BaseException | None) -> bool:
     return isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == INTERRUPTED)
 
 
-def _is_held(lock: Path) -> bool:
-    """Whether a process that works there holds it for sure."""
+def _is_held(lock: Path) -> bool | None:
+    """Whether a process that works there holds it; None where nothing tells: no lock, or a file system without any."""
     if not lock.is_file():
-        return False
+        return None
     try:
         (other := FileLock(lock)).acquire(timeout=0)
     except Timeout:
         return True
     except (OSError, NotImplementedError):
-        return False
+        return None
     other.release()
     return False
-
-
-def _is_free(lock: Path) -> bool:
-    """Whether the process that made it is gone for sure."""
-    if not lock.is_file():
-        return False
-    held = FileLock(lock)
-    try:
-        held.acquire(timeout=0)
-    except (Timeout, OSError, NotImplementedError):  # it is held, or the file system has no such locks
-        return False
-    held.release()
-    return True
 
 
 @contextmanager
