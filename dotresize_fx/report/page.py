@@ -167,7 +167,7 @@ def _region_plot(kind: str, rows: list[RegionRow]) -> RegionPlot:
             f"written by {', '.join(row.writers)}" if len(row.writers) < 9 else f"{len(row.writers)} writers",
             f"read by {', '.join(row.readers)}" if len(row.readers) < 9 else f"{len(row.readers)} readers",
             f"held-out error: {words.share(row.error)}",
-            *(f"{name}: {value}" for name, value in row.notes.items()),
+            *(f"{name}: {f'{v:.3g}' if isinstance(v, float) else v}" for name, v in row.notes.items()),
         ]
         bars.append(
             RegionBar(
