@@ -77,19 +77,19 @@ def _run(captured: Captured, splits: list[_Split], ids: torch.Tensor, mask: torc
     large = [node for node in execution.parameters if execution.stored(node).nbytes > PIECE]
     for stop in execution.pieces(start, len(execution.nodes), PIECE):
         weights = execution.read_for_good(start, stop, large)
+        made: dict[torch.fx.Node, torch.Tensor] = {}  # of the whole one's cache, in this piece
         for split in splits:
+            if split.past:
+                past = {pasts[node]: value[split.first :, :, : split.past] for node, value in made.items()}
+                split.environment.update(past)
             try:
                 found = execution.run(split.environment, start, stop, keep=pasts, parameters=weights)
             except BadWeightsError:
                 raise
             except Exception as error:  # sizes that tracing took for constants
                 raise _differs(split) from error
-            if split is not splits[0]:
-                continue
-            for node, value in found.items():
-                for other in splits:
-                    if other.past and execution.index[node] >= start:
-                        other.environment[pasts[node]] = value[other.first :, :, : other.past]
+            if split is splits[0]:
+                made = {node: value for node, value in found.items() if execution.index[node] >= start}
         weights.clear()  # before the next ones are read
         start = stop
     return [split.environment[logits] for split in splits]

@@ -104,18 +104,10 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         full, ended = error is not None and _is_full_disk(error), self._termination(error)
-        kept = ""
+        told = ""
         try:
             with _signals_wait():
-                given_up = _is_given_up(error)
-                # What is wrong with a command is no reason to lose what another has finished.
-                refused = error is not None and not given_up and taken_up(self.work / JOURNAL) == self._taken_up
-                self._keep_journal = full or ended is not None or refused
-                if full or ended is not None:
-                    kept = self._kept()
-                elif error is not None and given_up and (finished := count_finished(self.work / JOURNAL)):
-                    gone = counted(finished, "finished sublayer")
-                    error.add_note(f"{gone} went too, which a termination (kill PID) keeps")
+                told = self._settle_journal(error, goes_on=full or ended is not None)
                 try:
                     if error is None:
                         self._commit()
@@ -128,18 +120,28 @@ class OutputFolder:
                 raise
         if full:
             said = f"the disk is full: no room for {self.out}; free some space and run again"
-            raise OutputError(f"{said}; {kept}" if kept else said) from error
-        if ended and kept:
-            ended.add_note(kept)
-            raise ended from (None if ended is error else error)
+            raise OutputError(f"{said}; {told}" if told else said) from error
+        if told and (last := ended or error) is not None:
+            last.add_note(told)
+            if last is not error:
+                raise last from error
 
-    def _kept(self) -> str:
-        """What a journal that stays is good for; empty where none does."""
+    def _settle_journal(self, error: BaseException | None, *, goes_on: bool) -> str:
+        """Whether it is kept, and what to tell of it; ``goes_on``: a later run may go on where this one ends."""
         folder = self.work / JOURNAL
-        finished = counted(count_finished(folder), "finished sublayer") if count_finished(folder) else ""
-        if finished and taken_up(folder) == self._taken_up:  # this run did not come as far as to look
+        untouched, given_up = taken_up(folder) == self._taken_up, _is_given_up(error)
+        # What is wrong with a command is no reason to lose what another has finished.
+        self._keep_journal = goes_on or (untouched and error is not None and not given_up)
+        if not (count := count_finished(folder)):
+            return ""
+        finished = counted(count, "finished sublayer")
+        if given_up:
+            return f"{finished} went too, which a termination (kill PID) keeps"
+        if not goes_on:
+            return ""
+        if untouched:  # this run did not come as far as to look whose it is
             return f"{finished} of an earlier run stay in {folder}"
-        return finished and f"the same command goes on behind {finished}, kept in {folder}"
+        return f"the same command goes on behind {finished}, kept in {folder}"
 
     def _termination(self, error: BaseException | None) -> SystemExit | None:
         """What SIGTERM raised, though something on its way may have made another error of it."""
@@ -224,7 +226,7 @@ class OutputFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _discard(self) -> None:
-        if os.getpid() != self._pid or not self._entered:  # a forked child that runs its parent's atexit list
+        if not self._entered or os.getpid() != self._pid:  # or a forked child runs its parent's atexit list
             return
         atexit.unregister(self._discard)
         shutil.rmtree(self.partial, ignore_errors=True)
