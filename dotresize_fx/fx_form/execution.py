@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Execution:
         self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
         learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
         self._last_use = self._find_last_uses()
+        self._crossing: list[int] = []
         self._causal = CausalMasks(list(graph.nodes.nodes), learned, graph.causal_masks)
         read = set(self.parameters)
         order = dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used in read)
@@ -64,6 +66,7 @@ class Execution:
     def hold(self, nodes: Iterable[torch.fx.Node]) -> None:
         """Never drop these values from an environment."""
         self._last_use |= dict.fromkeys(nodes, len(self.nodes))
+        self._crossing = []
 
     def position(self, node: torch.fx.Node) -> int:
         """Which of the nodes it is; -1 for an input or a parameter, which is there from the start."""
@@ -72,22 +75,25 @@ class Execution:
     def pieces(self, start: int, stop: int, limit: int | None = None) -> list[int]:
         """Where batches that are run from ``start`` to ``stop`` had better wait for one another, and ``stop``: weights
         that stay in files are read once for all of them where ``limit`` bytes can be held, which by default is what the
-        spool can while it holds what the next piece needs.
+        spool can while it holds what the next piece needs. Of places behind half of that, one that few values cross.
         """
         if limit is None:
             limit = self.graph.spool.weights.limit // 2 if self.graph.spool is not None else 0
         if not limit:
             return [stop]
-        seen = set[torch.fx.Node]()
-        found, size = [], 0
-        for i in range(start, stop):
-            read = [node for node in self.nodes[i].all_input_nodes if node in self._place]
-            more = self._bytes_of_files(node for node in read if node not in seen)
+        found: list[int] = []
+        place, half, size, seen = start, start + 1, 0, set[torch.fx.Node]()
+        while place < stop:
+            read = {node for node in self.nodes[place].all_input_nodes if node in self._place} - seen
+            more = self._bytes_of_files(read)
             if size and size + more > limit:
-                found.append(i)
-                size, more, seen = 0, self._bytes_of_files(read), set()
-            size += more
-            seen.update(read)
+                found.append(place := self._narrowest_of(range(half, place + 1)))
+                half, size, seen = place + 1, 0, set()
+                continue
+            size, place = size + more, place + 1
+            seen |= read
+            if 2 * size <= limit:
+                half = place
         return [*found, stop]
 
     def _bytes_of_files(self, nodes: Iterable[torch.fx.Node]) -> int:
@@ -111,10 +117,18 @@ class Execution:
         """The last place from ``start`` to ``stop``, or near to that, which the fewest values cross: in front of a norm
         and not behind it, where what it reads has to wait too.
         """
-        places = range(max(start, stop - NEAR), stop + 1)
-        return min(
-            reversed(places), key=lambda place: sum(self._last_use.get(n, -1) >= place for n in self.nodes[:place])
-        )
+        return self._narrowest_of(range(max(start, stop - NEAR), stop + 1))
+
+    def _narrowest_of(self, places: range) -> int:
+        if not self._crossing:
+            first = {node: i + 1 for i, node in enumerate(self.nodes)}
+            change = [0] * (len(self.nodes) + 2)
+            for node, last in self._last_use.items():
+                if node in first and last >= first[node]:
+                    change[first[node]] += 1
+                    change[last + 1] -= 1
+            self._crossing = list(accumulate(change))
+        return min(reversed(places), key=lambda place: self._crossing[place])
 
     def put_away(self, environment: Environment, kept: Mapping[int, torch.Tensor] | None = None) -> None:
         """Have activations wait where the spool says. ``kept``, by identity, wait elsewhere already."""

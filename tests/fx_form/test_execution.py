@@ -158,3 +158,20 @@ def test_batches_wait_for_one_another_where_few_weights_are_held(tiny_graph: Any
         read = {keys[node] for one in execution.nodes[start:stop] for node in one.all_input_nodes if node in keys}
         of_files = sum(sizes[key] for key in read if key in sizes)
         assert of_files <= limit
+
+
+def test_batches_wait_where_few_values_cross(tiny_graph: Any, tiny_batch: Any, tmp_path: Path) -> None:
+    """Where weights of a block and a half can be held, in front of a norm: the stream alone waits there."""
+    _, graph = tiny_graph("llama")
+    stored = graph.program.state_dict
+    block = sum(tensor.nbytes for name, tensor in stored.items() if "layers.0." in name)
+    graph.spool = Spool(tmp_path, held=3 * block)
+    for name, tensor in list(stored.items()):
+        stored[name] = torch.nn.Parameter(graph.spool.put(tensor), requires_grad=False)
+    execution = Execution(graph)
+    *stops, _ = execution.pieces(0, len(execution.nodes))
+    assert stops
+    environment, position = execution.start(tiny_batch(1, 8)), 0
+    for stop in stops:
+        execution.run(environment, position, position := stop)
+        assert [tuple(value.shape) for value in environment.values() if value.is_floating_point()] == [(1, 8, 32)]
