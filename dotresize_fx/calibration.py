@@ -23,9 +23,11 @@ from dotresize_fx.text import (
 )
 
 # Sequences run through the model at once on a CPU: few, so that one block's activations stay small. A GPU takes about
-# as many tokens as keep it busy. Both leave batches enough that some of them can be held out.
+# as many tokens as keep it busy, fewer where a batch is a step of repair, which they serve as well
+# (docs/measurements.md, "Scale"). All leave batches enough that some of them can be held out.
 CALIBRATION_BATCH = 2
 GPU_TOKENS = 8192
+GPU_STEP_TOKENS = 4096
 BATCHES_AT_LEAST = 16
 # One at a time: a batch of logits over a large vocabulary is the largest tensor of a run.
 EVALUATION_BATCH = 1
@@ -120,7 +122,7 @@ def prepare_data(
     # The part is named: a text may do for calibration and have too little left to measure on.
     part = "the first 80 %, which calibrates"
     try:
-        at_once = sequences_at_once(wanted, length, device)
+        at_once = sequences_at_once(wanted, length, device, repairs=options.effort != "fast")
         calibrating = batches(calibration, wanted, at_once)
         lacking = wanted - _real_tokens(calibrating)
         if task == "encoder" and text.supplement is not None and lacking > LACKING * wanted:
@@ -135,9 +137,11 @@ def prepare_data(
     return CalibrationData(calibrating, measured, description, hashes)
 
 
-def sequences_at_once(tokens: int, length: int, device: str) -> int:
-    """How many sequences of ``length`` tokens a batch of calibration text has, of ``tokens`` in all."""
-    most = CALIBRATION_BATCH * length if device == "cpu" else GPU_TOKENS
+def sequences_at_once(tokens: int, length: int, device: str, *, repairs: bool = False) -> int:
+    """How many sequences of ``length`` tokens a batch of calibration text has, of ``tokens`` in all. ``repairs``: each
+    is a step too.
+    """
+    most = CALIBRATION_BATCH * length if device == "cpu" else GPU_STEP_TOKENS if repairs else GPU_TOKENS
     return max(1, min(most, tokens // BATCHES_AT_LEAST) // length)
 
 

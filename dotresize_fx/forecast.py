@@ -41,6 +41,8 @@ COMPARED, COMPARING, READING = 2.5, 1e10, 3e9
 PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.8}
 # Seconds that a GPU waits for each op of each batch to be queued.
 QUEUED = 3e-5
+# Operations for each weight and token of a step of repair: forward and both ways back.
+REPAIRED = 6.0
 # Copies of a stream to and from pinned memory a sublayer, bytes a second of these; and of memory that is made pinned.
 COPIES, COPIED, PINNED = 6, 5e10, 6e9
 
@@ -85,6 +87,7 @@ class Work:
     ``lazy``: weights wait in files; ``streams``: where these do, see :class:`stored_tensors.Spool`. ``half``: products
     of activations are bfloat16's. ``measured``: widths are planned by sensitivity. ``analysed``: seconds that
     loading, capture and finding regions took, nothing read or compared. ``stored``: bytes of a weight in its file.
+    ``steps``: of repair, for each region.
     """
 
     tokens: int
@@ -97,6 +100,12 @@ class Work:
     measured: bool
     analysed: float
     stored: int
+    steps: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of a batch, which a step of repair takes."""
+        return self.length * sequences_at_once(self.tokens, self.length, self.device, repairs=self.steps > 0)
 
 
 def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
@@ -108,12 +117,12 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     )
     widths, flowing = [_width(graph, region) for region in regions], stream_bytes(graph, work.tokens)
     operations = _operations(cost, widths, work)
+    operations += REPAIRED * work.steps * work.at_once * sum(_ends(graph, region) for region in regions)
     solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (2 if work.measured else 1)
     parameters = sum(weights) / 4
     solving = operations / rate / REACHED[work.device] + solved / double
     if work.device != "cpu":
-        batches = work.tokens / (sequences_at_once(work.tokens, work.length, work.device) * work.length)
-        solving += QUEUED * PASSES * batches * len(graph.ops)
+        solving += QUEUED * PASSES * work.tokens / work.at_once * len(graph.ops)
     if work.streams == "pinned":
         sublayers = len({region.target for region in regions})
         solving += COPIES * sublayers * flowing / STREAMS / COPIED + flowing / PINNED

@@ -9,6 +9,7 @@ from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.head_maps import at_dense_width, over_heads
 from dotresize_fx.lazy_tensor import in_memory
+from dotresize_fx.least_squares import solve_positive
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind, Symmetry
@@ -43,7 +44,7 @@ def reader_change(region: Region, statistics: RegionStatistics, found: RegionMap
         from_all = statistics.gram.index_select(0, chosen)
         kept = from_all.index_select(1, chosen)
     kept.diagonal().add_(RIDGE * kept.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny))
-    fitted: torch.Tensor = torch.linalg.solve(kept, from_all @ weight.T)
+    fitted = solve_positive(kept, from_all @ weight.T)
     back = down @ fitted if chosen is None else torch.zeros_like(weight.T).index_copy_(0, chosen, fitted)
     return back - weight.T
 

@@ -101,7 +101,8 @@ class ReaderRefit:
 
     def _approach(self, begin: int, stop: int) -> None:
         """Run the stream so near to ``begin`` that weights up to ``stop`` can be held."""
-        before = [piece for piece in self.stream.execution.pieces(self.stream.position, stop) if piece <= begin]
+        start = self.stream.position
+        before = [piece for piece in self.stream.execution.pieces(start, stop) if start < piece <= begin]
         if before:
             self.stream.advance(before[-1])
 

@@ -169,6 +169,11 @@ class _Training:
             loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
+    def end(self) -> str:
+        """Why steps were not recorded, if so. What holds the recording is held by it, activations too."""
+        note, self.recorded = self.recorded.note if self.recorded else "", None
+        return note
+
 
 def _own(value: Any) -> Any:
     return in_memory(value).clone() if isinstance(value, torch.Tensor) else value
@@ -232,7 +237,7 @@ def repair(
                 break
             if now < best:
                 best, kept = now, {node: w.detach().clone() for node, w in weights.items()}
-    return Repaired(kept, before, best, training.recorded.note if training.recorded else "")
+    return Repaired(kept, before, best, training.end())
 
 
 def _order(batches: Sequence[int], steps: int, seed: int) -> list[int]:

@@ -32,9 +32,11 @@ PRICE_TOKENS = {"decoder": 528, "logits": 528, "encoder": 3072, "outputs": 3072}
 PRICE_LENGTH = 176
 # Tokens that are run at once.
 PIECE = 512
-# A GPU takes so many times as many tokens, and so many times as many at once.
+# A GPU takes so many times as many tokens, and so many times as many at once; of those that shape the curves, whose
+# answers are not computed, so many times as many again.
 GPU_SCALE = 16
 GPU_PIECE_SCALE = 4
+GPU_SHAPING_SCALE = 4
 
 
 def measure_curves(
@@ -113,7 +115,23 @@ def disjoint(
     chosen = {(2 * i + 1) * len(pieces) // (2 * priced) for i in range(priced)}
     others = [piece for i, piece in enumerate(pieces) if i not in chosen]
     count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean(tokens, pieces))))
-    return [others[i * len(others) // count] for i in range(count)], [short[i] for i in sorted(chosen)]
+    shaping = [others[i * len(others) // count] for i in range(count)]
+    if on_gpu and reads_text(task):
+        shaping = joined(shaping, GPU_SHAPING_SCALE)
+    return shaping, [short[i] for i in sorted(chosen)]
+
+
+def joined(pieces: Sequence[Inputs], most: int) -> list[Inputs]:
+    """As many neighbours of the same shapes as one, up to so many."""
+    runs: list[list[Inputs]] = []
+    for piece in pieces:
+        last = runs[-1] if runs else []
+        shapes = [{name: value.shape for name, value in one.items()} for one in (*last[:1], piece)]
+        if last and len(last) < most and shapes[0] == shapes[1]:
+            last.append(piece)
+        else:
+            runs.append([piece])
+    return [{name: torch.cat([piece[name] for piece in run]) for name in run[0]} for run in runs]
 
 
 def _pieces(batch: Inputs, tokens: int) -> Sequence[Inputs]:

@@ -91,7 +91,11 @@ def file_crc32(file: Path) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    plain = tensor.detach().contiguous().cpu()
+    plain = tensor.detach().contiguous()
+    if plain.is_cuda:  # by way of pinned memory, at several times the speed
+        there = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True).copy_(plain, non_blocking=True)
+        torch.cuda.current_stream(plain.device).synchronize()
+        plain = there
     return plain.reshape(-1).view(torch.uint8).numpy().data
 
 

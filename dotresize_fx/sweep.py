@@ -114,6 +114,7 @@ class Sweep:
             begin = self.slim.execution.narrowest(self.slim.position, begin)
         else:
             self.slim.advance(begin)
+        self._run_once(begin)
         goals, seen = self._dense_goals(target, entries)
         self.readers.refit(entries, seen)
         swept = [self._slim_region(region, width, goals, solvers(region), begin) for region, width in cuts]
@@ -130,11 +131,23 @@ class Sweep:
         Of a graph whose stream is not cut.
         """
         target = regions[0].target
-        self.slim.advance(min(self._start(region) for region in regions))
+        begin = min(self._start(region) for region in regions)
+        self._run_once(begin)
+        self.slim.advance(begin)
         self.dense.advance(self.dense.execution.index[self.dense.execution.graph.node(target)] + 1)
         finish()
         self.slim.execution = Execution(self.slim_graph)
         self.slim.advance(self._slim_index(target) + 1)
+
+    def _run_once(self, stop: int) -> None:
+        """Where neither model was run yet and up to ``stop`` they are the same, run one for both."""
+        slim, dense = self.slim, self.dense
+        if slim.position or dense.position or not slim.execution.begins_as(dense.execution, stop):
+            return
+        dense.advance(stop)
+        node = slim.execution.graph.node
+        slim.environments = [{node(one.name): value for one, value in values.items()} for values in dense.environments]
+        slim.position = stop
 
     def _start(self, region: Region) -> int:
         """Where what the region watches begins, and what becomes of weights that its cut changes."""

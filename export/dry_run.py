@@ -80,6 +80,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             measured=options.allocation != "uniform",
             analysed=sum(progress.seconds[name] for name in ("load", "capture", "find regions")),
             stored=(loaded.stored or torch.float32).itemsize,
+            steps=0 if options.effort == "fast" else options.steps_that_repair(loaded.task),
         )
         told = forecast(graph, regions, work)
     where = "stay in their files and are read as needed" if lazy else "are held in memory"

@@ -85,6 +85,11 @@ def test_batches_are_enough_to_hold_some_out(tokens: int, device: str, expected:
     assert sequences_at_once(tokens, 512, device) == expected
 
 
+def test_a_step_of_repair_takes_fewer_on_a_gpu() -> None:
+    assert sequences_at_once(196_608, 512, "cuda", repairs=True) == 8
+    assert sequences_at_once(196_608, 512, "cpu", repairs=True) == CALIBRATION_BATCH
+
+
 def test_sequences_are_no_longer_than_the_model_takes(files: list[Path], tokenizer: Any) -> None:
     data = prepare_data(load_text(files), Options(sequence_length=512), tokenizer, "decoder", longest=16)
     assert {len(row) for row in rows(data.calibration)} == {16}

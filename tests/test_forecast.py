@@ -40,6 +40,9 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any, monkeypatch
     measuring = told(measuring=10**6).stages
     assert measuring["calibrate and solve"] == least.stages["calibrate and solve"]
     assert measuring["convert and measure"] > least.stages["convert and measure"]
+    repaired = told(steps=100).stages
+    assert repaired["calibrate and solve"] > least.stages["calibrate and solve"]
+    assert repaired["convert and measure"] == least.stages["convert and measure"]
     # What waits of probes side by side on a GPU, which does not in files.
     assert told(device="cuda", streams="pinned").gpu > told(device="cuda").gpu > 0
     assert told(device="cuda", streams="pinned").host > told(device="cuda").host

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,25 @@ def test_activations_that_wait_in_pinned_memory(
     named = parameters(graphs[1], cut[1])
     expected = repair(piece, named, [7, 8], steps=STEPS)
     assert same(repair(waiting(piece, tmp_path, "pinned"), named, [7, 8], steps=STEPS), expected)
+
+
+@pytest.mark.gpu
+def test_nothing_is_left_of_recorded_steps(dense: FxGraph, cut: tuple[FxGraph, Region], tiny_batch: Any) -> None:
+    """Without a look for cycles: a sublayer's activations are most of the memory that there is."""
+    graphs = dense.copy(), cut[0].copy()
+    for graph in graphs:
+        graph.to("cuda")
+    batches = [{k: v.cuda() for k, v in tiny_batch(4, 32, seed=seed).items()} for seed in range(10)]
+    piece = sublayer(graphs[0], graphs[1], cut[1], batches)
+    gc.collect()
+    gc.disable()
+    try:
+        repair(piece, parameters(graphs[1], cut[1]), [7, 8], steps=STEPS)
+        left = weakref.ref(piece)
+        del piece
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

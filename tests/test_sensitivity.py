@@ -268,3 +268,13 @@ def test_runs_side_by_side_lose_what_each_would_alone(
     dense.spool = Spool(tmp_path, streams=streams)
     together = measure_curves(dense, regions, batches)
     assert all(torch.equal(together[name], curve) for name, curve in alone.items())
+
+
+def test_neighbours_of_one_shape_are_joined(tiny_batch: Any) -> None:
+    """Up to so many, in their order."""
+    pieces = [tiny_batch(1, length, seed=seed) for seed, length in enumerate((8, 8, 8, 6, 6, 8))]
+    found = sensitivity.joined(pieces, 2)
+    assert [tuple(batch["input_ids"].shape) for batch in found] == [(2, 8), (1, 8), (2, 6), (1, 8)]
+    assert [row.tolist() for batch in found for row in batch["input_ids"]] == [
+        piece["input_ids"][0].tolist() for piece in pieces
+    ]

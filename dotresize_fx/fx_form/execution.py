@@ -144,6 +144,14 @@ class Execution:
         """
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
+    def begins_as(self, other: Execution, stop: int) -> bool:
+        """Whether the first ``stop`` nodes are the other's too, over the same numbers."""
+        if [_written(node) for node in self.nodes[:stop]] != [_written(node) for node in other.nodes[:stop]]:
+            return False
+        theirs, between = {node.name: node for node in other.parameters}, self.read_between(0, stop)
+        read = [node for node in self.parameters if node in between]
+        return all(self.stored(node) is other.stored(theirs[node.name]) for node in read)
+
     def read_for_good(
         self, start: int, stop: int, without: Iterable[torch.fx.Node]
     ) -> dict[torch.fx.Node, torch.Tensor]:
@@ -255,3 +263,7 @@ class Execution:
         values = self.run(environment, 0, len(self.nodes), keep=self.results)
         # A result may be a constant that nothing computes.
         return [values[node] if node in values else self.parameter(node) for node in self.results]
+
+
+def _written(node: torch.fx.Node) -> tuple[Any, ...]:
+    return node.name, node.target, str(node.args), str(node.kwargs)

@@ -122,10 +122,10 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
         order.append(alive[block])
         errors.append(error)
         beside = inverse.index_select(0, block)
-        factor = torch.linalg.inv(beside.index_select(1, block)) @ beside
+        factor = torch.linalg.inv_ex(beside.index_select(1, block)).inverse @ beside  # does not wait for the device
         rows.addmm_(factor.T, rows.index_select(0, block), alpha=-1)
         inverse.addmm_(factor.T, beside, alpha=-1)
-        gone[block] = True
+        gone.index_fill_(0, block, True)  # a number that is assigned would be waited for
         left -= step
         count -= step
     if not order:
@@ -197,7 +197,7 @@ def _eliminate_groups(
         errors.append(added.diagonal().sum() / size)
         products.addmm_(half, factor, alpha=-1).addmm_(factor.T, half.T, alpha=-1)
         inverse.addmm_(beside.T, factor, alpha=-1)
-        gone[group] = True
+        gone.index_fill_(0, group, True)
         chosen.append(group)
     if torch.stack(failed).any():  # neurons that say the same: one by one
         return _eliminate_few(given, rows, count)

@@ -274,3 +274,38 @@ def test_selected_neurons_refit_alike_from_sums_and_from_activations(
         for name in one.reader_biases:
             torch.testing.assert_close(one.reader_biases[name], other.reader_biases[name], rtol=1e-3, atol=1e-4)
         assert here.error == pytest.approx(there.error, rel=1e-3)
+
+
+def test_what_both_models_begin_with_is_run_once(
+    dense: FxGraph, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result as where each is run for itself."""
+    runs: list[tuple[FxGraph, int]] = []
+    run = Execution.run
+
+    def counted(self: Execution, environment: Any, start: int, *rest: Any, **given: Any) -> Any:
+        runs.append((self.graph, start))
+        return run(self, environment, start, *rest, **given)
+
+    monkeypatch.setattr(Execution, "run", counted)
+    once = sweep(dense, batches)
+    assert sum(start == 0 for _, start in runs) == len(batches)
+    assert {graph for graph, start in runs if start == 0} == {dense}
+    monkeypatch.setattr(Execution, "begins_as", lambda *_: False)
+    runs.clear()
+    each = sweep(dense, batches)
+    assert sum(start == 0 for _, start in runs) == 2 * len(batches)
+    for name, weight in once.slim.program.state_dict.items():
+        assert torch.equal(weight, each.slim.program.state_dict[name])
+
+
+def test_what_differs_from_the_start_is_run_for_each(dense: FxGraph) -> None:
+    """A weight that changed, or a node."""
+    changed = dense.copy()
+    op = next(op for op in changed.ops if op.is_linear)
+    changed.set_weight(op, changed.weight(op).detach() * 2)
+    (at,) = [i for i, node in enumerate(Execution(changed).nodes) if node.name == op.name]
+    one, other = Execution(dense), Execution(changed)
+    assert one.begins_as(Execution(dense.copy()), len(one.nodes))
+    assert one.begins_as(other, at)
+    assert not one.begins_as(other, at + 1)
