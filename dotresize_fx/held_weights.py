@@ -29,7 +29,7 @@ class _Arriving:
 
 
 class HeldWeights:
-    """``limit`` bytes of them at most.
+    """``limit`` bytes of them at most, those that were asked for last.
 
     All batches run through a block one after the other, and each would fetch its weights anew. Another thread reads
     what is told to come next, and copies it beside what is computed.
@@ -44,6 +44,10 @@ class HeldWeights:
     def has_room(self, size: int) -> bool:
         """Whether so many bytes may be held, as much again beside them."""
         return size <= self.limit // 2
+
+    def holds(self, lazy: LazyTensor, dtype: torch.dtype) -> bool:
+        """Whether it is held in ``dtype``, or on its way."""
+        return (id(lazy), dtype) in self._held
 
     def read(self, lazy: LazyTensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Its numbers, in ``dtype``, read now or held.
@@ -79,13 +83,13 @@ class HeldWeights:
     def _asked(self, wanted: Wanted) -> _Arriving:
         lazy, dtype = wanted
         key = id(lazy), dtype
-        arriving = self._held.pop(key, None)
-        if arriving is None:
-            size = lazy.numel() * dtype.itemsize
-            gpu = torch.cuda.current_device() if lazy.device.type == "cuda" else None  # a thread has its own
-            arriving = _Arriving(lazy, size, self._reader.submit(self._fetch, lazy, dtype, gpu))
-            self._size += size
-        self._held[key] = arriving  # the latest stands last
+        arriving = self._held.get(key)
+        if arriving is not None:
+            return arriving
+        size = lazy.numel() * dtype.itemsize
+        gpu = torch.cuda.current_device() if lazy.device.type == "cuda" else None  # a thread has its own
+        arriving = self._held[key] = _Arriving(lazy, size, self._reader.submit(self._fetch, lazy, dtype, gpu))
+        self._size += size
         while self._size > self.limit and len(self._held) > 1:
             self._drop(next(iter(self._held)))
         return arriving

@@ -37,12 +37,15 @@ def lazy(reads: list[str]) -> Callable[[str], LazyTensor]:
     return make
 
 
-def test_what_was_read_of_late_is_held_up_to_a_limit(lazy: Callable[[str], LazyTensor], reads: list[str]) -> None:
+def test_what_was_asked_for_last_is_held_up_to_a_limit(lazy: Callable[[str], LazyTensor], reads: list[str]) -> None:
     held = HeldWeights(2 * SIZE)
     a, b, c = map(lazy, "abc")
-    for one in (a, b, a, c, a, b):  # b is the one that was not read for longest when c comes
+    for one in (a, b, a, c, b, a):  # what is read ahead is not read for a while, and must not go for that
         assert torch.equal(held.read(one), torch.ones(10))
-    assert reads == ["a", "b", "c", "b"]
+    assert reads == ["a", "b", "c", "a"]
+    assert held.holds(a, torch.float32)
+    assert not held.holds(a, torch.bfloat16)
+    assert not held.holds(b, torch.float32)
     assert HeldWeights().read(a) is not HeldWeights().read(a)
 
 

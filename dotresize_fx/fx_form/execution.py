@@ -50,6 +50,7 @@ class Execution:
         read = set(self.parameters)
         order = dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used in read)
         self._order, self._place = list(order), {node: i for i, node in enumerate(order)}
+        self._told = -1  # up to which parameter what follows was told to be read ahead
         self._targets: dict[torch.fx.Node, Any] = {}
         self._rounded: set[torch.fx.Node] = set()
         if graph.half_products:
@@ -176,8 +177,10 @@ class Execution:
         weights = self.graph.spool.weights if self.graph.spool is not None else None
         if weights is None or not weights.has_room(stored.numel() * dtype.itemsize):
             return stored if stored.nbytes > PIECE else stored.read()
+        held = weights.holds(stored, dtype)
         found = weights.read(stored, dtype)
-        if ahead:
+        if ahead and not (held and self._place[node] <= self._told):  # once for all batches
+            self._told = self._place[node]
             weights.read_ahead(self._following(node, weights.limit // 2))
         return found
 
