@@ -11,6 +11,8 @@ import torch
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.side_copy import received
 
+# Threads that read ahead: one copies no faster into pinned memory than a GPU runs few tokens.
+READERS = 3
 # A tensor, and the dtype that it is held in.
 Wanted = tuple[LazyTensor, torch.dtype]
 
@@ -31,14 +33,14 @@ class _Arriving:
 class HeldWeights:
     """``limit`` bytes of them at most, those that were asked for last.
 
-    All batches run through a block one after the other, and each would fetch its weights anew. Another thread reads
-    what is told to come next, and copies it beside what is computed.
+    All batches run through a block one after the other, and each would fetch its weights anew. Other threads read what
+    is told to come next, and copy it beside what is computed.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self.limit, self._size = limit, 0
         self._held: dict[tuple[int, torch.dtype], _Arriving] = {}
-        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._reader = ThreadPoolExecutor(READERS, "read-ahead")
         self._copying: torch.cuda.Stream | None = None
 
     def has_room(self, size: int) -> bool:
@@ -66,7 +68,7 @@ class HeldWeights:
             return lazy.read().to(dtype)
 
     def read_ahead(self, following: Iterable[Wanted]) -> None:
-        """Read of these, in another thread, what is not held yet."""
+        """Read of these, in other threads, what is not held yet."""
         for wanted in following:
             self._asked(wanted)
 
@@ -87,7 +89,10 @@ class HeldWeights:
         if arriving is not None:
             return arriving
         size = lazy.numel() * dtype.itemsize
-        gpu = torch.cuda.current_device() if lazy.device.type == "cuda" else None  # a thread has its own
+        gpu = None
+        if lazy.device.type == "cuda":
+            gpu = torch.cuda.current_device()  # a thread has its own
+            self._copying = self._copying or torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
         arriving = self._held[key] = _Arriving(lazy, size, self._reader.submit(self._fetch, lazy, dtype, gpu))
         self._size += size
         while self._size > self.limit and len(self._held) > 1:
@@ -99,7 +104,7 @@ class HeldWeights:
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if gpu is None:
             return lazy.read().to(dtype), None
-        self._copying = self._copying or torch.cuda.Stream(gpu)  # type: ignore[no-untyped-call]
+        assert self._copying is not None
         with torch.cuda.device(gpu), torch.cuda.stream(self._copying):
             tensor = lazy.read(through_pinned=True).to(dtype)
             return tensor, self._copying.record_event()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
@@ -15,6 +18,8 @@ ON_THE_WAY = 1 << 30
 # Batches that may be queued behind the one that the GPU works at.
 AHEAD = 2
 
+# Of a batch's stream what is sure to wait at once: the dense model's, the slim one's, and what a reader should put out.
+COPIES = 3
 # Threads that make the host's memory pinned: one takes 0.7 s a GiB.
 PINNING_THREADS = 8
 
@@ -70,6 +75,34 @@ class PinnedStreams:
         self._leaving: deque[tuple[torch.cuda.Event, int]] = deque()
         self._size = 0
         self._worked: deque[torch.cuda.Event] = deque()
+        self._pinning: threading.Thread | None = None
+        self._enough = threading.Event()
+
+    def expect(self, sizes: Iterable[int]) -> None:
+        """Pin memory for streams of which a batch has so many bytes, beside what is done until they come."""
+        self.begin()
+        enough = self._enough = threading.Event()
+        blocks, gpu = [size for size in sizes for _ in range(COPIES)], torch.cuda.current_device()
+
+        def pin() -> None:
+            pinned = []
+            # Where memory is short, what needs it says so.
+            with torch.cuda.device(gpu), contextlib.suppress(RuntimeError):
+                for size in blocks:
+                    if enough.is_set() or not threading.main_thread().is_alive():
+                        break
+                    pinned.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            # Torch keeps them pinned for who asks for as much.
+
+        self._pinning = threading.Thread(target=pin, name="pin")
+        self._pinning.start()
+
+    def begin(self) -> None:
+        """They come."""
+        if self._pinning is not None:
+            self._enough.set()
+            self._pinning.join()
+            self._pinning = None
 
     def put(self, tensor: torch.Tensor) -> PinnedTensor:
         """The same numbers, on the same device, once they are needed."""

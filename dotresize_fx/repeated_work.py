@@ -56,12 +56,19 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             before = generator.clone_state()
+            torch.cuda.synchronize()
+            if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
+                torch.cuda.empty_cache()  # a recording takes what is free, and nothing that is cached
+            side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
             try:
+                # By hand, since torch's context also gives back all that was pinned, which takes seconds to pin again.
                 # Other threads may copy meanwhile.
-                recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
-                # A capture that fails while it ends leaves its stream the current one.
-                with _uncollected(), torch.cuda.stream(torch.cuda.current_stream()), recording:
-                    work()
+                with _uncollected(), torch.cuda.stream(side):
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        work()
+                    finally:
+                        graph.capture_end()
             except BaseException:
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.synchronize()  # takes an error that is still pending with it
@@ -126,18 +133,12 @@ class RepeatedWork:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage is collected inside: an earlier recording that goes meanwhile would break the one that is made.
-
-    A recording begins with a collection, which finds nothing to look at: a program's nodes take it half a second.
-    """
-    before, frozen = gc.isenabled(), gc.get_freeze_count()
+    """No garbage is collected inside: an earlier recording that goes meanwhile would break the one that is made."""
+    before = gc.isenabled()
     gc.disable()
-    gc.freeze()
     try:
         yield
     finally:
-        if not frozen:
-            gc.unfreeze()
         if before:
             gc.enable()
 

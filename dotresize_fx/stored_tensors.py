@@ -140,7 +140,16 @@ class Spool:
 
     def put_activation(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same numbers, on the same device, where the streams wait."""
-        return tensor if self.streams == "device" else self.put_probe(tensor)
+        if self.streams == "device":
+            return tensor
+        if self._pinned is not None:
+            self._pinned.begin()
+        return self.put_probe(tensor)
+
+    def expect_activations(self, sizes: Iterable[int]) -> None:
+        """Of each batch its bytes: they will be put here."""
+        if self._pinned is not None:
+            self._pinned.expect(sizes)
 
     def put_probe(self, tensor: torch.Tensor) -> LazyTensor:
         """The same, of what one probe has of its own: as large as a weight."""

@@ -38,3 +38,25 @@ def test_what_nobody_took_goes(tmp_path: Path) -> None:
     for _ in spool.in_turn(4, lambda i: [waiting[i]]):
         assert torch.cuda.memory_allocated() <= before + (8 << 20)
     assert torch.cuda.memory_allocated() == before
+
+
+def test_what_is_expected_is_pinned_before_it_comes(tmp_path: Path) -> None:
+    spool, size = Spool(tmp_path, streams="pinned"), 3 << 20
+    for _ in range(2):  # the second time it is still there
+        spool.expect_activations([4 * size] * 4)
+        assert spool._pinned is not None
+        assert spool._pinned._pinning is not None
+        spool._pinned._pinning.join()
+        before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+        assert before >= 4 * 3 * 4 * size
+        waiting = [spool.put_activation(torch.full((size,), float(i), device="cuda")) for i in range(12)]
+        assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == before
+        assert [float(tensor.sum()) / size for tensor in waiting] == list(range(12))
+        del waiting
+
+
+def test_no_more_is_pinned_once_streams_come(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, streams="pinned")
+    spool.expect_activations([1 << 20] * 100_000)  # 300 GiB
+    assert float(spool.put_activation(torch.ones(5, device="cuda")).sum()) == 5
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] < 100 << 30
