@@ -23,7 +23,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dotresize_fx.bench_command import bench_options, run_bench
-from dotresize_fx.errors import DotresizeError, OutOfMemoryError, OutputError, RanksError, UsageError
+from dotresize_fx.errors import (
+    HUNG_UP,
+    INTERRUPTED,
+    TERMINATED,
+    DotresizeError,
+    OutOfMemoryError,
+    OutputError,
+    RanksError,
+    UsageError,
+)
 from dotresize_fx.export_arguments import latency_options
 from dotresize_fx.launched import one_is_enough, rank_and_count
 from dotresize_fx.process_start import process_start
@@ -31,12 +40,14 @@ from dotresize_fx.process_start import process_start
 if TYPE_CHECKING:
     from dotresize_fx.options import Options
 
-INTERRUPTION = "interrupted; nothing half-written was left behind"
+# How a process is ended, by its exit code.
+ENDED = {INTERRUPTED: "interrupted", TERMINATED: "terminated", HUNG_UP: "hung up"}
+NOTHING_LEFT = "nothing half-written was left behind"
 NO_ROOM = "the GPU has no memory left: take a shorter --sequence-length, fewer --calibration-tokens, or --device cpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0, the error's own code, or 130 after Ctrl-C. No traceback for a user's mistake."""
+    """Run one command and exit: 0, the error's own code, or a signal's. No traceback for a user's mistake."""
     stop = _Stop()
     # A process that is not this command's own has run for something else before.
     started = process_start() if arguments is None else time.perf_counter()
@@ -51,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except SystemExit as error:
         if stop.code is None:  # --help, or a mistake on the command line
             raise
-        _fail("; ".join([INTERRUPTION, *getattr(error, "__notes__", ())]), stop.code)
+        _fail("; ".join([ENDED[stop.code], NOTHING_LEFT, *getattr(error, "__notes__", ())]), stop.code)
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except Exception as error:
         if stop.code is not None:  # what a signal broke off has failed: half an import, say
-            _fail(INTERRUPTION, stop.code)
+            _fail(f"{ENDED[stop.code]}; {NOTHING_LEFT}", stop.code)
         if isinstance(error, DotresizeError):
             _fail(str(error), error.exit_code)
         if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
@@ -72,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 class _Stop:
-    """Ctrl-C and SIGTERM, as a SystemExit that is not lost.
+    """Ctrl-C, SIGTERM and a terminal that is closed, as a SystemExit that is not lost.
 
     A library may swallow the exception that a signal raises (an import that it only tries, a callback from C): the
     signal is remembered, and ``check``, which runs between the stages, raises again. Or it writes what is raised in it
@@ -82,7 +93,8 @@ class _Stop:
 
     def __init__(self) -> None:
         self.code: int | None = None
-        numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        numbers = [signal.Signals(code - 128) for code in ENDED if code - 128 in set(signal.Signals)]
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
         self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         self._logs = logging.root.manager.disable
         self._before = {number: signal.signal(number, self._arrived) for number in numbers}

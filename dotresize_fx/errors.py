@@ -5,8 +5,8 @@ A message is one line: what was wrong, where, and what to do. The command line p
 
 from __future__ import annotations
 
-# The exit codes of a process that Ctrl-C or SIGTERM ends, as a shell gives them: 128 and the signal's number.
-INTERRUPTED, TERMINATED = 130, 143
+# The exit codes of a process that Ctrl-C, SIGTERM or SIGHUP ends, as a shell gives them: 128 and the signal's number.
+INTERRUPTED, TERMINATED, HUNG_UP = 130, 143, 129
 
 
 class DotresizeError(Exception):

@@ -145,8 +145,8 @@ class Sweep:
         if slim.position or dense.position or not slim.execution.begins_as(dense.execution, stop):
             return
         dense.advance(stop)
-        node = slim.execution.graph.node
-        slim.environments = [{node(one.name): value for one, value in values.items()} for values in dense.environments]
+        pairs = zip(slim.environments, dense.environments, strict=True)
+        slim.environments = [slim.execution.goes_on(own, dense.execution, values, stop) for own, values in pairs]
         slim.position = stop
 
     def _start(self, region: Region) -> int:

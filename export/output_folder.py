@@ -17,7 +17,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from dotresize_fx.errors import INTERRUPTED, TERMINATED, OutputError
+from dotresize_fx.errors import HUNG_UP, INTERRUPTED, TERMINATED, OutputError
 from dotresize_fx.journal import FOLDER as JOURNAL
 from dotresize_fx.journal import count_finished, drop_half_written, taken_up
 from dotresize_fx.regions import counted
@@ -36,10 +36,11 @@ class OutputFolder:
     Entering checks OUT before any work is done and makes two folders beside it: ``partial`` for what OUT
     will hold and ``work`` for intermediate files, which is removed. Leaving without an exception renames
     ``partial`` to OUT; leaving with one (KeyboardInterrupt and SystemExit too) removes it, and the parents made for
-    OUT. A process that is killed leaves ``work``; one whose disk is full, or that SIGTERM ends (a job's time limit, a
-    machine that is taken back), leaves the journal in it, if that has a finished sublayer. The next one for this OUT
-    takes the journal over, see :mod:`dotresize_fx.journal`. ``check`` raises what a signal has asked for and something
-    swallowed. With ``force`` an OUT that holds a ``report.json`` is replaced whole, once the new one is complete.
+    OUT. A process that is killed leaves ``work``; one whose disk is full, or that SIGTERM or SIGHUP ends (a job's time
+    limit, a machine that is taken back, a terminal that is closed), leaves the journal in it, if that has a finished
+    sublayer. The next one for this OUT takes the journal over, see :mod:`dotresize_fx.journal`. ``check`` raises what a
+    signal has asked for and something swallowed. With ``force`` an OUT that holds a ``report.json`` is replaced whole,
+    once the new one is complete.
     ``source`` is the model, where that is a file or folder.
 
     Raises:
@@ -144,13 +145,13 @@ class OutputFolder:
         return f"the same command goes on behind {finished}, kept in {folder}"
 
     def _termination(self, error: BaseException | None) -> SystemExit | None:
-        """What SIGTERM raised, though something on its way may have made another error of it."""
+        """What SIGTERM or SIGHUP raised, though something on its way may have made another error of it."""
         if isinstance(error, Exception):
             try:
                 self._check_signals()
             except SystemExit as swallowed:
                 error = swallowed
-        return error if isinstance(error, SystemExit) and error.code == TERMINATED else None
+        return error if isinstance(error, SystemExit) and error.code in (TERMINATED, HUNG_UP) else None
 
     def _work_folders(self) -> list[Path]:
         return list(self.out.parent.glob(f".{glob.escape(self.out.name)}.work-*"))
@@ -264,7 +265,7 @@ def _is_held(lock: Path) -> bool | None:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back until the block is done, then let them act. Only in the main thread."""
+    """Hold back what ends a process until the block is done, then let it act. Only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -273,7 +274,8 @@ def _signals_wait() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [code - 128 for code in (INTERRUPTED, TERMINATED, HUNG_UP) if code - 128 in set(signal.Signals)]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ import pytest
 
 import dotresize_fx.errors
 from dotresize_fx.cli import _parser, main
-from dotresize_fx.errors import INTERRUPTED, TERMINATED, DotresizeError
+from dotresize_fx.errors import HUNG_UP, INTERRUPTED, TERMINATED, DotresizeError
 from dotresize_fx.options import CALIBRATION_TOKENS, PLANNED, REPAIR_STEPS, Options
 from dotresize_fx.width_plan import MULTIPLE, STEPS_AT_LEAST, grid
 
@@ -87,10 +87,11 @@ def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:
         for _, kind in inspect.getmembers(dotresize_fx.errors, inspect.isclass)
         if DotresizeError in kind.__bases__  # what is a special case of another kind has that one's code
     ]
-    codes = [kind.exit_code for kind in kinds] + [0, DotresizeError.exit_code, INTERRUPTED, TERMINATED]
+    codes = [kind.exit_code for kind in kinds] + [0, DotresizeError.exit_code, INTERRUPTED, TERMINATED, HUNG_UP]
     assert len(kinds) >= 11
     assert len(set(codes)) == len(codes)
-    assert (INTERRUPTED, TERMINATED) == (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    assert [128 + number for number in signals] == [INTERRUPTED, TERMINATED, HUNG_UP]
 
 
 def test_help_and_mistakes_need_no_torch(tmp_path: Path) -> None:
@@ -154,11 +155,12 @@ def test_a_signal_that_is_swallowed(tmp_path: Path, swallower: str, number: int)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (ended.returncode, ended.stdout) == (128 + number, "")
-    assert ended.stderr == "dotresize-fx: interrupted; nothing half-written was left behind\n"
+    how = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)]
+    assert ended.stderr == f"dotresize-fx: {how}; nothing half-written was left behind\n"
 
 
 def test_signals_are_handled_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     run("--version")
     assert [signal.getsignal(number) for number in numbers] == before

@@ -146,12 +146,22 @@ class Execution:
         return {n: inputs[n.name] if n.name in inputs else at_start(n, inputs) for n in self.inputs}
 
     def begins_as(self, other: Execution, stop: int) -> bool:
-        """Whether the first ``stop`` nodes are the other's too, over the same numbers."""
+        """Whether the first ``stop`` nodes are the other's too, over the same numbers, and what is needed of them from
+        there on is needed by the other too.
+        """
         if [_written(node) for node in self.nodes[:stop]] != [_written(node) for node in other.nodes[:stop]]:
             return False
         theirs, between = {node.name: node for node in other.parameters}, self.read_between(0, stop)
         read = [node for node in self.parameters if node in between]
-        return all(self.stored(node) is other.stored(theirs[node.name]) for node in read)
+        if any(self.stored(node) is not other.stored(theirs[node.name]) for node in read):
+            return False
+        pairs = zip(self.nodes[:stop], other.nodes[:stop], strict=True)
+        return all(self._last_use.get(own, -1) < stop or other._last_use.get(node, -1) >= stop for own, node in pairs)
+
+    def goes_on(self, environment: Environment, other: Execution, values: Environment, stop: int) -> Environment:
+        """The environment, with what the other computed of its own first ``stop`` nodes, which are these."""
+        computed = {self.nodes[i]: value for node, value in values.items() if 0 <= (i := other.position(node)) < stop}
+        return {n: value for n, value in (environment | computed).items() if not self._is_over(n, computed, stop)}
 
     def read_for_good(
         self, start: int, stop: int, without: Iterable[torch.fx.Node]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment: the exit code of a signal, one line at most, and nothing half-written."""
+"""Ctrl-C, SIGTERM and SIGHUP at any moment: the exit code of a signal, one line at most, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -110,24 +110,27 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")])
 def test_a_termination_of_the_command_alone_ends_its_child_too(
     start: Callable[..., subprocess.Popen[str]],
     tree: Callable[[Path], dict[str, str]],
     model_folder: Callable[[str], Path],
     few_tokens: list[str],
     tmp_path: Path,
+    number: signal.Signals,
+    how: str,
 ) -> None:
-    """As ``kill PID`` and a job's time limit do; an earlier output that was to be replaced stays, and finished
-    sublayers are kept beside it.
+    """As ``kill PID``, a job's time limit and a terminal that is closed do; an earlier output that was to be replaced
+    stays, and finished sublayers are kept beside it.
     """
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.json").write_text("{}")
     before = tree(tmp_path)
     process = start("export", model_folder("llama"), tmp_path / "out", "--force", *few_tokens, cwd=tmp_path)
-    code, out, err = interrupt(process, "convert slim", 0.15, signal.SIGTERM, os.kill)
-    assert (code, out) == (143, "")
+    code, out, err = interrupt(process, "convert slim", 0.15, number, os.kill)
+    assert (code, out) == (128 + number, "")
     assert "Traceback" not in err
-    assert "nothing half-written was left behind; the same command goes on behind" in err.splitlines()[-1]
+    assert f"{how}; nothing half-written was left behind; the same command goes on behind" in err.splitlines()[-1]
     left = tree(tmp_path)
     assert {name: left[name] for name in before} == before
     assert {Path(name).suffix for name in left.keys() - before.keys() if left[name] != "folder"} == JOURNAL
