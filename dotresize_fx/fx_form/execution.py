@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.cache import at_start
 from dotresize_fx.fx_form.causal_masks import CausalMasks
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact, only_in_products
-from dotresize_fx.held_weights import Wanted
-from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
+from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact
+from dotresize_fx.fx_form.stored_parameters import StoredParameters
+from dotresize_fx.lazy_tensor import LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
 # So many nodes are computed again rather than that what they give waits.
 NEAR = 8
 
 
-class Execution:
+class Execution(StoredParameters):
     """Runs a graph's nodes in order over environments that hold what later nodes still need.
 
     The graph must not gain or lose nodes between construction and use; weights may change. What a program with a
@@ -31,30 +30,15 @@ class Execution:
     """
 
     def __init__(self, graph: FxGraph, *, caches: bool = False) -> None:
-        self.graph = graph
-        self.program = graph.program
-        specs = self.program.graph_signature.input_specs
-        placeholders = [node for node in graph.nodes.nodes if node.op == "placeholder"]
-        self.inputs = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.USER_INPUT]
-        self.parameters = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is not InputKind.USER_INPUT]
-        self._keys = {n: str(s.target) for n, s in zip(placeholders, specs, strict=True)}
-        self.nodes = [node for node in graph.nodes.nodes if node.op == "call_function"]
+        super().__init__(graph)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         results = graph.nodes.output_node().all_input_nodes
         self.results = [node for node in results if caches or node.name not in graph.caches]
-        self._tables = {node.args[0] for node in self.nodes if node.target is torch.ops.aten.embedding.default}
-        learned = [n for n, s in zip(placeholders, specs, strict=True) if s.kind is InputKind.PARAMETER]
         self._last_use = self._find_last_uses()
         self._crossing: list[int] = []
-        self._causal = CausalMasks(list(graph.nodes.nodes), learned, graph.causal_masks)
-        read = set(self.parameters)
-        order = dict.fromkeys(used for node in self.nodes for used in node.all_input_nodes if used in read)
-        self._order, self._place = list(order), {node: i for i, node in enumerate(order)}
-        self._told = -1  # up to which parameter what follows was told to be read ahead
+        self._causal = CausalMasks(list(graph.nodes.nodes), self.learned, graph.causal_masks)
         self._targets: dict[torch.fx.Node, Any] = {}
-        self._rounded: set[torch.fx.Node] = set()
         if graph.half_products:
-            self._rounded = only_in_products(self.parameters)
             self._targets = {node: exact(node.target) for node in self._causal.fixed if node.target in PRODUCTS}
 
     def _find_last_uses(self) -> dict[torch.fx.Node, int]:
@@ -86,7 +70,7 @@ class Execution:
         place, half, size, seen = start, start + 1, 0, set[torch.fx.Node]()
         while place < stop:
             read = {node for node in self.nodes[place].all_input_nodes if node in self._place} - seen
-            more = self._bytes_of_files(read)
+            more = self.bytes_of_files(read)
             if size and size + more > limit:
                 found.append(place := self._narrowest_of(range(half, place + 1)))
                 half, size, seen = place + 1, 0, set()
@@ -96,19 +80,6 @@ class Execution:
             if 2 * size <= limit:
                 half = place
         return [*found, stop]
-
-    def _bytes_of_files(self, nodes: Iterable[torch.fx.Node]) -> int:
-        return sum(lazy.numel() * dtype.itemsize for lazy, dtype in self._in_files(nodes))
-
-    def _in_files(self, nodes: Iterable[torch.fx.Node]) -> Iterator[Wanted]:
-        """What of parameters stays in files, and what it is used as."""
-        return (wanted for node in nodes if (wanted := self._in_file(node)) is not None)
-
-    def _in_file(self, node: torch.fx.Node) -> Wanted | None:
-        stored = self.stored(node)
-        if not isinstance(stored, LazyTensor) or node in self._tables:
-            return None
-        return stored, torch.bfloat16 if node in self._rounded else stored.dtype
 
     def read_between(self, start: int, stop: int) -> set[torch.fx.Node]:
         """What nodes ``start`` to ``stop`` (exclusive) read of an environment, and may not find in it."""
@@ -171,36 +142,6 @@ class Execution:
         """
         read = [node for node in self.read_between(start, stop) - {*without} if node in self._place]
         return {node: in_memory(self.parameter(node)) for node in read if self._in_file(node) is not None}
-
-    def stored(self, node: torch.fx.Node) -> torch.Tensor:
-        """The tensor behind a parameter placeholder, read or not."""
-        return self.graph.stored(self._keys[node])
-
-    def parameter(self, node: torch.fx.Node, *, ahead: bool = False) -> torch.Tensor:
-        """The tensor behind a parameter placeholder, as it is now; one in a file is read, if not parts of it do. Where
-        bfloat16 is all that is made of it, it is that. ``ahead``: what comes behind it is about to be read too.
-        """
-        wanted = self._in_file(node)
-        if wanted is None:
-            return self.stored(node)
-        stored, dtype = wanted
-        weights = self.graph.spool.weights if self.graph.spool is not None else None
-        if weights is None or not weights.has_room(stored.numel() * dtype.itemsize):
-            return stored if stored.nbytes > PIECE else stored.read()
-        held = weights.holds(stored, dtype)
-        found = weights.read(stored, dtype)
-        if ahead and not (held and self._place[node] <= self._told):  # once for all batches
-            self._told = self._place[node]
-            weights.read_ahead(self._following(node, weights.limit // 2))
-        return found
-
-    def _following(self, node: torch.fx.Node, size: int) -> Iterator[Wanted]:
-        """What of files is read behind a parameter, so many bytes of it."""
-        for lazy, dtype in self._in_files(self._order[self._place[node] + 1 :]):
-            size -= lazy.numel() * dtype.itemsize
-            if size < 0:
-                return
-            yield lazy, dtype
 
     def run(
         self,
