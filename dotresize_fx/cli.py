@@ -62,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except SystemExit as error:
         if stop.code is None:  # --help, or a mistake on the command line
             raise
+        if not _flushed(sys.stdout):
+            _silence(sys.stdout)
         _fail("; ".join([ENDED[stop.code], NOTHING_LEFT, *getattr(error, "__notes__", ())]), stop.code)
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except Exception as error:
         if stop.code is not None:  # what a signal broke off has failed: half an import, say
+            _silence(sys.stdout)
             _fail(f"{ENDED[stop.code]}; {NOTHING_LEFT}", stop.code)
         if isinstance(error, DotresizeError):
             _fail(str(error), error.exit_code)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
+from dotresize_fx.cost import stream_width
 from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, held_bytes, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
@@ -165,8 +166,10 @@ def slim_with(
         own = _own_text(loaded, data, chosen, device, progress)
     with _work_folder(work) as folder:
         if loaded.lazy:
-            streams = stream_bytes(dense, sum(next(iter(batch.values())).numel() for batch in data.calibration))
-            dense.spool = Spool(folder, streams=stream_place(memory, streams, device), held=held_bytes(memory, device))
+            counts = [next(iter(batch.values())).numel() for batch in data.calibration]
+            largest = 4 * stream_width(dense) * max(counts)
+            place = stream_place(memory, stream_bytes(dense, sum(counts)), device, largest)
+            dense.spool = Spool(folder, streams=place, held=held_bytes(memory, device))
         clock = None
         if chosen.by_the_clock and chosen.ratio != 0:
             from dotresize_fx.export.latency_target import start_clock

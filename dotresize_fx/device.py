@@ -7,6 +7,7 @@ import torch
 from dotresize_fx.errors import UsageError
 from dotresize_fx.memory import Memory
 from dotresize_fx.options import Options
+from dotresize_fx.pinned_streams import pinned_size
 
 # Weights that a GPU holds of those that stay in files: two blocks of a large model, and no more than it has room for.
 HELD, HELD_SHARE = 2 << 30, 0.25
@@ -26,13 +27,15 @@ def compute_device(options: Options) -> str:
     return "cuda" if options.device != "cpu" and available else "cpu"
 
 
-def stream_place(memory: Memory, streams: int, device: str) -> str:
-    """Where this many bytes of the sweep's streams had better wait, of what :class:`stored_tensors.Spool` knows."""
+def stream_place(memory: Memory, streams: int, device: str, batch: int) -> str:
+    """Where this many bytes of the sweep's streams had better wait, of what :class:`stored_tensors.Spool` knows;
+    ``batch``: those of one stream of one batch.
+    """
     if device == "cpu":
         return "files" if memory.has_no_room_for_streams(streams) else "device"
     if memory.fits(streams, HELD_SHARE, free_on_gpu(device)):
         return "device"
-    return "pinned" if memory.fits(streams, PINNED_SHARE) else "files"
+    return "pinned" if memory.fits(streams * pinned_size(batch) // max(batch, 1), PINNED_SHARE) else "files"
 
 
 def computes_in_half(options: Options, stored: torch.dtype | None, device: str) -> bool:
@@ -45,6 +48,15 @@ def computes_in_half(options: Options, stored: torch.dtype | None, device: str) 
 def free_on_gpu(device: str) -> int | None:
     """Bytes; None of a CPU."""
     return None if device == "cpu" else int(torch.cuda.mem_get_info()[0])
+
+
+def give_back(device: str) -> None:
+    """What torch keeps of memory that is free again, a GPU's and pinned memory of the host."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        empty = getattr(torch._C, "_host_emptyCache", None)
+        if empty is not None:
+            empty()
 
 
 def held_bytes(memory: Memory, device: str) -> int:

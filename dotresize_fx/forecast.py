@@ -14,6 +14,7 @@ from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.memory import show_size
+from dotresize_fx.pinned_streams import pinned_size
 from dotresize_fx.prices import SIDE_BY_SIDE
 from dotresize_fx.regions import Region
 from dotresize_fx.sensitivity import GPU_SCALE, PRICE_TOKENS, SHAPE_TOKENS
@@ -87,7 +88,7 @@ class Work:
     ``lazy``: weights wait in files; ``streams``: where these do, see :class:`stored_tensors.Spool`. ``half``: products
     of activations are bfloat16's. ``measured``: widths are planned by sensitivity. ``analysed``: seconds that
     loading, capture and finding regions took, nothing read or compared. ``stored``: bytes of a weight in its file.
-    ``steps``: of repair, for each region.
+    ``steps``: of repair, for each sublayer.
     """
 
     tokens: int
@@ -139,6 +140,8 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
 def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], work: Work) -> tuple[int, int]:
     """The host's and the GPU's, in bytes, of which each of the ``weights`` takes so many."""
     flowing = stream_bytes(graph, work.tokens)
+    batch = 4 * work.at_once * stream_width(graph)
+    pinned = flowing * pinned_size(batch) // batch
     whole, largest = sum(weights), max(weights, default=0)
     block = max((_ends(graph, region) for region in regions), default=0) * 4
     solving = max((_solving(graph, region) for region in regions), default=0)
@@ -146,7 +149,7 @@ def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], w
     answers = 3 * work.length * vocabulary * 4 + 4 * POSITIONS_AT_ONCE * vocabulary * 4
     there = flowing if work.streams == "device" else 0
     working = max(2 * block + solving + there, answers + largest, 2 * largest)
-    host = LIBRARIES + (0 if work.lazy else 2 * whole) + (flowing if work.streams == "pinned" else 0)
+    host = LIBRARIES + (0 if work.lazy else 2 * whole) + (pinned if work.streams == "pinned" else 0)
     if work.device == "cpu":
         return host + working, 0
     beside = 0

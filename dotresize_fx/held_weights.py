@@ -31,7 +31,7 @@ class _Arriving:
 
 
 class HeldWeights:
-    """``limit`` bytes of them at most, those that were asked for last.
+    """``limit`` bytes of them at most: what has been held for longest goes first, asked for again or not.
 
     All batches run through a block one after the other, and each would fetch its weights anew. Other threads read what
     is told to come next, and copy it beside what is computed.
@@ -59,13 +59,13 @@ class HeldWeights:
         """
         dtype = dtype or lazy.dtype
         if not self.has_room(lazy.numel() * dtype.itemsize):
-            return lazy.read().to(dtype)
+            return lazy.read(dtype)
         arriving = self._asked((lazy, dtype))
         try:
             return arriving.arrived()
         except Exception:  # perhaps of a moment that is over
             self._drop((id(lazy), dtype))
-            return lazy.read().to(dtype)
+            return lazy.read(dtype)
 
     def read_ahead(self, following: Iterable[Wanted]) -> None:
         """Read of these, in other threads, what is not held yet."""
@@ -103,8 +103,8 @@ class HeldWeights:
         self, lazy: LazyTensor, dtype: torch.dtype, gpu: int | None
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if gpu is None:
-            return lazy.read().to(dtype), None
+            return lazy.read(dtype), None
         assert self._copying is not None
         with torch.cuda.device(gpu), torch.cuda.stream(self._copying):
-            tensor = lazy.read(through_pinned=True).to(dtype)
+            tensor = lazy.read(dtype, through_pinned=True)
             return tensor, self._copying.record_event()

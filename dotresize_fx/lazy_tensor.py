@@ -74,8 +74,9 @@ class LazyTensor(torch.Tensor):
         made.source, made.steps = source, steps
         return made
 
-    def read(self, *, through_pinned: bool = False) -> torch.Tensor:
-        """The numbers, as a tensor like any other. It may be memory of a file: not to be written to.
+    def read(self, dtype: torch.dtype | None = None, *, through_pinned: bool = False) -> torch.Tensor:
+        """The numbers, as a tensor like any other, in ``dtype`` if given. It may be memory of a file: not to be written
+        to.
 
         ``through_pinned``: by way of pinned memory whatever the size, see :meth:`_cast`.
 
@@ -84,10 +85,11 @@ class LazyTensor(torch.Tensor):
         """
         with torch.no_grad():
             stored = self._stored()
-            tensor = self._cast(stored, through_pinned=through_pinned)
+            as_stored = dtype is not None and dtype == stored.dtype  # steps change no number
+            tensor = self._cast(stored, stored.dtype if as_stored else self.dtype, through_pinned=through_pinned)
             for step in self.steps:
                 tensor = step(tensor)
-        return tensor
+        return tensor if dtype is None else tensor.to(dtype)
 
     def _stored(self) -> torch.Tensor:
         if (refusals := LazyTensor.refusals) is not None:
@@ -95,15 +97,17 @@ class LazyTensor(torch.Tensor):
             raise UsageError(refusals[0])
         return self.source()
 
-    def _cast(self, stored: torch.Tensor, *, through_pinned: bool = False) -> torch.Tensor:
-        """On the device, in the dtype.
+    def _cast(
+        self, stored: torch.Tensor, dtype: torch.dtype | None = None, *, through_pinned: bool = False
+    ) -> torch.Tensor:
+        """On the device, in the dtype, its own unless given.
 
         A GPU copies from pinned memory several times faster, and makes nobody wait; what was pinned stays so.
         """
         pins = through_pinned or stored.nbytes <= PIECE
         if pins and self.device.type == "cuda" and stored.device.type == "cpu":
             stored = stored.pin_memory().to(self.device, non_blocking=True)
-        return stored.to(self.device).to(self.dtype)
+        return stored.to(self.device).to(dtype or self.dtype)
 
     def _rows(self, places: torch.Tensor) -> torch.Tensor:
         """Those of these numbers, in the shape of ``places``, of a tensor without steps."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.memory import available_memory
 from dotresize_fx.side_copy import received
 
 # Bytes that may be on their way to the host: the GPU keeps them until they are there.
@@ -20,8 +21,15 @@ AHEAD = 2
 
 # Of a batch's stream what is sure to wait at once: the dense model's, the slim one's, and what a reader should put out.
 COPIES = 3
+# Free memory of the host below which no more is pinned before it is needed.
+LEFT = 1 << 30
 # Threads that make the host's memory pinned: one takes 0.7 s a GiB.
 PINNING_THREADS = 8
+
+
+def pinned_size(size: int) -> int:
+    """What torch takes of pinned memory for so many bytes."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def _pin_in_parallel() -> None:
@@ -89,7 +97,9 @@ class PinnedStreams:
             # Where memory is short, what needs it says so.
             with torch.cuda.device(gpu), contextlib.suppress(RuntimeError):
                 for size in blocks:
-                    if enough.is_set() or not threading.main_thread().is_alive():
+                    free = available_memory()
+                    short = free is not None and free < pinned_size(size) + LEFT
+                    if short or enough.is_set() or not threading.main_thread().is_alive():
                         break
                     pinned.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
             # Torch keeps them pinned for who asks for as much.
@@ -98,7 +108,7 @@ class PinnedStreams:
         self._pinning.start()
 
     def begin(self) -> None:
-        """They come."""
+        """They come: no more is pinned before."""
         if self._pinning is not None:
             self._enough.set()
             self._pinning.join()

@@ -9,6 +9,7 @@ import contextlib
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -35,13 +36,11 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._side: torch.cuda.Stream | None = None
 
     def warm_up(self, work: Work) -> None:
-        """On a stream of its own: memory that it takes is not mixed up with the recording's."""
+        """On the stream of recordings."""
         with torch.cuda.device(self._device):
-            main = torch.cuda.current_stream()
-            side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            main, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 work()
@@ -59,17 +58,21 @@ class CudaRecorder:
             torch.cuda.synchronize()
             if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
                 torch.cuda.empty_cache()  # a recording takes what is free, and nothing that is cached
-            side = self._side = self._side or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            here, pool = torch.cuda.current_device(), torch.cuda.graph_pool_handle()
             try:
                 # By hand, since torch's context also gives back all that was pinned, which takes seconds to pin again.
                 # Other threads may copy meanwhile.
-                with _uncollected(), torch.cuda.stream(side):
-                    graph.capture_begin(capture_error_mode="thread_local")
+                with _uncollected(), torch.cuda.stream(_side_stream(here)):
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
                         work()
                     finally:
                         graph.capture_end()
             except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    # Else memory is taken for a recording that never ends: none that other streams used comes back.
+                    torch._C._cuda_endAllocateToPool(here, pool)
+                    torch._C._cuda_releasePool(here, pool)
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.synchronize()  # takes an error that is still pending with it
                 generator.graphsafe_set_state(before)  # else it goes on waiting for the recording's end
@@ -86,6 +89,12 @@ class CudaRecorder:
                 queued.append(event)
 
         return replay
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One a device: torch has 32, and gives each to somebody else too in the end, whose copies would be recorded."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class RepeatedWork:

@@ -60,7 +60,8 @@ def measure_curves(
     shaping, pricing = shaping_and_pricing(graph, batches, task)
     shapes: dict[str, torch.Tensor] = {}
     probes: list[Probe] = []
-    for inputs, found in dense_statistics(graph, watched, shaping, ranks):
+    at_once = GPU_SHAPING_SCALE if reads_text(task) and _on_gpu(batches) else 1
+    for inputs, found in dense_statistics(graph, watched, shaping, ranks, at_once):
         region = inputs.region
         shapes[region.name] = CURVES[region.kind](region, found)
         probes.append(Probe(inputs, found))
@@ -101,7 +102,7 @@ def disjoint(
     alone, and of few tokens a cut learns each. Batches of inputs that are no text are taken as they are;
     ``tokens`` says how many one has.
     """
-    on_gpu = next(iter(batches[0].values())).is_cuda
+    on_gpu = _on_gpu(batches)
     pieces = batches
     if reads_text(task):
         pieces = [piece for batch in batches for piece in _pieces(batch, PIECE * (GPU_PIECE_SCALE if on_gpu else 1))]
@@ -115,10 +116,7 @@ def disjoint(
     chosen = {(2 * i + 1) * len(pieces) // (2 * priced) for i in range(priced)}
     others = [piece for i, piece in enumerate(pieces) if i not in chosen]
     count = min(len(others), max(1, round(scale * SHAPE_TOKENS / _mean(tokens, pieces))))
-    shaping = [others[i * len(others) // count] for i in range(count)]
-    if on_gpu and reads_text(task):
-        shaping = joined(shaping, GPU_SHAPING_SCALE)
-    return shaping, [short[i] for i in sorted(chosen)]
+    return [others[i * len(others) // count] for i in range(count)], [short[i] for i in sorted(chosen)]
 
 
 def joined(pieces: Sequence[Inputs], most: int) -> list[Inputs]:
@@ -132,6 +130,10 @@ def joined(pieces: Sequence[Inputs], most: int) -> list[Inputs]:
         else:
             runs.append([piece])
     return [{name: torch.cat([piece[name] for piece in run]) for name in run[0]} for run in runs]
+
+
+def _on_gpu(batches: Sequence[Inputs]) -> bool:
+    return next(iter(batches[0].values())).is_cuda
 
 
 def _pieces(batch: Inputs, tokens: int) -> Sequence[Inputs]:
@@ -151,11 +153,12 @@ def _mean(tokens: Callable[[Inputs], int], pieces: Sequence[Inputs]) -> float:
 
 
 def dense_statistics(
-    graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs], ranks: Ranks
+    graph: FxGraph, watched: Sequence[RegionInputs], batches: Sequence[Inputs], ranks: Ranks, at_once: int = 1
 ) -> Iterator[tuple[RegionInputs, RegionStatistics]]:
     """What readers read; for queries and keys, which nothing but the attention reads, what their writers do.
 
     All batches go from one watched place to the next together, so that the sums of few regions are held at once.
+    ``at_once`` neighbours are joined.
     """
     execution = Execution(graph)
     at: dict[torch.fx.Node, list[RegionInputs]] = defaultdict(list)
@@ -174,7 +177,7 @@ def dense_statistics(
     execution.hold(way for inputs in watched for way in inputs.routing)
     sums = {inputs.region.name: (inputs.new_sums(), GramAccumulator()) for inputs in watched}
     near: dict[str, torch.Tensor | None] = {}
-    batches = [batches[i] for i in ranks.mine(len(batches))]
+    batches = joined([batches[i] for i in ranks.mine(len(batches))], at_once)
     masks, environments = [padding_mask(batch) for batch in batches], [execution.start(batch) for batch in batches]
     position = 0
     for node in sorted({*at, *turning}, key=execution.position):

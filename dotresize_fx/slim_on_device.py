@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dotresize_fx.calibration import CalibrationData, Inputs
 from dotresize_fx.clock import Clock
-from dotresize_fx.device import compute_device
+from dotresize_fx.device import compute_device, give_back
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.journal import Journal
 from dotresize_fx.launched import Launched
@@ -118,4 +118,5 @@ def slim_on_device(
         slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
     if device != "cpu":
         slimmed.graph.to("cpu")
+        give_back(device)  # what measures has a process of its own
     return slimmed

@@ -17,7 +17,7 @@ import torch
 
 from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.held_weights import HeldWeights
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
 from dotresize_fx.pinned_streams import PinnedStreams, PinnedTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,7 +74,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     text += b" " * (-len(text) % 8)
     crc = 0
     with file.open("wb") as stream:
-        numbers = (_bytes(in_memory(tensors[name])) for name in order)
+        numbers = (part for name in order for part in _parts(in_memory(tensors[name])))
         for part in chain([memoryview(len(text).to_bytes(8, "little") + text)], numbers):
             stream.write(part)
             crc = zlib.crc32(part, crc)
@@ -90,13 +90,19 @@ def file_crc32(file: Path) -> int:
     return crc
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    plain = tensor.detach().contiguous()
-    if plain.is_cuda:  # by way of pinned memory, at several times the speed
-        there = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True).copy_(plain, non_blocking=True)
-        torch.cuda.current_stream(plain.device).synchronize()
-        plain = there
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+def _parts(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Its bytes, each part to be used before the next is asked for; from a GPU by way of pinned memory, at several
+    times the speed.
+    """
+    plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if not plain.is_cuda:
+        yield plain.numpy().data
+        return
+    for start in range(0, len(plain), PIECE):
+        part = plain[start : start + PIECE]
+        there = torch.empty(len(part), dtype=torch.uint8, pin_memory=True).copy_(part, non_blocking=True)
+        torch.cuda.current_stream(part.device).synchronize()
+        yield there.numpy().data
 
 
 def _view(held: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], torch.Tensor]:
@@ -158,7 +164,8 @@ class Spool:
     def put(self, tensor: torch.Tensor) -> LazyTensor:
         """The same numbers, on the same device, once they are needed."""
         with tempfile.TemporaryFile(dir=self._folder) as stream:
-            stream.write(_bytes(tensor))  # which tells a full disk
+            for part in _parts(tensor):
+                stream.write(part)  # which tells a full disk
             stream.flush()
             # Unlike an mmap of Python's it holds no descriptor, of which there are some thousand at most.
             held = torch.from_file(f"/dev/fd/{stream.fileno()}", shared=False, size=tensor.nbytes, dtype=torch.uint8)

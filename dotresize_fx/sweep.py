@@ -14,6 +14,7 @@ import torch
 from dotresize_fx.activation_stream import ActivationStream
 from dotresize_fx.entry_refit import Entry
 from dotresize_fx.expert_statistics import experts_error, refit_experts
+from dotresize_fx.fx_form.edits import has_effects
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, padding_mask
@@ -144,6 +145,8 @@ class Sweep:
         slim, dense = self.slim, self.dense
         if slim.position or dense.position or not slim.execution.begins_as(dense.execution, stop):
             return
+        if any(has_effects(node.target) for node in slim.execution.nodes[stop:]):
+            return  # what one writes into the other would read
         dense.advance(stop)
         pairs = zip(slim.environments, dense.environments, strict=True)
         slim.environments = [slim.execution.goes_on(own, dense.execution, values, stop) for own, values in pairs]

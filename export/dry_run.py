@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dotresize_fx.cost import CostModel
+from dotresize_fx.calibration import sequences_at_once
+from dotresize_fx.cost import CostModel, stream_width
 from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
@@ -68,7 +69,10 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
         memory = replace(options.memory, gpu=free_on_gpu(device))
         lazy = memory.is_short_of(weights)
         tokens = options.tokens_that_calibrate(loaded.task)
-        place = stream_place(memory, stream_bytes(graph, tokens), device) if lazy else "device"
+        place = "device"
+        if lazy:
+            at_once = length * sequences_at_once(tokens, length, device, repairs=options.effort != "fast")
+            place = stream_place(memory, stream_bytes(graph, tokens), device, 4 * stream_width(graph) * at_once)
         work = Work(
             tokens=tokens,
             measuring=options.evaluation_tokens,
@@ -122,10 +126,10 @@ def _check(name: str, options: Options) -> None:
         "--profile": options.profile,
         "--target-latency": options.target_latency is not None,
         "--regions residual": RegionKind.RESIDUAL in options.kinds,
-        f"--effort {options.effort}": options.effort != "fast",
+        f"--effort {options.effort}": options.effort == "heal",
     }
     if said := next((name for name, asked in other.items() if asked), ""):
-        raise UsageError(f"--dry-run foretells widths cut by a ratio in closed form, and no {said}: leave it out")
+        raise UsageError(f"--dry-run foretells widths cut by a ratio, and no {said}: leave it out")
 
 
 def _matched(matches: MatchReport, reasons: dict[str, str]) -> list[str]:

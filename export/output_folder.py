@@ -281,8 +281,8 @@ def _signals_wait() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if arrived:
-            signal.raise_signal(arrived[0])
+        for number in arrived:  # the first that is not ignored ends it
+            signal.raise_signal(number)
 
 
 def _is_full_disk(error: BaseException) -> bool:

@@ -117,8 +117,8 @@ def slim_graph(
         chosen = follow_plan(plan, slimmed, found, regions)
     elif rest:
         found_before = journal.plan() if journal is not None else None
-        if found_before is None and dense.spool is not None and dense.spool.streams == "pinned":
-            dense.spool.expect_activations([4 * stream_width(dense) * dense.expected_rows(one) for one in batches])
+        if found_before is None and dense.spool is not None and reads_text(task):
+            dense.spool.expect_activations([4 * stream_width(dense) * one["input_ids"].numel() for one in batches])
         chosen, kept = found_before or plan_widths(
             slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock, ranks
         )

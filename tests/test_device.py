@@ -9,6 +9,7 @@ from dotresize_fx import device
 from dotresize_fx.device import computes_in_half, free_on_gpu, held_bytes, stream_place
 from dotresize_fx.memory import Memory
 from dotresize_fx.options import Options
+from dotresize_fx.pinned_streams import pinned_size
 
 GIB = 1 << 30
 
@@ -27,10 +28,17 @@ def test_streams_wait_where_there_is_room(
 ) -> None:
     """A GPU with 80 GiB free, of which streams may take a quarter."""
     monkeypatch.setattr(device, "free_on_gpu", lambda _: 80 * GIB)
-    assert stream_place(Memory(budget * GIB), streams * GIB, "cuda") == where
-    assert stream_place(Memory(budget * GIB), streams * GIB, "cpu") == on_cpu
+    assert stream_place(Memory(budget * GIB), streams * GIB, "cuda", 1 << 20) == where
+    assert stream_place(Memory(budget * GIB), streams * GIB, "cpu", 1 << 20) == on_cpu
     assert held_bytes(Memory(budget * GIB), "cuda") == 2 * GIB
     assert held_bytes(Memory(4 * GIB), "cuda") == GIB
+
+
+def test_pinned_memory_comes_in_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "free_on_gpu", lambda _: 80 * GIB)
+    assert [pinned_size(size) for size in (1, 64, 65, 80 << 20)] == [1, 64, 128, 128 << 20]
+    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 128 << 20) == "pinned"
+    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 80 << 20) == "files"
 
 
 def test_a_cpu_has_no_other_memory() -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dotresize_fx.errors import UsageError
+from dotresize_fx.errors import SolverError, UsageError
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.least_squares import diagonal_raised
 from dotresize_fx.region_map import RegionMap, selection
@@ -92,6 +92,9 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
     a percent more at most (docs/measurements.md, "Elimination in groups").
 
     gram: (n, n) float64, mean of x x.T. weight: (out, n) float64.
+
+    Raises:
+        SolverError: rounding left no number of what they cost.
     """
     with diagonal_raised(gram, damping(gram)):
         inverse = _inverse(gram)
@@ -130,7 +133,10 @@ def eliminate(gram: torch.Tensor, weight: torch.Tensor, count: int) -> Eliminati
         count -= step
     if not order:
         return Elimination(alive[:0], gram.new_zeros(0))
-    return Elimination(torch.cat(order), torch.cat(errors).cumsum(0))
+    error = torch.cat(errors).cumsum(0)
+    if not error[-1].isfinite():
+        raise SolverError("elimination met neurons whose Gram matrix is singular, damped as it is")
+    return Elimination(torch.cat(order), error)
 
 
 def _inverse(matrix: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,12 @@ def test_a_dry_run_says_that_a_budget_is_too_small(model_folder: Folder, here: H
     assert "--memory-budget 64 MiB is less than that" in ended.stdout
 
 
+def test_a_dry_run_foretells_repair(model_folder: Folder, here: Here, tmp_path: Path) -> None:
+    ended = here("export", model_folder("llama"), tmp_path / "out", "--dry-run", "--quiet", "--effort", "best")
+    assert ended.code == 0
+    assert "time: about" in ended.stdout
+
+
 def test_a_dry_run_says_what_it_cannot_foretell(model_folder: Folder, here: Here, tmp_path: Path) -> None:
     for options, said in ((["--effort", "heal"], "--effort heal"), (["--merge", "1"], "--merge")):
         ended = here("export", model_folder("llama"), tmp_path / "out", "--dry-run", *options)

@@ -234,3 +234,26 @@ def test_a_signal_during_the_last_steps_waits_for_them(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["report.json"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_ignored_does_not_stand_for_another_signal(tmp_path: Path) -> None:
+    """Under nohup a terminal that is closed ends nothing, but a termination behind it does."""
+
+    class Terminated(OutputFolder):
+        def _commit(self) -> None:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            super()._commit()
+
+    def arrived(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {signal.SIGHUP: signal.SIG_IGN, signal.SIGTERM: arrived}
+    before = {number: signal.signal(number, handler) for number, handler in before.items()}
+    try:
+        with pytest.raises(SystemExit, match="143"), Terminated(tmp_path / "out") as folder:
+            write(folder)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert names(tmp_path) == ["out"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dotresize_fx.errors import UsageError
+from dotresize_fx.errors import SolverError, UsageError
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.solvers import obs
@@ -65,6 +65,16 @@ def test_dead_and_duplicate_neurons_go_first() -> None:
 def test_nothing_to_eliminate() -> None:
     found = eliminate(*problem(), 0)
     assert len(found.order) == len(found.error) == 0
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_costs_that_are_no_numbers_are_an_error(monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    """Sums near the largest number there is, whose inverse is none."""
+    monkeypatch.setattr(obs, "WIDE", 100 if wide else 10**6)
+    monkeypatch.setattr(obs, "GROUPS", 50)
+    gram, weight = problem()
+    with pytest.raises(SolverError, match="singular"):
+        eliminate(gram * 1e306, weight * 1e306, 50)
 
 
 def test_a_stream_is_refused() -> None:
