@@ -154,7 +154,7 @@ def test_what_stays_in_files_is_read_once(
 ) -> None:
     """Whatever the steps, and a large weight too, of which a run alone would read a part at a time."""
     slim, region = cut[0].copy(), cut[1]
-    monkeypatch.setattr("dotresize_fx.fx_form.execution.PIECE", 1)
+    monkeypatch.setattr("dotresize_fx.fx_form.stored_parameters.PIECE", 1)
     named = parameters(slim, region)[:1]
     expected = repair(sublayer(dense, slim, region, batches), named, [7], steps=5)
     reads: list[str] = []

@@ -128,8 +128,9 @@ def start() -> Callable[..., subprocess.Popen[str]]:
     """``start(*arguments, cwd, python=("-m", "dotresize_fx"))``: the command line in a process group of its own."""
 
     def begin(*arguments: object, cwd: Path, python: tuple[str, ...] = ("-m", "dotresize_fx")) -> subprocess.Popen[str]:
-        # A shell that runs tests in the background has them ignore Ctrl-C, which children would inherit.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A shell that runs tests in the background has them ignore Ctrl-C, nohup a hang-up; children would inherit it.
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in usual.items()}
         try:
             return subprocess.Popen(
                 [sys.executable, *python, *map(str, arguments)],
@@ -142,7 +143,8 @@ def start() -> Callable[..., subprocess.Popen[str]]:
                 start_new_session=True,
             )
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return begin
 
