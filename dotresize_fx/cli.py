@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import (
+    ENDING_SIGNALS,
     HUNG_UP,
     INTERRUPTED,
     TERMINATED,
@@ -62,15 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except SystemExit as error:
         if stop.code is None:  # --help, or a mistake on the command line
             raise
-        if not _flushed(sys.stdout):
-            _silence(sys.stdout)
-        _fail("; ".join([ENDED[stop.code], NOTHING_LEFT, *getattr(error, "__notes__", ())]), stop.code)
+        _end(stop.code, *getattr(error, "__notes__", ()))
     except BrokenPipeError:
         _silence(sys.stdout)  # the reader went away (`| head`), which is no mistake
     except Exception as error:
         if stop.code is not None:  # what a signal broke off has failed: half an import, say
-            _silence(sys.stdout)
-            _fail(f"{ENDED[stop.code]}; {NOTHING_LEFT}", stop.code)
+            _end(stop.code)
         if isinstance(error, DotresizeError):
             _fail(str(error), error.exit_code)
         if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
@@ -96,8 +94,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.code: int | None = None
-        numbers = [signal.Signals(code - 128) for code in ENDED if code - 128 in set(signal.Signals)]
-        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+        numbers = [n for n in ENDING_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has a hang-up
         self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
         self._logs = logging.root.manager.disable
         self._before = {number: signal.signal(number, self._arrived) for number in numbers}
@@ -138,6 +135,13 @@ def _silence(stream: TextIO) -> None:
     """What is still buffered goes nowhere, so that the interpreter does not fail on it at exit."""
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _end(code: int, *notes: str) -> NoReturn:
+    """By the signal of this code."""
+    if not _flushed(sys.stdout):
+        _silence(sys.stdout)
+    _fail("; ".join([ENDED[code], NOTHING_LEFT, *notes]), code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

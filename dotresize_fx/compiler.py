@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dotresize_fx.calibration import CalibrationData, Inputs, load_text, prepare_data
-from dotresize_fx.cost import stream_width
+from dotresize_fx.cost import one_stream
 from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, held_bytes, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
@@ -167,7 +167,7 @@ def slim_with(
     with _work_folder(work) as folder:
         if loaded.lazy:
             counts = [next(iter(batch.values())).numel() for batch in data.calibration]
-            largest = 4 * stream_width(dense) * max(counts)
+            largest = one_stream(dense, max(counts))
             place = stream_place(memory, stream_bytes(dense, sum(counts)), device, largest)
             dense.spool = Spool(folder, streams=place, held=held_bytes(memory, device))
         clock = None

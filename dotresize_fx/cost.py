@@ -97,6 +97,11 @@ def block_linears(graph: Graph) -> list[Op]:
     return [op for op in linears if op.name not in outside]
 
 
+def one_stream(graph: Graph, tokens: int) -> int:
+    """Bytes of the residual stream over so many tokens, in float32."""
+    return 4 * tokens * stream_width(graph)
+
+
 def stream_width(graph: Graph) -> int:
     """Width of what the first block linear reads; 0 without any."""
     linears = block_linears(graph)

@@ -35,7 +35,7 @@ def stream_place(memory: Memory, streams: int, device: str, batch: int) -> str:
         return "files" if memory.has_no_room_for_streams(streams) else "device"
     if memory.fits(streams, HELD_SHARE, free_on_gpu(device)):
         return "device"
-    return "pinned" if memory.fits(streams * pinned_size(batch) // max(batch, 1), PINNED_SHARE) else "files"
+    return "pinned" if memory.fits(pinned_size(streams, batch), PINNED_SHARE) else "files"
 
 
 def computes_in_half(options: Options, stored: torch.dtype | None, device: str) -> bool:
@@ -50,13 +50,12 @@ def free_on_gpu(device: str) -> int | None:
     return None if device == "cpu" else int(torch.cuda.mem_get_info()[0])
 
 
-def give_back(device: str) -> None:
+def give_back() -> None:
     """What torch keeps of memory that is free again, a GPU's and pinned memory of the host."""
-    if device != "cpu":
-        torch.cuda.empty_cache()
-        empty = getattr(torch._C, "_host_emptyCache", None)
-        if empty is not None:
-            empty()
+    torch.cuda.empty_cache()
+    empty = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None:
+        empty()
 
 
 def held_bytes(memory: Memory, device: str) -> int:

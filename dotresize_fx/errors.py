@@ -5,8 +5,12 @@ A message is one line: what was wrong, where, and what to do. The command line p
 
 from __future__ import annotations
 
+import signal
+
 # The exit codes of a process that Ctrl-C, SIGTERM or SIGHUP ends, as a shell gives them: 128 and the signal's number.
 INTERRUPTED, TERMINATED, HUNG_UP = 130, 143, 129
+# Their numbers, where the system has them.
+ENDING_SIGNALS = [code - 128 for code in (INTERRUPTED, TERMINATED, HUNG_UP) if code - 128 in set(signal.Signals)]
 
 
 class DotresizeError(Exception):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dotresize_fx.calibration import sequences_at_once
-from dotresize_fx.cost import Cost, count_cost, stream_width
+from dotresize_fx.cost import Cost, count_cost, one_stream
 from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
@@ -78,7 +78,7 @@ def _show_time(seconds: float) -> str:
 
 def stream_bytes(graph: FxGraph, tokens: int) -> int:
     """What the sweep's streams take over so many tokens."""
-    return STREAMS * tokens * stream_width(graph) * 4
+    return STREAMS * one_stream(graph, tokens)
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,6 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
 def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], work: Work) -> tuple[int, int]:
     """The host's and the GPU's, in bytes, of which each of the ``weights`` takes so many."""
     flowing = stream_bytes(graph, work.tokens)
-    batch = 4 * work.at_once * stream_width(graph)
-    pinned = flowing * pinned_size(batch) // batch
     whole, largest = sum(weights), max(weights, default=0)
     block = max((_ends(graph, region) for region in regions), default=0) * 4
     solving = max((_solving(graph, region) for region in regions), default=0)
@@ -149,12 +147,16 @@ def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], w
     answers = 3 * work.length * vocabulary * 4 + 4 * POSITIONS_AT_ONCE * vocabulary * 4
     there = flowing if work.streams == "device" else 0
     working = max(2 * block + solving + there, answers + largest, 2 * largest)
-    host = LIBRARIES + (0 if work.lazy else 2 * whole) + (pinned if work.streams == "pinned" else 0)
+    host = (
+        LIBRARIES
+        + (0 if work.lazy else 2 * whole)
+        + (pinned_size(flowing, one_stream(graph, work.at_once)) if work.streams == "pinned" else 0)
+    )
     if work.device == "cpu":
         return host + working, 0
     beside = 0
     if work.lazy and work.measured and work.streams != "files":  # of each probe what waits, on the text that prices
-        beside = min(SIDE_BY_SIDE, 4 * _priced(work) * stream_width(graph) * (len(regions) + 1))
+        beside = min(SIDE_BY_SIDE, one_stream(graph, _priced(work)) * (len(regions) + 1))
     resident = 0 if work.lazy else whole + whole // 2  # of the slim model only what was cut is another
     return host + max(2 * largest, answers), resident + max(working, answers + beside) + largest
 

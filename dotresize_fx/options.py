@@ -353,6 +353,10 @@ class Options:
         """How many steps each cut sublayer takes, where the effort repairs."""
         return REPAIR_STEPS[task] if self.repair_steps is None else self.repair_steps
 
+    def steps_taken(self, task: str) -> int:
+        """The same, and none where it does not."""
+        return 0 if self.effort == "fast" else self.steps_that_repair(task)
+
     def own_tokens(self, task: str, device: str) -> int:
         """How much text the dense model writes for its slim self; an encoder writes none."""
         if self.effort != "heal" or task != "decoder":

@@ -27,9 +27,10 @@ LEFT = 1 << 30
 PINNING_THREADS = 8
 
 
-def pinned_size(size: int) -> int:
-    """What torch takes of pinned memory for so many bytes."""
-    return 1 << max(size - 1, 0).bit_length()
+def pinned_size(size: int, block: int = 0) -> int:
+    """What torch takes of pinned memory for so many bytes, in blocks of ``block`` bytes or one."""
+    block = max(block or size, 1)
+    return size * (1 << (block - 1).bit_length()) // block
 
 
 def _pin_in_parallel() -> None:

@@ -53,12 +53,12 @@ class CudaRecorder:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            here, pool = torch.cuda.current_device(), torch.cuda.graph_pool_handle()
+            generator = torch.cuda.default_generators[here]
             before = generator.clone_state()
             torch.cuda.synchronize()
             if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
                 torch.cuda.empty_cache()  # a recording takes what is free, and nothing that is cached
-            here, pool = torch.cuda.current_device(), torch.cuda.graph_pool_handle()
             try:
                 # By hand, since torch's context also gives back all that was pinned, which takes seconds to pin again.
                 # Other threads may copy meanwhile.

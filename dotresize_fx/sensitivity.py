@@ -129,7 +129,10 @@ def joined(pieces: Sequence[Inputs], most: int) -> list[Inputs]:
             last.append(piece)
         else:
             runs.append([piece])
-    return [{name: torch.cat([piece[name] for piece in run]) for name in run[0]} for run in runs]
+    return [
+        run[0] if len(run) == 1 else {name: torch.cat([piece[name] for piece in run]) for name in run[0]}
+        for run in runs
+    ]
 
 
 def _on_gpu(batches: Sequence[Inputs]) -> bool:

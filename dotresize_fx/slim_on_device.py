@@ -118,5 +118,5 @@ def slim_on_device(
         slimmed = replace(slimmed, notes=(*slimmed.notes, *healed))
     if device != "cpu":
         slimmed.graph.to("cpu")
-        give_back(device)  # what measures has a process of its own
+        give_back()  # what measures has a process of its own
     return slimmed

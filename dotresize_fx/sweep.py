@@ -113,9 +113,9 @@ class Sweep:
         begin = min([*self.readers.positions(stop), *(self._start(region) for region, _ in cuts)])
         if self.stream is None:
             begin = self.slim.execution.narrowest(self.slim.position, begin)
+            self._run_once(begin)
         else:
             self.slim.advance(begin)
-        self._run_once(begin)
         goals, seen = self._dense_goals(target, entries)
         self.readers.refit(entries, seen)
         swept = [self._slim_region(region, width, goals, solvers(region), begin) for region, width in cuts]

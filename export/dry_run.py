@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dotresize_fx.calibration import sequences_at_once
-from dotresize_fx.cost import CostModel, stream_width
+from dotresize_fx.cost import CostModel, one_stream
 from dotresize_fx.device import compute_device, computes_in_half, free_on_gpu, stream_place
 from dotresize_fx.errors import UsageError
 from dotresize_fx.export.analyse import analyse
@@ -69,23 +68,22 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
         memory = replace(options.memory, gpu=free_on_gpu(device))
         lazy = memory.is_short_of(weights)
         tokens = options.tokens_that_calibrate(loaded.task)
-        place = "device"
-        if lazy:
-            at_once = length * sequences_at_once(tokens, length, device, repairs=options.effort != "fast")
-            place = stream_place(memory, stream_bytes(graph, tokens), device, 4 * stream_width(graph) * at_once)
         work = Work(
             tokens=tokens,
             measuring=options.evaluation_tokens,
             length=length,
             device=device,
             lazy=lazy,
-            streams=place,
+            streams="device",
             half=computes_in_half(options, loaded.stored, device),
             measured=options.allocation != "uniform",
             analysed=sum(progress.seconds[name] for name in ("load", "capture", "find regions")),
             stored=(loaded.stored or torch.float32).itemsize,
-            steps=0 if options.effort == "fast" else options.steps_that_repair(loaded.task),
+            steps=options.steps_taken(loaded.task),
         )
+        if lazy:
+            batch = one_stream(graph, work.at_once)
+            work = replace(work, streams=stream_place(memory, stream_bytes(graph, tokens), device, batch))
         told = forecast(graph, regions, work)
     where = "stay in their files and are read as needed" if lazy else "are held in memory"
     text = "\n".join(
@@ -100,7 +98,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             "uniformly; "
             + ("as it is asked for" if options.allocation == "uniform" else "which widths go is measured, on data"),
             "",
-            f"weights: {show_size(weights)} in float32, which {where}" + STREAMS_WAIT[place],
+            f"weights: {show_size(weights)} in float32, which {where}" + STREAMS_WAIT[work.streams],
             *told.lines(),
             *_beyond(told, options),
         ]

@@ -17,7 +17,7 @@ from typing import Self
 
 from filelock import FileLock, Timeout
 
-from dotresize_fx.errors import HUNG_UP, INTERRUPTED, TERMINATED, OutputError
+from dotresize_fx.errors import ENDING_SIGNALS, HUNG_UP, INTERRUPTED, TERMINATED, OutputError
 from dotresize_fx.journal import FOLDER as JOURNAL
 from dotresize_fx.journal import count_finished, drop_half_written, taken_up
 from dotresize_fx.regions import counted
@@ -274,8 +274,7 @@ def _signals_wait() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
 
-    numbers = [code - 128 for code in (INTERRUPTED, TERMINATED, HUNG_UP) if code - 128 in set(signal.Signals)]
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, note) for number in ENDING_SIGNALS}
     try:
         yield
     finally:

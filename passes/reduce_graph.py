@@ -64,7 +64,7 @@ def reduce_graph(
             merged.graph,
             batches,
             progress,
-            repair_steps=0 if options.effort == "fast" else options.steps_that_repair(task),
+            repair_steps=options.steps_taken(task),
             repair_rate=None if predicts_tokens(task) else ENCODER_LEARNING_RATE,
             pull=PULL if predicts_tokens(task) else ENCODER_PULL,
             check=options.check,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from dotresize_fx.clock import Clock
-from dotresize_fx.cost import CostModel, stream_width
+from dotresize_fx.cost import CostModel, one_stream
 from dotresize_fx.errors import NothingToSlimError
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.journal import Journal
@@ -118,7 +118,7 @@ def slim_graph(
     elif rest:
         found_before = journal.plan() if journal is not None else None
         if found_before is None and dense.spool is not None and reads_text(task):
-            dense.spool.expect_activations([4 * stream_width(dense) * one["input_ids"].numel() for one in batches])
+            dense.spool.expect_activations([one_stream(dense, one["input_ids"].numel()) for one in batches])
         chosen, kept = found_before or plan_widths(
             slimmed, regions, batches, total, cost, options, progress, task, curves, factors, clock, ranks
         )

@@ -93,11 +93,10 @@ class Execution(StoredParameters):
 
     def _narrowest_of(self, places: range) -> int:
         if not self._crossing:
-            first = {node: i + 1 for i, node in enumerate(self.nodes)}
             change = [0] * (len(self.nodes) + 2)
             for node, last in self._last_use.items():
-                if node in first and last >= first[node]:
-                    change[first[node]] += 1
+                if node in self.index:
+                    change[self.index[node] + 1] += 1
                     change[last + 1] -= 1
             self._crossing = list(accumulate(change))
         return min(reversed(places), key=lambda place: self._crossing[place])
