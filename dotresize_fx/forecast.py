@@ -14,7 +14,7 @@ from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.memory import show_size
-from dotresize_fx.pinned_streams import pinned_size
+from dotresize_fx.pinned_memory import pinned_size
 from dotresize_fx.prices import SIDE_BY_SIDE
 from dotresize_fx.regions import Region
 from dotresize_fx.sensitivity import GPU_SCALE, PRICE_TOKENS, SHAPE_TOKENS
@@ -26,8 +26,11 @@ STREAMS = 4
 SQUARES = 5
 # (n, out) float64 likewise: reader, its sums with what is wanted and with what is put out, the fit.
 READERS = 8
-# Passes of the calibration text through the blocks: both streams, and what is cut once more merged and once as it was.
-PASSES = 4.0
+# Passes of the calibration text through what is cut: both streams, once more merged and once as it was; what is in front
+# of the first cut is run once for both models.
+PASSES, PASSES_BEFORE = 4.0, 1.0
+# Where widths are measured so many of the sublayers are cut, the last ones mostly.
+CUT = 2 / 3
 # Passes of the text that measures.
 MEASURED = 4
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
@@ -44,8 +47,8 @@ PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.8}
 QUEUED = 3e-5
 # Operations for each weight and token of a step of repair: forward and both ways back.
 REPAIRED = 6.0
-# Copies of a stream to and from pinned memory a sublayer, bytes a second of these; and of memory that is made pinned.
-COPIES, COPIED, PINNED = 6, 5e10, 6e9
+# Copies of a stream to and from pinned memory a sublayer, and bytes a second of these.
+COPIES, COPIED = 6, 5e10
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Work:
     ``lazy``: weights wait in files; ``streams``: where these do, see :class:`stored_tensors.Spool`. ``half``: products
     of activations are bfloat16's. ``measured``: widths are planned by sensitivity. ``analysed``: seconds that
     loading, capture and finding regions took, nothing read or compared. ``stored``: bytes of a weight in its file.
-    ``steps``: of repair, for each sublayer.
+    ``ratio``: what share goes. ``steps``: of repair, for each sublayer.
     """
 
     tokens: int
@@ -101,12 +104,23 @@ class Work:
     measured: bool
     analysed: float
     stored: int
+    ratio: float = 0.0
     steps: int = 0
 
     @property
     def at_once(self) -> int:
         """Tokens of a batch, which a step of repair takes."""
         return self.length * sequences_at_once(self.tokens, self.length, self.device, repairs=self.steps > 0)
+
+    @property
+    def cut(self) -> float:
+        """Which share of the sublayers is."""
+        return CUT if self.measured else 1.0
+
+    @property
+    def passes(self) -> float:
+        """Of the calibration text through the blocks."""
+        return self.cut * PASSES + (1 - self.cut) * PASSES_BEFORE
 
 
 def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
@@ -116,17 +130,18 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     rate, double = (
         _rate(work.device, dtype) for dtype in (torch.bfloat16 if work.half else torch.float32, torch.float64)
     )
-    widths, flowing = [_width(graph, region) for region in regions], stream_bytes(graph, work.tokens)
+    widths = [_width(graph, region) for region in regions]
     operations = _operations(cost, widths, work)
-    operations += REPAIRED * work.steps * work.at_once * sum(_ends(graph, region) for region in regions)
-    solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (2 if work.measured else 1)
+    left = max(0.0, work.cut - work.ratio)  # of all weights those of what is cut that stay
+    operations += left * REPAIRED * work.steps * work.at_once * sum(_ends(graph, region) for region in regions)
+    solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (work.cut + work.measured)
     parameters = sum(weights) / 4
     solving = operations / rate / REACHED[work.device] + solved / double
     if work.device != "cpu":
-        solving += QUEUED * PASSES * work.tokens / work.at_once * len(graph.ops)
+        solving += QUEUED * work.passes * work.tokens / work.at_once * len(graph.ops)
     if work.streams == "pinned":
-        sublayers = len({region.target for region in regions})
-        solving += COPIES * sublayers * flowing / STREAMS / COPIED + flowing / PINNED
+        sublayers = work.cut * len({region.target for region in regions})
+        solving += COPIES * sublayers * stream_bytes(graph, work.tokens) / STREAMS / COPIED
     measuring = 2.0 * cost.macs_per_token * MEASURED * work.measuring
     reading = 4 * COMPARED * parameters / COMPARING + work.stored * parameters / READING
     stages = {
@@ -164,11 +179,11 @@ def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], w
 def _operations(cost: Cost, widths: Sequence[int], work: Work) -> float:
     """Of running both models and of summing Gram matrices."""
     whole, blocks = 2.0 * cost.macs_per_token, 2.0 * (cost.block_macs_per_token + cost.attention_macs_per_token)
-    operations = blocks * PASSES * work.tokens
+    operations = blocks * work.passes * work.tokens
     if work.measured:
         shaped, priced = min(_scale(work) * SHAPE_TOKENS, work.tokens), _priced(work)
         operations += blocks * (shaped + priced * len(widths) / 2) + whole * priced
-    return operations + sum(2.0 * 2 * work.tokens * n * n for n in widths)
+    return operations + work.cut * sum(2.0 * 2 * work.tokens * n * n for n in widths)
 
 
 def _scale(work: Work) -> int:

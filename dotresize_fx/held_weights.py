@@ -106,5 +106,5 @@ class HeldWeights:
             return lazy.read(dtype), None
         assert self._copying is not None
         with torch.cuda.device(gpu), torch.cuda.stream(self._copying):
-            tensor = lazy.read(dtype, through_pinned=True)
+            tensor = lazy.read(dtype)
             return tensor, self._copying.record_event()

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from dotresize_fx.errors import UsageError
+from dotresize_fx.pinned_memory import on_gpu
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -74,11 +75,9 @@ class LazyTensor(torch.Tensor):
         made.source, made.steps = source, steps
         return made
 
-    def read(self, dtype: torch.dtype | None = None, *, through_pinned: bool = False) -> torch.Tensor:
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The numbers, as a tensor like any other, in ``dtype`` if given. It may be memory of a file: not to be written
         to.
-
-        ``through_pinned``: by way of pinned memory whatever the size, see :meth:`_cast`.
 
         Raises:
             UsageError: inside :func:`no_reading`.
@@ -86,7 +85,7 @@ class LazyTensor(torch.Tensor):
         with torch.no_grad():
             stored = self._stored()
             as_stored = dtype is not None and dtype == stored.dtype  # steps change no number
-            tensor = self._cast(stored, stored.dtype if as_stored else self.dtype, through_pinned=through_pinned)
+            tensor = self._cast(stored, stored.dtype if as_stored else self.dtype)
             for step in self.steps:
                 tensor = step(tensor)
         return tensor if dtype is None else tensor.to(dtype)
@@ -97,16 +96,10 @@ class LazyTensor(torch.Tensor):
             raise UsageError(refusals[0])
         return self.source()
 
-    def _cast(
-        self, stored: torch.Tensor, dtype: torch.dtype | None = None, *, through_pinned: bool = False
-    ) -> torch.Tensor:
-        """On the device, in the dtype, its own unless given.
-
-        A GPU copies from pinned memory several times faster, and makes nobody wait; what was pinned stays so.
-        """
-        pins = through_pinned or stored.nbytes <= PIECE
-        if pins and self.device.type == "cuda" and stored.device.type == "cpu":
-            stored = stored.pin_memory().to(self.device, non_blocking=True)
+    def _cast(self, stored: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """On the device, in the dtype, its own unless given."""
+        if self.device.type == "cuda" and stored.device.type == "cpu":
+            stored = on_gpu(stored, self.device)
         return stored.to(self.device).to(dtype or self.dtype)
 
     def _rows(self, places: torch.Tensor) -> torch.Tensor:

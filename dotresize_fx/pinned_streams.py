@@ -6,12 +6,13 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.memory import available_memory
+from dotresize_fx.pinned_memory import coming, leaving, piece_sizes, pieces_of, pinned_size
 from dotresize_fx.side_copy import received
 
 # Bytes that may be on their way to the host: the GPU keeps them until they are there.
@@ -27,12 +28,6 @@ LEFT = 1 << 30
 PINNING_THREADS = 8
 
 
-def pinned_size(size: int, block: int = 0) -> int:
-    """What torch takes of pinned memory for so many bytes, in blocks of ``block`` bytes or one."""
-    block = max(block or size, 1)
-    return size * (1 << (block - 1).bit_length()) // block
-
-
 def _pin_in_parallel() -> None:
     """Have torch pin memory in several threads, where it can, beside what the user told it."""
     told = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
@@ -44,10 +39,13 @@ def _pin_in_parallel() -> None:
 
 
 class _Waiting:
-    """Numbers on the host, which are there once ``there`` happened."""
+    """Numbers of a tensor ``like`` this one on the host, in pieces, which are there once ``there`` happened."""
 
-    def __init__(self, host: torch.Tensor, there: torch.cuda.Event, back: torch.cuda.Stream) -> None:
-        self.host, self._there, self._back = host, there, back
+    def __init__(
+        self, pieces: Sequence[torch.Tensor], like: torch.Tensor, there: torch.cuda.Event, back: torch.cuda.Stream
+    ) -> None:
+        self._pieces, self._there, self._back = pieces, there, back
+        self._like = torch.empty_like(like, device="meta")
         self._ahead: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def start(self) -> None:
@@ -55,7 +53,7 @@ class _Waiting:
         if self._ahead is None:
             with torch.cuda.stream(self._back):
                 self._back.wait_event(self._there)
-                tensor = self.host.to(self._back.device, non_blocking=True)
+                tensor = coming(self._pieces, self._like, self._back.device)
                 self._ahead = tensor, self._back.record_event()
 
     def drop(self) -> None:
@@ -91,13 +89,14 @@ class PinnedStreams:
         """Pin memory for streams of which a batch has so many bytes, beside what is done until they come."""
         self.begin()
         enough = self._enough = threading.Event()
-        blocks, gpu = [size for size in sizes for _ in range(COPIES)], torch.cuda.current_device()
+        pieces = [piece for size in sizes for piece in piece_sizes(size) * COPIES]
+        gpu = torch.cuda.current_device()
 
         def pin() -> None:
             pinned = []
             # Where memory is short, what needs it says so.
             with torch.cuda.device(gpu), contextlib.suppress(RuntimeError):
-                for size in blocks:
+                for size in pieces:
                     free = available_memory()
                     short = free is not None and free < pinned_size(size) + LEFT
                     if short or enough.is_set() or not threading.main_thread().is_alive():
@@ -121,15 +120,15 @@ class PinnedStreams:
             event, size = self._leaving.popleft()
             event.synchronize()
             self._size -= size
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        parts = pieces_of(tensor)
         self._leaving_on.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._leaving_on):
-            host.copy_(tensor.detach(), non_blocking=True)
+            pieces = [leaving(part) for part in parts]
             event = self._leaving_on.record_event()
-        tensor.record_stream(self._leaving_on)
+        parts[0].record_stream(self._leaving_on)
         self._leaving.append((event, tensor.nbytes))
         self._size += tensor.nbytes
-        waiting = _Waiting(host, event, self._coming_on)
+        waiting = _Waiting(pieces, tensor, event, self._coming_on)
         made = PinnedTensor(waiting.take, tuple(tensor.shape), tensor.dtype, tensor.device)
         made.waiting = waiting
         return made

@@ -17,7 +17,8 @@ import torch
 
 from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.held_weights import HeldWeights
-from dotresize_fx.lazy_tensor import PIECE, LazyTensor, in_memory
+from dotresize_fx.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.pinned_memory import leaving, pieces_of
 from dotresize_fx.pinned_streams import PinnedStreams, PinnedTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,14 +95,11 @@ def _parts(tensor: torch.Tensor) -> Iterator[memoryview]:
     """Its bytes, each part to be used before the next is asked for; from a GPU by way of pinned memory, at several
     times the speed.
     """
-    plain = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if not plain.is_cuda:
-        yield plain.numpy().data
-        return
-    for start in range(0, len(plain), PIECE):
-        part = plain[start : start + PIECE]
-        there = torch.empty(len(part), dtype=torch.uint8, pin_memory=True).copy_(part, non_blocking=True)
-        torch.cuda.current_stream(part.device).synchronize()
+    for part in pieces_of(tensor):
+        there = part
+        if part.is_cuda:
+            there = leaving(part)
+            torch.cuda.current_stream(part.device).synchronize()
         yield there.numpy().data
 
 

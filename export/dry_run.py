@@ -79,6 +79,7 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
             measured=options.allocation != "uniform",
             analysed=sum(progress.seconds[name] for name in ("load", "capture", "find regions")),
             stored=(loaded.stored or torch.float32).itemsize,
+            ratio=options.ratio or 0.0,
             steps=options.steps_taken(loaded.task),
         )
         if lazy:

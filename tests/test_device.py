@@ -9,7 +9,6 @@ from dotresize_fx import device
 from dotresize_fx.device import computes_in_half, free_on_gpu, held_bytes, stream_place
 from dotresize_fx.memory import Memory
 from dotresize_fx.options import Options
-from dotresize_fx.pinned_streams import pinned_size
 
 GIB = 1 << 30
 
@@ -34,11 +33,10 @@ def test_streams_wait_where_there_is_room(
     assert held_bytes(Memory(4 * GIB), "cuda") == GIB
 
 
-def test_pinned_memory_comes_in_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_pinned_is_told_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "free_on_gpu", lambda _: 80 * GIB)
-    assert [pinned_size(size) for size in (1, 64, 65, 80 << 20)] == [1, 64, 128, 128 << 20]
     assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 128 << 20) == "pinned"
-    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 80 << 20) == "files"
+    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 20 << 20) == "files"
 
 
 def test_a_cpu_has_no_other_memory() -> None:

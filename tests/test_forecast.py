@@ -43,6 +43,7 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any, monkeypatch
     repaired = told(steps=100).stages
     assert repaired["calibrate and solve"] > least.stages["calibrate and solve"]
     assert repaired["convert and measure"] == least.stages["convert and measure"]
+    assert told(steps=100, ratio=0.2).operations < told(steps=100).operations
     # What waits of probes side by side on a GPU, which does not in files.
     assert told(device="cuda", streams="pinned").gpu > told(device="cuda").gpu > 0
     assert told(device="cuda", streams="pinned").host > told(device="cuda").host
