@@ -55,7 +55,7 @@ class ExpertGrams(GramAccumulator):
         self.gram = torch.zeros(len(self.counts), n, n, dtype=torch.float64, device=x.device)
 
     def _add(self, expert: int, rows: torch.Tensor) -> None:
-        self.gram[expert] += rows.T @ rows
+        self._add_square(rows, (expert,))
         self.counts[expert] += len(rows)
         self.tokens += len(rows)
 

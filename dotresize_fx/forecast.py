@@ -26,8 +26,8 @@ STREAMS = 4
 SQUARES = 5
 # (n, out) float64 likewise: reader, its sums with what is wanted and with what is put out, the fit.
 READERS = 8
-# Passes of the calibration text through what is cut: both streams, once more merged and once as it was; what is in front
-# of the first cut is run once for both models.
+# Passes of the calibration text through what is cut: both streams, once more merged and once as it was; what is in
+# front of the first cut is run once for both models.
 PASSES, PASSES_BEFORE = 4.0, 1.0
 # Where widths are measured so many of the sublayers are cut, the last ones mostly.
 CUT = 2 / 3

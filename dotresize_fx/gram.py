@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,11 @@ import torch
 from dotresize_fx.errors import SolverError
 from dotresize_fx.ranks import Ranks
 from dotresize_fx.regions import Region
+
+# A Gram matrix is computed in about so many panels of its rows, each up to the diagonal: little more than half of it.
+PANELS = 8
+# A panel's rows are a multiple of so many, as fast products are.
+PANEL_STEP = 64
 
 
 class GramAccumulator:
@@ -21,16 +26,36 @@ class GramAccumulator:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.gram = torch.zeros(0)
+        self._gram, self._whole = torch.zeros(0), True
         self.cross: dict[str, torch.Tensor] = {}
         self.energy: dict[str, torch.Tensor] = {}
+
+    @property
+    def gram(self) -> torch.Tensor:
+        if not self._whole:
+            for start, end in _panels(self._gram.shape[-1]):
+                self._gram[..., start:end, end:] = self._gram[..., end:, start:end].mT
+            self._whole = True
+        return self._gram
+
+    @gram.setter
+    def gram(self, gram: torch.Tensor) -> None:
+        self._gram, self._whole = gram, True
+
+    def _add_square(self, x: torch.Tensor, place: tuple[int, ...] = ()) -> None:
+        """x.T @ x, of several Gram matrices in that at ``place``; what is above the panels follows once it is asked."""
+        gram, x = self._gram[place], _multiplied(x)
+        for start, end in _panels(x.shape[1]):
+            gram[start:end, :end] += transposed_product(x[:, start:end], x[:, :end])
+        self._whole = False
 
     def add(self, x: torch.Tensor, **others: torch.Tensor) -> None:
         """x: (tokens, n); others: (tokens, m) each."""
         if self.tokens == 0:
             self.gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         self.tokens += len(x)
-        self.gram += transposed_product(x, x)
+        x = _multiplied(x)
+        self._add_square(x)
         for name, y in others.items():
             if name not in self.cross:
                 self.cross[name] = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
@@ -102,14 +127,26 @@ def transposed_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     On a GPU products of bfloat16 numbers, which are exact, are summed in float32; a ``y`` of float32 is taken as the
     sum of two such numbers, which keeps 16 bits of it.
     """
-    if not (x.is_cuda and x.dtype is torch.bfloat16):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.to(dtype).T @ y.to(dtype)
+    x = _multiplied(x)
+    if x.dtype is not torch.bfloat16:
+        return x.T @ y.to(x.dtype)
     high = y.bfloat16()
     product = torch.mm(x.T, high, out_dtype=torch.float32)
     if y.dtype is not torch.bfloat16:
         product += torch.mm(x.T, (y - high).bfloat16(), out_dtype=torch.float32)
     return product
+
+
+def _multiplied(x: torch.Tensor) -> torch.Tensor:
+    """In the dtype of its products: on a GPU bfloat16 where it is that already, else float32 at least."""
+    half = x.is_cuda and x.dtype is torch.bfloat16
+    return x if half else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _panels(n: int) -> Iterator[tuple[int, int]]:
+    """Of n rows the first and the one behind the last of each panel."""
+    height = PANEL_STEP * max(1, -(-n // (PANELS * PANEL_STEP)))
+    return ((start, min(n, start + height)) for start in range(0, n, height))
 
 
 def with_ones(rows: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,15 @@ def test_any_split_of_the_rows_gives_the_same_sums(cuts: list[int], n: int, m: i
     torch.testing.assert_close(accumulator.energy["wanted"], y.square().sum(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 700, 1025])
+def test_what_panels_leave_out_is_there_once_it_is_asked_for(n: int) -> None:
+    accumulator = GramAccumulator()
+    for again in (1, 2):
+        accumulator.add(rows(3, n))
+        # float64 sums of six numbers of about 1 in another order.
+        torch.testing.assert_close(accumulator.gram, again * rows(3, n).T @ rows(3, n), rtol=1e-12, atol=1e-12)
+
+
 def test_half_precision_is_multiplied_in_float32_and_summed_in_float64() -> None:
     x = rows(64, 3).bfloat16()
     accumulator = GramAccumulator()
