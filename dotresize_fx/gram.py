@@ -61,7 +61,7 @@ class GramAccumulator:
                 self.cross[name] = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
                 self.energy[name] = torch.zeros((), dtype=torch.float64, device=x.device)
             self.cross[name] += transposed_product(x, y)
-            self.energy[name] += y.double().square().sum()
+            self.energy[name] += torch.linalg.vector_norm(y, dtype=torch.float64).square()
 
     def add_sums(
         self, tokens: int, gram: torch.Tensor, cross: Mapping[str, torch.Tensor], energy: Mapping[str, torch.Tensor]
