@@ -10,21 +10,16 @@ import argparse
 import contextlib
 import errno
 import io
-import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dotresize_fx.bench_command import bench_options, run_bench
 from dotresize_fx.errors import (
-    ENDING_SIGNALS,
     HUNG_UP,
     INTERRUPTED,
     TERMINATED,
@@ -34,9 +29,10 @@ from dotresize_fx.errors import (
     RanksError,
     UsageError,
 )
-from dotresize_fx.export_arguments import latency_options
+from dotresize_fx.export_arguments import chosen_options, export_options
 from dotresize_fx.launched import one_is_enough, rank_and_count
 from dotresize_fx.process_start import process_start
+from dotresize_fx.stop import Stop
 
 if TYPE_CHECKING:
     from dotresize_fx.options import Options
@@ -49,7 +45,7 @@ NO_ROOM = "the GPU has no memory left: take a shorter --sequence-length, fewer -
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0, the error's own code, or a signal's. No traceback for a user's mistake."""
-    stop = _Stop()
+    stop = Stop()
     # A process that is not this command's own has run for something else before.
     started = process_start() if arguments is None else time.perf_counter()
     try:
@@ -81,46 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     finally:
         stop.end(restore=arguments is not None)
     raise SystemExit(0)
-
-
-class _Stop:
-    """Ctrl-C, SIGTERM and a terminal that is closed, as a SystemExit that is not lost.
-
-    A library may swallow the exception that a signal raises (an import that it only tries, a callback from C): the
-    signal is remembered, and ``check``, which runs between the stages, raises again. Or it writes what is raised in it
-    to a log, which is off from then on. It is no KeyboardInterrupt, because Python kills itself at its end where one
-    has passed through an ``exec``, handled or not.
-    """
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-        numbers = [n for n in ENDING_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has a hang-up
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
-        self._logs = logging.root.manager.disable
-        self._before = {number: signal.signal(number, self._arrived) for number in numbers}
-
-    def check(self) -> None:
-        """Raise SystemExit if a signal has arrived."""
-        if self.code is not None:
-            raise SystemExit(self.code)
-
-    def end(self, restore: bool) -> None:
-        """Put back the handlers that were there, or, where only the interpreter's end is left, ignore what comes."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler if restore else signal.SIG_IGN)
-        sys.unraisablehook = self._hook
-        if restore:
-            logging.disable(self._logs)
-
-    def _swallowed(self, lost: sys.UnraisableHookArgs) -> None:
-        """What a destructor or a callback cannot raise Python prints, with a traceback: not what a signal raised."""
-        if self.code is None:
-            self._hook(lost)
-
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
-        self.code = 128 + number
-        logging.disable()
-        self.check()
 
 
 def _flushed(stream: TextIO) -> bool:
@@ -172,123 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
     export.add_argument("model", metavar="MODEL", help=model)
     export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist or be empty")
-    # What a plan settles has no default here: beside --plan it must not be given.
-    export.add_argument("--ratio", type=float, help="share of the blocks' cost to remove (0.2)")
-    latency_options(export)
-    export.add_argument("--cost", help="what the ratio is a share of: weights, or macs per token (weights)")
-    export.add_argument("--effort", default="fast", help="fast, best (+ local repair) or heal (+ distillation) (fast)")
-    export.add_argument(
-        "--regions",
-        metavar="LIST",
-        help="of ffn, attention (value, query_key, kv_heads), residual (ffn,attention)",
-    )
-    export.add_argument(
-        "--method",
-        default="auto",
-        help="auto, obs, dotresize, pca (residual only), magnitude; rom, rank: linears of a lower rank (auto)",
-    )
-    export.add_argument(
-        "--methods", type=_names, default=(), metavar="A,B", help="of width, rank, depth: spend --ratio on all of them"
-    )
-    export.add_argument("--merge", type=int, metavar="K", help="instead of --ratio: so many blocks less")
-    export.add_argument("--merge-method", help="mka, aligned, drop-last or drop-least (mka)")
-    export.add_argument("--plan", type=Path, metavar="FILE", help="follow the widths of a plan.json instead of --ratio")
-    export.add_argument("--allocation", help="measured, or uniform over the regions (measured)")
-    export.add_argument(
-        "--basis", default="shared", help="of the residual stream: shared, or one a sublayer with adapters (shared)"
-    )
-    export.add_argument(
-        "--compute-dtype",
-        help="of calibration's products: float32 or bfloat16 (float32; on a GPU, of a model stored so, bfloat16)",
-    )
-    export.add_argument(
-        "--head-sizes",
-        help="free, or equal: query, key and value heads of one size, as CUDA's want (free)",
-    )
-    export.add_argument(
-        "--uniform", action="store_true", default=None, help="one width in all layers for what is cut of a kind"
-    )
-    export.add_argument(
-        "--checkpoint", action="store_true", help="also write OUT/checkpoint, which stock from_pretrained loads"
-    )
-    export.add_argument(
-        "--format",
-        metavar="LIST",
-        action="append",
-        default=[],
-        help="beside model.onnx: pt2, openvino, executorch, genai (with --checkpoint), each verified; repeatable",
-    )
-    export.add_argument(
-        "--no-cache",
-        dest="cache",
-        action="store_false",
-        help="a decoder's ONNX without past keys and values: it reads whole sequences alone",
-    )
-    export.add_argument(
-        "--dtype",
-        default="float32",
-        help="of model.onnx: float32, float16, or bfloat16 with ONNX Runtime for CUDA (float32)",
-    )
-    export.add_argument("--quantize", help="weights of model.onnx, by ONNX Runtime's quantisers: int8 or int4 (no)")
-    export.add_argument(
-        "--repair-steps", type=int, metavar="N", help="of best and heal, a sublayer (400; 1200 for an encoder)"
-    )
-    export.add_argument("--heal-minutes", type=float, default=5.0, metavar="M", help="of distillation (5)")
-    export.add_argument("--heal-steps", type=int, metavar="N", help="a count instead of minutes: the same bytes again")
-    export.add_argument("--heal-checkpoint", type=Path, metavar="DIR", help="where healing is kept, to go on from")
-    export.add_argument(
-        "--self-tokens", type=int, metavar="N", help="that the model writes itself, for heal on a GPU (393216)"
-    )
-    export.add_argument(
-        "--multiple",
-        type=int,
-        help="cut widths are multiples of this, KV heads are counted (16, finer below 128: 8 for heads of 64)",
-    )
-    export.add_argument(
-        "--calibration",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        default=[],
-        help=".txt or .jsonl, repeatable; 80 %% calibrates, 20 %% measures (default: a text that Python carries)",
-    )
-    export.add_argument(
-        "--calibration-data",
-        metavar="PATH",
-        type=Path,
-        action="append",
-        default=[],
-        help="for a .pt2 or .onnx: an .npz of arrays named as the model's inputs, samples along the first axis, or a "
-        "folder of such files, repeatable; 80 %% of the samples calibrate, the last 20 %% measure",
-    )
-    export.add_argument(
-        "--tokenizer",
-        metavar="FOLDER",
-        type=Path,
-        help="for an .onnx that reads text: where its tokenizer is (beside it)",
-    )
-    export.add_argument("--calibration-tokens", type=int, metavar="N", help="(24576; 98304 for an encoder)")
-    export.add_argument("--sequence-length", type=int, default=512, metavar="N", help="of calibration (512)")
-    export.add_argument("--evaluation-tokens", type=int, default=8_192, metavar="N", help="(8192)")
-    export.add_argument(
-        "--target", default="any", help="any: standard ops; cpu, cuda: and ONNX Runtime's fused ops for it (any)"
-    )
-    export.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="4GiB, 512MiB: what the process may take; weights stay in their files where they would be too much of it "
-        "(of what is free)",
-    )
-    export.add_argument("--device", default="auto", help="where to calibrate and solve: auto, cpu, cuda (auto)")
-    export.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="say what would be matched and cut, the memory and the time, from shapes alone: weights are not read, "
-        "nothing is written",
-    )
-    export.add_argument("--seed", type=int, default=0)
-    export.add_argument("--force", action="store_true", help="replace an OUT that an earlier export wrote")
-    export.add_argument("--check", action="store_true", help="run every pass's pre- and postconditions")
+    export_options(export)
     _common(export)
 
     inspect = commands.add_parser("inspect", help="show what would be matched, and why the rest would not")
@@ -322,23 +162,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(listed: str) -> tuple[str, ...]:
-    return tuple(listed.split(","))
-
-
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
-    from dotresize_fx.options import Options
-
-    given = {f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)}
-    given["regions"] = tuple(arguments.regions.split(",")) if arguments.regions else ()
-    given["calibration"], given["calibration_data"] = tuple(arguments.calibration), tuple(arguments.calibration_data)
-    given["formats"] = tuple(name for names in arguments.format for name in names.split(","))
-    options = Options(**given)
+def _export(arguments: argparse.Namespace, stop: Stop) -> None:
+    options = chosen_options(arguments)
     if arguments.dry_run:
         _dry_run(arguments, options, stop)
         return
@@ -361,7 +191,7 @@ def _export(arguments: argparse.Namespace, stop: _Stop) -> None:
     print(f"\nwrote {arguments.out} (report.html shows all of it)")
 
 
-def _dry_run(arguments: argparse.Namespace, options: Options, stop: _Stop) -> None:
+def _dry_run(arguments: argparse.Namespace, options: Options, stop: Stop) -> None:
     from dotresize_fx.export.dry_run import dry_run
     from dotresize_fx.progress import Progress
 
@@ -371,7 +201,7 @@ def _dry_run(arguments: argparse.Namespace, options: Options, stop: _Stop) -> No
     print(found.text)
 
 
-def _inspect(arguments: argparse.Namespace, stop: _Stop) -> None:
+def _inspect(arguments: argparse.Namespace, stop: Stop) -> None:
     from dotresize_fx.compiler import inspect
     from dotresize_fx.match_table import match_table
     from dotresize_fx.progress import Progress
@@ -386,7 +216,7 @@ def _inspect(arguments: argparse.Namespace, stop: _Stop) -> None:
     print(match_table(matches, reasons))
 
 
-def _evaluate(arguments: argparse.Namespace, stop: _Stop) -> None:
+def _evaluate(arguments: argparse.Namespace, stop: Stop) -> None:
     from dotresize_fx.export.evaluation import evaluate
     from dotresize_fx.progress import Progress
 
@@ -403,13 +233,13 @@ def _evaluate(arguments: argparse.Namespace, stop: _Stop) -> None:
     print(f"perplexity {value:.4f} over {tokens} tokens")
 
 
-def _bench(arguments: argparse.Namespace, stop: _Stop) -> None:
+def _bench(arguments: argparse.Namespace, stop: Stop) -> None:
     from dotresize_fx.export.bench import bench
 
     run_bench(bench, arguments, stop.check)
 
 
-def _generate(arguments: argparse.Namespace, stop: _Stop) -> None:
+def _generate(arguments: argparse.Namespace, stop: Stop) -> None:
     from dotresize_fx.export.generate import Generator, Speed
 
     if isinstance(sys.stdout, io.TextIOWrapper):
