@@ -11,7 +11,7 @@ The forecast's seconds are those of loading and capture, and of calibrating and 
 on disk to slim weights on disk, no file converted, and by stage.
 "bare" is transformers' own forward pass over the calibration tokens, in bfloat16 on a GPU; it and the slimming each
 have a process of their own. "GPU GiB" is the most that was allocated, "host GiB" the most memory of the process's own
-(anonymous or shared; pages of files are not), "pinned GiB" what CUDA had of it for activations.
+(anonymous or shared; pages of files are not), "pinned GiB" what CUDA had of it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ class ExpertGrams(GramAccumulator):
         """x: (rows, n) in the order of the experts; ends: (experts,) where each one's rows end; real: (rows,) bool,
         which of them are of real tokens, or None for all.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.tokens == 0:
             self._start(x)
         start = 0
@@ -39,7 +38,6 @@ class ExpertGrams(GramAccumulator):
         """x: (experts, rows, n), where each expert sees all rows; real: (rows,) bool. Rows of zeros are none of an
         expert's: its router multiplied them by 0.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.tokens == 0:
             self._start(x)
         for expert, rows in enumerate(x if real is None else x[:, real]):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def export_options(export: argparse.ArgumentParser) -> None:
-    """Add them; the defaults are those of :class:`dotresize_fx.options.Options`."""
+    """Add these options; the defaults are those of :class:`dotresize_fx.options.Options`."""
     # What a plan settles has no default here: beside --plan it must not be given.
     export.add_argument("--ratio", type=float, help="share of the blocks' cost to remove (0.2)")
     _latency_options(export)

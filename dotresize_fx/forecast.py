@@ -31,6 +31,8 @@ READERS = 8
 PASSES, PASSES_BEFORE = 4.0, 1.0
 # Where widths are measured so many of the sublayers are cut, the last ones mostly.
 CUT = 2 / 3
+# What of a Gram matrix is computed.
+GRAM_SHARE = 0.6
 # Passes of the text that measures.
 MEASURED = 4
 # Operations for each n³ that a region of width n is solved by, in float64: elimination, factorisations, the fit.
@@ -132,7 +134,8 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     )
     widths = [_width(graph, region) for region in regions]
     operations = _operations(cost, widths, work)
-    left = max(0.0, work.cut - work.ratio)  # of all weights those of what is cut that stay
+    operations += work.cut * sum(_summing(graph, region, work) for region in regions)
+    left = max(0.0, work.cut - work.ratio)  # of the weights about those of what is cut that stay
     operations += left * REPAIRED * work.steps * work.at_once * sum(_ends(graph, region) for region in regions)
     solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (work.cut + work.measured)
     parameters = sum(weights) / 4
@@ -141,7 +144,7 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
         solving += QUEUED * work.passes * work.tokens / work.at_once * len(graph.ops)
     if work.streams == "pinned":
         sublayers = work.cut * len({region.target for region in regions})
-        solving += COPIES * sublayers * stream_bytes(graph, work.tokens) / STREAMS / COPIED
+        solving += COPIES * sublayers * one_stream(graph, work.tokens) / COPIED
     measuring = 2.0 * cost.macs_per_token * MEASURED * work.measuring
     reading = 4 * COMPARED * parameters / COMPARING + work.stored * parameters / READING
     stages = {
@@ -177,13 +180,24 @@ def _memory(graph: FxGraph, regions: Sequence[Region], weights: Sequence[int], w
 
 
 def _operations(cost: Cost, widths: Sequence[int], work: Work) -> float:
-    """Of running both models and of summing Gram matrices."""
+    """Of running both models."""
     whole, blocks = 2.0 * cost.macs_per_token, 2.0 * (cost.block_macs_per_token + cost.attention_macs_per_token)
     operations = blocks * work.passes * work.tokens
     if work.measured:
         shaped, priced = min(_scale(work) * SHAPE_TOKENS, work.tokens), _priced(work)
         operations += blocks * (shaped + priced * len(widths) / 2) + whole * priced
-    return operations + work.cut * sum(2.0 * 2 * work.tokens * n * n for n in widths)
+    return operations
+
+
+def _summing(graph: FxGraph, region: Region, work: Work) -> float:
+    """Operations of its Gram matrices and products with what is wanted, as it is and merged."""
+    n = _width(graph, region)
+    return 2.0 * 2 * work.tokens * n * (GRAM_SHARE * n + _read_rows(graph, region, n))
+
+
+def _read_rows(graph: FxGraph, region: Region, n: int) -> int:
+    """How many outputs its reader has."""
+    return int(graph.weight(graph.op(region.readers[0])).shape[-2]) if region.readers else n
 
 
 def _scale(work: Work) -> int:
@@ -214,8 +228,7 @@ def _ends(graph: FxGraph, region: Region) -> int:
 
 def _solving(graph: FxGraph, region: Region) -> int:
     n = _width(graph, region)
-    rows = int(graph.weight(graph.op(region.readers[0])).shape[-2]) if region.readers else n
-    return 8 * (SQUARES * n * n + READERS * n * rows)
+    return 8 * (SQUARES * n * n + READERS * n * _read_rows(graph, region, n))
 
 
 def _rate(device: str, dtype: torch.dtype) -> float:

@@ -13,15 +13,16 @@ from dotresize_fx.regions import Region
 
 # A Gram matrix is computed in about so many panels of its rows, each up to the diagonal: little more than half of it.
 PANELS = 8
-# A panel's rows are a multiple of so many, as fast products are.
-PANEL_STEP = 64
+# A panel's rows are a multiple of so many, as fast products are: a GPU computes few no faster than many.
+PANEL_STEP = {"cpu": 64, "cuda": 1024}
 
 
 class GramAccumulator:
     """Sums x.T @ x and x.T @ y over batches of rows.
 
     Products are float32 at least, see :func:`transposed_product`, sums float64. ``gram`` is (n, n), each entry of
-    ``cross`` (n, m) and each of ``energy`` a float64 scalar, the sum of y squared.
+    ``cross`` (n, m) and each of ``energy`` a float64 scalar, the sum of y squared. A ``gram`` that was asked for is not
+    whole any more once rows are added.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class GramAccumulator:
     @property
     def gram(self) -> torch.Tensor:
         if not self._whole:
-            for start, end in _panels(self._gram.shape[-1]):
+            for start, end in _panels(self._gram):
                 self._gram[..., start:end, end:] = self._gram[..., end:, start:end].mT
             self._whole = True
         return self._gram
@@ -45,7 +46,7 @@ class GramAccumulator:
     def _add_square(self, x: torch.Tensor, place: tuple[int, ...] = ()) -> None:
         """x.T @ x, of several Gram matrices in that at ``place``; what is above the panels follows once it is asked."""
         gram, x = self._gram[place], _multiplied(x)
-        for start, end in _panels(x.shape[1]):
+        for start, end in _panels(gram):
             gram[start:end, :end] += transposed_product(x[:, start:end], x[:, :end])
         self._whole = False
 
@@ -61,7 +62,8 @@ class GramAccumulator:
                 self.cross[name] = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
                 self.energy[name] = torch.zeros((), dtype=torch.float64, device=x.device)
             self.cross[name] += transposed_product(x, y)
-            self.energy[name] += torch.linalg.vector_norm(y, dtype=torch.float64).square()
+            exact = torch.promote_types(y.dtype, torch.float32)
+            self.energy[name] += torch.linalg.vector_norm(y, dim=1, dtype=exact).double().square().sum()
 
     def add_sums(
         self, tokens: int, gram: torch.Tensor, cross: Mapping[str, torch.Tensor], energy: Mapping[str, torch.Tensor]
@@ -143,9 +145,10 @@ def _multiplied(x: torch.Tensor) -> torch.Tensor:
     return x if half else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _panels(n: int) -> Iterator[tuple[int, int]]:
-    """Of n rows the first and the one behind the last of each panel."""
-    height = PANEL_STEP * max(1, -(-n // (PANELS * PANEL_STEP)))
+def _panels(gram: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Of a Gram matrix's rows the first and the one behind the last of each panel."""
+    n, step = gram.shape[-1], PANEL_STEP["cuda" if gram.is_cuda else "cpu"]
+    height = step * max(1, -(-n // (PANELS * step)))
     return ((start, min(n, start + height)) for start in range(0, n, height))
 
 

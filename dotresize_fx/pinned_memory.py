@@ -11,38 +11,40 @@ from collections.abc import Sequence
 
 import torch
 
-PIECE = 32 << 20
+PINNED_PIECE = 32 << 20
 # Pieces of a tensor that may be on their way to a GPU.
 UNDER_WAY = 8
 
 
 def piece_sizes(size: int) -> list[int]:
     """Bytes of each piece that so many bytes are."""
-    whole, rest = divmod(size, PIECE)
-    return [PIECE] * whole + [rest] * (rest > 0)
+    whole, rest = divmod(size, PINNED_PIECE)
+    return [PINNED_PIECE] * whole + [rest] * (rest > 0)
 
 
-def pinned_size(size: int, tensor: int = 0) -> int:
-    """What torch takes of pinned memory for so many bytes, in tensors of ``tensor`` bytes or in one: a piece takes a
-    power of two.
+def pinned_size(size: int, each: int = 0) -> int:
+    """What torch takes of pinned memory for so many bytes, in tensors of ``each`` or in one: a piece takes a power of
+    two.
     """
-    tensor = tensor or size
-    return size * sum(1 << (piece - 1).bit_length() for piece in piece_sizes(tensor)) // max(tensor, 1)
+    each = each or size
+    return size * sum(1 << (piece - 1).bit_length() for piece in piece_sizes(each)) // max(each, 1)
 
 
 def pieces_of(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Its memory in pieces, uint8; of a tensor that is not contiguous that of a copy."""
-    return torch.split(tensor.detach().contiguous().reshape(-1).view(torch.uint8), PIECE)
+    return torch.split(tensor.detach().contiguous().reshape(-1).view(torch.uint8), PINNED_PIECE)
 
 
-def leaving(part: torch.Tensor) -> torch.Tensor:
+def to_host(part: torch.Tensor) -> torch.Tensor:
     """A piece of a GPU's memory, pinned, once the current stream came so far."""
     return _pinned(part).copy_(part, non_blocking=True)
 
 
-def coming(pieces: Sequence[torch.Tensor], like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the shape and dtype of ``like`` made of pinned ``pieces``, once the current stream came so far."""
-    made = torch.empty(like.shape, dtype=like.dtype, device=device)
+def from_host(
+    pieces: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A GPU's tensor made of pinned ``pieces``, once its current stream came so far."""
+    made = torch.empty(tuple(shape), dtype=dtype, device=device)
     for part, piece in zip(pieces_of(made), pieces, strict=True):
         part.copy_(piece, non_blocking=True)
     return made

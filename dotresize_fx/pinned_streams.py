@@ -12,7 +12,7 @@ import torch
 
 from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.memory import available_memory
-from dotresize_fx.pinned_memory import coming, leaving, piece_sizes, pieces_of, pinned_size
+from dotresize_fx.pinned_memory import from_host, piece_sizes, pieces_of, pinned_size, to_host
 from dotresize_fx.side_copy import received
 
 # Bytes that may be on their way to the host: the GPU keeps them until they are there.
@@ -20,8 +20,8 @@ ON_THE_WAY = 1 << 30
 # Batches that may be queued behind the one that the GPU works at.
 AHEAD = 2
 
-# Of a batch's stream what is sure to wait at once: the dense model's, the slim one's, and what a reader should put out.
-COPIES = 3
+# Of a batch what is sure to wait at once: the dense model's stream, the slim one's, and what a reader should put out.
+STREAMS_AT_ONCE = 3
 # Free memory of the host below which no more is pinned before it is needed.
 LEFT = 1 << 30
 # Threads that make the host's memory pinned: one takes 0.7 s a GiB.
@@ -39,13 +39,17 @@ def _pin_in_parallel() -> None:
 
 
 class _Waiting:
-    """Numbers of a tensor ``like`` this one on the host, in pieces, which are there once ``there`` happened."""
+    """A tensor's numbers on the host, in pieces, which are there once ``there`` happened."""
 
     def __init__(
-        self, pieces: Sequence[torch.Tensor], like: torch.Tensor, there: torch.cuda.Event, back: torch.cuda.Stream
+        self,
+        pieces: Sequence[torch.Tensor],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        there: torch.cuda.Event,
+        back: torch.cuda.Stream,
     ) -> None:
-        self._pieces, self._there, self._back = pieces, there, back
-        self._like = torch.empty_like(like, device="meta")
+        self._pieces, self._shape, self._dtype, self._there, self._back = pieces, shape, dtype, there, back
         self._ahead: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def start(self) -> None:
@@ -53,7 +57,7 @@ class _Waiting:
         if self._ahead is None:
             with torch.cuda.stream(self._back):
                 self._back.wait_event(self._there)
-                tensor = coming(self._pieces, self._like, self._back.device)
+                tensor = from_host(self._pieces, self._shape, self._dtype, self._back.device)
                 self._ahead = tensor, self._back.record_event()
 
     def drop(self) -> None:
@@ -89,7 +93,7 @@ class PinnedStreams:
         """Pin memory for streams of which a batch has so many bytes, beside what is done until they come."""
         self.begin()
         enough = self._enough = threading.Event()
-        pieces = [piece for size in sizes for piece in piece_sizes(size) * COPIES]
+        pieces = [piece for size in sizes for piece in piece_sizes(size) * STREAMS_AT_ONCE]
         gpu = torch.cuda.current_device()
 
         def pin() -> None:
@@ -123,12 +127,12 @@ class PinnedStreams:
         parts = pieces_of(tensor)
         self._leaving_on.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._leaving_on):
-            pieces = [leaving(part) for part in parts]
+            pieces = [to_host(part) for part in parts]
             event = self._leaving_on.record_event()
         parts[0].record_stream(self._leaving_on)
         self._leaving.append((event, tensor.nbytes))
         self._size += tensor.nbytes
-        waiting = _Waiting(pieces, tensor, event, self._coming_on)
+        waiting = _Waiting(pieces, tensor.shape, tensor.dtype, event, self._coming_on)
         made = PinnedTensor(waiting.take, tuple(tensor.shape), tensor.dtype, tensor.device)
         made.waiting = waiting
         return made

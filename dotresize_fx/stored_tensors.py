@@ -18,7 +18,7 @@ import torch
 from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.held_weights import HeldWeights
 from dotresize_fx.lazy_tensor import LazyTensor, in_memory
-from dotresize_fx.pinned_memory import leaving, pieces_of
+from dotresize_fx.pinned_memory import pieces_of, to_host
 from dotresize_fx.pinned_streams import PinnedStreams, PinnedTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -98,7 +98,7 @@ def _parts(tensor: torch.Tensor) -> Iterator[memoryview]:
     for part in pieces_of(tensor):
         there = part
         if part.is_cuda:
-            there = leaving(part)
+            there = to_host(part)
             torch.cuda.current_stream(part.device).synchronize()
         yield there.numpy().data
 

@@ -36,7 +36,8 @@ def test_streams_wait_where_there_is_room(
 def test_what_is_pinned_is_told_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "free_on_gpu", lambda _: 80 * GIB)
     assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 128 << 20) == "pinned"
-    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 20 << 20) == "files"
+    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 80 << 20) == "pinned"  # two pieces and a half
+    assert stream_place(Memory(24 * GIB), 16 * GIB, "cuda", 20 << 20) == "files"  # which takes 32
 
 
 def test_a_cpu_has_no_other_memory() -> None:

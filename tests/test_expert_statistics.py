@@ -15,7 +15,7 @@ from dotresize_fx.expert_statistics import (
     per_expert_curve,
     refit_experts,
 )
-from dotresize_fx.gram import RegionStatistics
+from dotresize_fx.gram import PANEL_STEP, RegionStatistics
 from dotresize_fx.regions import Region, RegionKind, Symmetry
 from dotresize_fx.solvers.obs import obs_curve, solve_obs
 
@@ -33,13 +33,16 @@ def grams(ends: list[int], real: torch.Tensor | None = None) -> ExpertGrams:
     return sums
 
 
-def test_rows_go_to_their_expert_and_padding_to_none() -> None:
+def test_rows_go_to_their_expert_and_padding_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PANEL_STEP, "cpu", 2)  # four panels of each matrix
     x, real = drawn(30, N), torch.ones(30, dtype=torch.bool)
     real[[0, 12, 29]] = False
     sums = grams([10, 10, 30], real)
     assert sums.counts.tolist() == [9, 0, 18]
     torch.testing.assert_close(sums.gram[0], x[1:10].T @ x[1:10])
     assert not sums.gram[1].any()
+    sums.add_routed(x, torch.tensor([10, 10, 30]), real)
+    torch.testing.assert_close(sums.gram[0], 2 * x[1:10].T @ x[1:10])
 
 
 def test_where_all_see_all_rows_those_that_were_sent_elsewhere_do_not_count() -> None:

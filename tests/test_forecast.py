@@ -28,8 +28,8 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any, monkeypatch
 
     def told(**changed: Any) -> Any:
         given = {"tokens": 1000, "measuring": 100, "length": 50, "device": "cpu", "lazy": True}
-        given |= {"streams": "files", "half": False}
-        return forecast(graph, regions, Work(measured=True, analysed=1.0, stored=4, **{**given, **changed}))
+        given |= {"streams": "files", "half": False, "measured": True}
+        return forecast(graph, regions, Work(analysed=1.0, stored=4, **{**given, **changed}))
 
     assert stream_width(graph) == 32
     assert stream_bytes(graph, 10) == STREAMS * 10 * 32 * 4
@@ -43,6 +43,8 @@ def test_nothing_is_read_and_more_of_all_takes_more(tiny_graph: Any, monkeypatch
     repaired = told(steps=100).stages
     assert repaired["calibrate and solve"] > least.stages["calibrate and solve"]
     assert repaired["convert and measure"] == least.stages["convert and measure"]
+    # What is not cut where widths are measured is run once alone, and measuring takes few tokens of many.
+    assert told(tokens=10**6).operations < 0.8 * told(tokens=10**6, measured=False).operations
     assert told(steps=100, ratio=0.2).operations < told(steps=100).operations
     # What waits of probes side by side on a GPU, which does not in files.
     assert told(device="cuda", streams="pinned").gpu > told(device="cuda").gpu > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dotresize_fx import pinned_streams
+from dotresize_fx import pinned_memory, pinned_streams
 from dotresize_fx.stored_tensors import Spool
 
 pytestmark = [
@@ -16,10 +16,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("room", [0, 1 << 30])
-def test_what_waits_comes_back_while_more_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+@pytest.mark.parametrize(("room", "piece"), [(0, 1 << 25), (1 << 30, 1 << 25), (1 << 30, 3 << 20)])
+def test_what_waits_comes_back_while_more_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, piece: int
+) -> None:
     """Each is made on the GPU, put away, fetched, changed and put away again; memory is used again meanwhile."""
     monkeypatch.setattr(pinned_streams, "ON_THE_WAY", room)
+    monkeypatch.setattr(pinned_memory, "PINNED_PIECE", piece)
     spool = Spool(tmp_path, streams="pinned")
     count, size = 12, 1 << 22
     waiting = [spool.put_activation(torch.full((size,), float(i), device="cuda")) for i in range(count)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dotresize_fx import pinned_memory
 from dotresize_fx.errors import BadWeightsError
 from dotresize_fx.stored_tensors import Spool, file_crc32, lazy_tensors, write_tensors
 
@@ -30,8 +31,10 @@ def test_a_file_gives_what_was_saved(tmp_path: Path) -> None:
         assert found[name].dtype is wanted.dtype
 
 
-def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [16, 32 << 20])
+def test_what_is_written_is_a_safetensors_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     """Of tensors of any layout, in memory or not, two of which share theirs."""
+    monkeypatch.setattr(pinned_memory, "PINNED_PIECE", piece)
     weight = torch.randn(5, 3)
     tensors = {
         "weight": weight,
