@@ -27,8 +27,8 @@ from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.reading import FxReading
 from dotresize_fx.gram import GramAccumulator
-from dotresize_fx.held_weights import HeldWeights
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.held_weights import HeldWeights
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 from dotresize_fx.passes import sweep_regions
 from dotresize_fx.progress import Progress
 from dotresize_fx.region_inputs import RegionInputs

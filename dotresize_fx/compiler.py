@@ -30,6 +30,7 @@ from dotresize_fx.graph import Graph
 from dotresize_fx.input_batches import Given, prepare_given
 from dotresize_fx.journal import FOLDER, Journal, export_of
 from dotresize_fx.launched import Launched
+from dotresize_fx.offload.stored_tensors import Spool
 from dotresize_fx.options import SEQUENCE_LENGTH, Options
 from dotresize_fx.passes.choose_regions import why_not_cut
 from dotresize_fx.passes.follow_plan import check_plan
@@ -39,7 +40,6 @@ from dotresize_fx.progress import Progress
 from dotresize_fx.regions import MatchReport
 from dotresize_fx.slim_on_device import alone_or_together, slim_on_device
 from dotresize_fx.slim_result import SlimResult, task_of
-from dotresize_fx.stored_tensors import Spool
 
 if TYPE_CHECKING:
     from dotresize_fx.report.contents import Report

@@ -6,8 +6,8 @@ import torch
 
 from dotresize_fx.errors import UsageError
 from dotresize_fx.memory import Memory
+from dotresize_fx.offload.pinned_memory import pinned_size
 from dotresize_fx.options import Options
-from dotresize_fx.pinned_memory import pinned_size
 
 # Weights that a GPU holds of those that stay in files: two blocks of a large model, and no more than it has room for.
 HELD, HELD_SHARE = 2 << 30, 0.25

@@ -14,7 +14,7 @@ from dotresize_fx.fidelity import POSITIONS_AT_ONCE
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind
 from dotresize_fx.memory import show_size
-from dotresize_fx.pinned_memory import pinned_size
+from dotresize_fx.offload.pinned_memory import pinned_size
 from dotresize_fx.prices import SIDE_BY_SIDE
 from dotresize_fx.regions import Region
 from dotresize_fx.sensitivity import GPU_SCALE, PRICE_TOKENS, SHAPE_TOKENS

@@ -17,11 +17,11 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData
 from dotresize_fx.errors import BadWeightsError
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.stored_tensors import file_crc32, lazy_tensors, write_tensors
 from dotresize_fx.options import Options
 from dotresize_fx.region_map import RegionMap, pair_selection, selection
 from dotresize_fx.regions import Region, counted
-from dotresize_fx.stored_tensors import file_crc32, lazy_tensors, write_tensors
 from dotresize_fx.sweep import SweptRegion
 from dotresize_fx.width_plan import WidthPlan
 

@@ -15,7 +15,7 @@ from dotresize_fx.cost import stream_width
 from dotresize_fx.fidelity import Inputs
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.lazy_tensor import in_memory
+from dotresize_fx.offload.lazy_tensor import in_memory
 from dotresize_fx.ranks import Ranks
 
 # Bytes of departed runs that may go on side by side on a device.

@@ -8,8 +8,8 @@ from dotresize_fx.expert_statistics import refit_experts
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import RegionStatistics
 from dotresize_fx.head_maps import at_dense_width, over_heads
-from dotresize_fx.lazy_tensor import in_memory
 from dotresize_fx.least_squares import solve_positive
+from dotresize_fx.offload.lazy_tensor import in_memory
 from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.region_map import RegionMap
 from dotresize_fx.regions import Region, RegionKind, Symmetry

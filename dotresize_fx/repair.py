@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.gram import token_rows
-from dotresize_fx.lazy_tensor import in_memory
+from dotresize_fx.offload.lazy_tensor import in_memory
 from dotresize_fx.repeated_work import CudaRecorder, RepeatedWork, tf32
 
 # Adam's steps, relative to each weight's mean size: 0.01 to 0.05 made no difference that mattered.

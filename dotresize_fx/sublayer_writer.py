@@ -12,7 +12,7 @@ import torch
 
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.journal import Journal
-from dotresize_fx.lazy_tensor import in_memory
+from dotresize_fx.offload.lazy_tensor import in_memory
 from dotresize_fx.sweep import SweptRegion
 
 # By name what changed, and it in a file, which is left of it.

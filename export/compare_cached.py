@@ -11,7 +11,7 @@ from dotresize_fx.errors import BadWeightsError, CaptureError
 from dotresize_fx.export.cached_runs import behind, prompt_inputs
 from dotresize_fx.export.capture import CAPTURE_TOLERANCE, Captured
 from dotresize_fx.fx_form.execution import Environment, Execution
-from dotresize_fx.lazy_tensor import PIECE
+from dotresize_fx.offload.lazy_tensor import PIECE
 
 # (tokens of the past, new tokens) of the sample's; a single new token is tried in a batch of one.
 SPLITS = ((0, 16), (0, 1), (9, 7), (15, 1))

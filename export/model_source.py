@@ -25,8 +25,8 @@ from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
 from dotresize_fx.export.builtin_models import BUILTIN_MODELS, fetch_builtin
 from dotresize_fx.export.quiet import quiet_libraries
 from dotresize_fx.export.weight_files import files_sha256, first_line, float32_bytes, lazy_state, weight_files
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory, no_reading
 from dotresize_fx.memory import WHAT_IS_FREE, Memory
+from dotresize_fx.offload.lazy_tensor import LazyTensor, in_memory, no_reading
 from dotresize_fx.task import Task
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -49,8 +49,8 @@ class LoadedModel:
     A module or a saved program has neither config nor tokenizer, and ``sample``, inputs by name that it was tried with;
     ``program`` is the saved one, for which ``model`` stands in.
 
-    Where ``lazy``, the parameters are :class:`dotresize_fx.lazy_tensor.LazyTensor`. ``stored`` is the dtype that a
-    folder's configuration says its weights are stored in.
+    Where ``lazy``, the parameters are :class:`dotresize_fx.offload.lazy_tensor.LazyTensor`. ``stored`` is the dtype
+    that a folder's configuration says its weights are stored in.
     """
 
     model: torch.nn.Module

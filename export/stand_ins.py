@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dotresize_fx.errors import BadWeightsError, ModelNotFoundError, UsageError
-from dotresize_fx.lazy_tensor import LazyTensor
-from dotresize_fx.stored_tensors import lazy_tensors
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.stored_tensors import lazy_tensors
 
 _INDEX = "model.safetensors.index.json"
 

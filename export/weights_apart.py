@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir
 import torch
 
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 
 # Bytes. What is smaller goes in as it is; a converter merges small tensors that are equal.
 LEAST_APART = 1 << 16

@@ -9,7 +9,7 @@ import torch
 
 from dotresize_fx.cost import stream_width
 from dotresize_fx.forecast import LIBRARIES, STREAMS, Work, forecast, stream_bytes
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import RegionKind
 

@@ -11,7 +11,7 @@ import torch
 
 from dotresize_fx.calibration import CalibrationData
 from dotresize_fx.journal import Journal, export_of
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 from dotresize_fx.options import Options
 from dotresize_fx.width_plan import WidthPlan
 

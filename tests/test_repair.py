@@ -15,13 +15,13 @@ from dotresize_fx import repair as module
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import padding_mask
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.stored_tensors import Spool
 from dotresize_fx.passes.cut_stream import apply_map
 from dotresize_fx.passes.find_regions import find_regions
 from dotresize_fx.regions import Region
 from dotresize_fx.repair import Repaired, Sublayer, repair
 from dotresize_fx.solvers import solvers_for
-from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]

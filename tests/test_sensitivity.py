@@ -17,6 +17,7 @@ from dotresize_fx.fidelity import mean_cosine
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import token_rows
+from dotresize_fx.offload.stored_tensors import Spool
 from dotresize_fx.passes.canonicalise import canonicalise
 from dotresize_fx.passes.choose_regions import SWEPT, choose_regions
 from dotresize_fx.passes.cut_stream import apply_map
@@ -28,7 +29,6 @@ from dotresize_fx.region_inputs import RegionInputs
 from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import measure_curves
 from dotresize_fx.solvers import SOLVERS, solvers_for
-from dotresize_fx.stored_tensors import Spool
 from dotresize_fx.sweep import Sweep
 
 Batch = Mapping[str, torch.Tensor]

@@ -14,8 +14,8 @@ from torch import nn
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.graph import Kind, Op
 from dotresize_fx.journal import Journal
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory
-from dotresize_fx.stored_tensors import Spool, lazy_tensors
+from dotresize_fx.offload.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.offload.stored_tensors import Spool, lazy_tensors
 from dotresize_fx.sublayer_writer import SublayerWriter
 
 Trace = Callable[..., FxGraph]

@@ -14,7 +14,7 @@ from dotresize_fx.fx_form.causal_masks import CausalMasks
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.half_products import PRODUCTS, clamped, exact
 from dotresize_fx.fx_form.stored_parameters import StoredParameters
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.offload.lazy_tensor import LazyTensor, in_memory
 
 Environment = dict[torch.fx.Node, Any]
 # So many nodes are computed again rather than that what they give waits.

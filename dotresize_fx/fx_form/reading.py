@@ -14,8 +14,8 @@ from torch.export.graph_signature import InputKind
 from dotresize_fx.cache_names import PAST
 from dotresize_fx.fx_form.kinds import classify, is_turned_weight
 from dotresize_fx.graph import Graph, Kind, Op, Value
-from dotresize_fx.lazy_tensor import LazyTensor
-from dotresize_fx.stored_tensors import Spool
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.stored_tensors import Spool
 
 # Bytes; what is smaller would fill no page of a file.
 LEAST_SPOOLED = 1 << 16

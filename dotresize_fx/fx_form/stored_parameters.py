@@ -9,8 +9,8 @@ from torch.export.graph_signature import InputKind
 
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.fx_form.half_products import only_in_products
-from dotresize_fx.held_weights import Wanted
-from dotresize_fx.lazy_tensor import PIECE, LazyTensor
+from dotresize_fx.offload.held_weights import Wanted
+from dotresize_fx.offload.lazy_tensor import PIECE, LazyTensor
 
 
 class StoredParameters:

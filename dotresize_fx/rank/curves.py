@@ -16,7 +16,7 @@ from dotresize_fx.fx_form.execution import Environment, Execution
 from dotresize_fx.fx_form.graph import FxGraph
 from dotresize_fx.gram import GramAccumulator, padding_mask, token_rows, with_ones
 from dotresize_fx.graph import Op
-from dotresize_fx.lazy_tensor import in_memory
+from dotresize_fx.offload.lazy_tensor import in_memory
 from dotresize_fx.prices import price_probes
 from dotresize_fx.rank.budget import break_even
 from dotresize_fx.rank.factors import Factors, output_spectrum, solve_reduced_rank

@@ -14,7 +14,7 @@ from dotresize_fx.errors import CaptureError
 from dotresize_fx.export import compare_cached as compared
 from dotresize_fx.export.capture import Captured
 from dotresize_fx.export.capture_cache import capture_with_cache
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma"])

@@ -17,7 +17,7 @@ from dotresize_fx.export.emit_onnx import emit_onnx
 from dotresize_fx.export.model_source import load_model
 from dotresize_fx.export.stand_ins import stand_ins
 from dotresize_fx.export.weights_apart import WeightsApart
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 
 SaveModel = Callable[..., Path]
 

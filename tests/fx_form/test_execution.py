@@ -13,7 +13,7 @@ from torch import nn
 
 from dotresize_fx.fx_form.execution import Execution
 from dotresize_fx.fx_form.graph import FxGraph
-from dotresize_fx.stored_tensors import Spool
+from dotresize_fx.offload.stored_tensors import Spool
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dotresize_fx.fx_form.execution import Execution
-from dotresize_fx.held_weights import HeldWeights
-from dotresize_fx.lazy_tensor import LazyTensor
-from dotresize_fx.stored_tensors import Spool
+from dotresize_fx.offload.held_weights import HeldWeights
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.stored_tensors import Spool
 
 
 def test_what_follows_is_read_ahead_once_for_all_batches(

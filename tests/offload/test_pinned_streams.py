@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dotresize_fx import pinned_memory, pinned_streams
-from dotresize_fx.stored_tensors import Spool
+from dotresize_fx.offload import pinned_memory, pinned_streams
+from dotresize_fx.offload.stored_tensors import Spool
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dotresize_fx.lazy_tensor import LazyTensor
-from dotresize_fx.side_copy import received
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.side_copy import received
 
 # Threads that read ahead: one copies no faster into pinned memory than a GPU runs few tokens.
 READERS = 3

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dotresize_fx import pinned_memory
-from dotresize_fx.pinned_memory import PINNED_PIECE, from_host, on_gpu, piece_sizes, pieces_of, pinned_size, to_host
+from dotresize_fx.offload import pinned_memory
+from dotresize_fx.offload.pinned_memory import (
+    PINNED_PIECE,
+    from_host,
+    on_gpu,
+    piece_sizes,
+    pieces_of,
+    pinned_size,
+    to_host,
+)
 
 on_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 MIB = 1 << 20

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from dotresize_fx.errors import BadWeightsError
-from dotresize_fx.held_weights import HeldWeights
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory
-from dotresize_fx.pinned_memory import pieces_of, to_host
-from dotresize_fx.pinned_streams import PinnedStreams, PinnedTensor
+from dotresize_fx.offload.held_weights import HeldWeights
+from dotresize_fx.offload.lazy_tensor import LazyTensor, in_memory
+from dotresize_fx.offload.pinned_memory import pieces_of, to_host
+from dotresize_fx.offload.pinned_streams import PinnedStreams, PinnedTensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dotresize_fx.errors import BadWeightsError
-from dotresize_fx.held_weights import HeldWeights
-from dotresize_fx.lazy_tensor import LazyTensor
+from dotresize_fx.offload.held_weights import HeldWeights
+from dotresize_fx.offload.lazy_tensor import LazyTensor
 
 SIZE = 40  # bytes of one
 

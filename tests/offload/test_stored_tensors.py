@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dotresize_fx import pinned_memory
 from dotresize_fx.errors import BadWeightsError
-from dotresize_fx.stored_tensors import Spool, file_crc32, lazy_tensors, write_tensors
+from dotresize_fx.offload import pinned_memory
+from dotresize_fx.offload.stored_tensors import Spool, file_crc32, lazy_tensors, write_tensors
 
 
 def test_a_file_gives_what_was_saved(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import dotresize_fx.lazy_tensor
+import dotresize_fx.offload.lazy_tensor
 from dotresize_fx.errors import UsageError
-from dotresize_fx.lazy_tensor import LazyTensor, in_memory, no_reading
+from dotresize_fx.offload.lazy_tensor import LazyTensor, in_memory, no_reading
 
 NUMBERS = torch.arange(24, dtype=torch.float32).reshape(6, 4)
 
@@ -73,7 +73,7 @@ def test_what_computes_reads(lazy: LazyTensor, reads: list[int]) -> None:
 
 
 def test_rows_of_a_table_and_pieces_of_a_head_are_read_alone(lazy: LazyTensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dotresize_fx.lazy_tensor, "PIECE", 2 * 4 * 4)  # bytes of two rows
+    monkeypatch.setattr(dotresize_fx.offload.lazy_tensor, "PIECE", 2 * 4 * 4)  # bytes of two rows
     monkeypatch.setattr(LazyTensor, "read", lambda self: pytest.fail("it was read whole"))
     ids = torch.tensor([[1, 5], [0, 1]])
     assert torch.equal(torch.nn.functional.embedding(ids, lazy), NUMBERS[ids])

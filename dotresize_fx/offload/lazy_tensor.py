@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from dotresize_fx.errors import UsageError
-from dotresize_fx.pinned_memory import on_gpu
+from dotresize_fx.offload.pinned_memory import on_gpu
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 

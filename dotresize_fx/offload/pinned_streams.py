@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from dotresize_fx.lazy_tensor import LazyTensor
 from dotresize_fx.memory import available_memory
-from dotresize_fx.pinned_memory import from_host, piece_sizes, pieces_of, pinned_size, to_host
-from dotresize_fx.side_copy import received
+from dotresize_fx.offload.lazy_tensor import LazyTensor
+from dotresize_fx.offload.pinned_memory import from_host, piece_sizes, pieces_of, pinned_size, to_host
+from dotresize_fx.offload.side_copy import received
 
 # Bytes that may be on their way to the host: the GPU keeps them until they are there.
 ON_THE_WAY = 1 << 30
