@@ -53,7 +53,8 @@ class ExpertGrams(GramAccumulator):
         self.gram = torch.zeros(len(self.counts), n, n, dtype=torch.float64, device=x.device)
 
     def _add(self, expert: int, rows: torch.Tensor) -> None:
-        self._add_square(rows, (expert,))
+        if len(rows):
+            self._add_square(self._gram[expert], rows)
         self.counts[expert] += len(rows)
         self.tokens += len(rows)
 

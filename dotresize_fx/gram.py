@@ -43,9 +43,9 @@ class GramAccumulator:
     def gram(self, gram: torch.Tensor) -> None:
         self._gram, self._whole = gram, True
 
-    def _add_square(self, x: torch.Tensor, place: tuple[int, ...] = ()) -> None:
-        """x.T @ x, of several Gram matrices in that at ``place``; what is above the panels follows once it is asked."""
-        gram, x = self._gram[place], _multiplied(x)
+    def _add_square(self, gram: torch.Tensor, x: torch.Tensor) -> None:
+        """x.T @ x, in this Gram matrix of this one's; what is above the panels follows once it is asked for."""
+        x = _multiplied(x)
         for start, end in _panels(gram):
             gram[start:end, :end] += transposed_product(x[:, start:end], x[:, :end])
         self._whole = False
@@ -56,7 +56,7 @@ class GramAccumulator:
             self.gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
         self.tokens += len(x)
         x = _multiplied(x)
-        self._add_square(x)
+        self._add_square(self._gram, x)
         for name, y in others.items():
             if name not in self.cross:
                 self.cross[name] = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
