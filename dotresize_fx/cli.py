@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     started = process_start() if arguments is None else time.perf_counter()
     try:
         try:
-            options = _parser().parse_args(arguments, argparse.Namespace(started=started))
+            options = _parsed(arguments, started)
             options.run(options, stop)
         finally:
             if not _flushed(sys.stderr):
@@ -113,6 +113,17 @@ def _fail(message: str, code: int) -> NoReturn:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see `{self.prog} --help`)", UsageError.exit_code)
+
+
+def _parsed(arguments: Sequence[str] | None, started: float) -> argparse.Namespace:
+    """What is not known is told by the command that it was given to."""
+    options, unknown = _parser().parse_known_args(arguments, argparse.Namespace(started=started))
+    if unknown:
+        _fail(
+            f"unrecognized arguments: {' '.join(unknown)} (see `dotresize-fx {options.command} --help`)",
+            UsageError.exit_code,
+        )
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 READ_AS_NEEDED = (
     "weights were read from the model's files as they were needed, block by block: all of them would have taken too "
-    "much of the memory (--memory-budget)"
+    "much of the memory (--memory-budget; what of files is mapped counts in the peak that is told)"
 )
 
 IN_HALF = "calibration took products of activations in bfloat16, summed in float32 and more (--compute-dtype)"

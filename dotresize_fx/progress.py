@@ -1,4 +1,4 @@
-"""Progress on standard error: one line a stage with its time, and a bar where a stage has steps."""
+"""Progress on standard error: a line a stage with its time, where it has steps a bar, or in a log a line a minute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+# Seconds after which a log is told how far a stage is.
+EVERY = 60.0
 
 
 class Progress:
@@ -34,8 +37,19 @@ class Progress:
             disable=self.quiet or not sys.stderr.isatty(),
             bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}" if steps else "{desc} ... {elapsed}",
         )
+        told, done = started, 0
+
+        def step() -> None:
+            nonlocal told, done
+            bar.update(1)
+            self.check()
+            done, now = done + 1, time.perf_counter()
+            if bar.disable and done < steps and now - told >= EVERY:
+                told = now
+                self.show(f"{name}: {done} of {steps}, {now - started:.0f} s")
+
         try:
-            yield lambda: self._step(bar)
+            yield step
         finally:
             bar.close()
         self.check()
@@ -50,7 +64,3 @@ class Progress:
                 print(text, file=sys.stderr, flush=True)
             except OSError:  # its reader went away (`2>&1 | head`): the work goes on
                 self.quiet = True
-
-    def _step(self, bar: tqdm[None]) -> None:
-        bar.update(1)
-        self.check()

@@ -13,7 +13,9 @@ def check_tokenizer(loaded: LoadedModel) -> None:
     """Raises UsageError where there is none, or one that cannot be read."""
     if loaded.tokenizer is None:
         why = f" ({loaded.tokenizer_problem})" if loaded.tokenizer_problem else ""
-        raise UsageError(f"the model has no tokenizer that can be read, which text needs{why}: fetch its files again")
+        raise UsageError(
+            f"{loaded.source} has no tokenizer that can be read, which text needs{why}: fetch its files again"
+        )
 
 
 def check_length(length: int, longest: int, usual: int) -> None:

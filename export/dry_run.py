@@ -52,7 +52,10 @@ def dry_run(name: str, options: Options, *, trust_remote_code: bool, progress: P
     with progress.stage("load"):
         loaded = load_model(name, trust_remote_code=trust_remote_code, reads=False)
     if not loaded.lazy:
-        raise UsageError(f"--dry-run: {name} has no safetensors files, whose headers tell the shapes: convert it first")
+        raise UsageError(
+            f"--dry-run: {name} has no safetensors files, whose headers tell the shapes: save it with save_pretrained "
+            "first"
+        )
     with stand_ins(loaded.model):
         _, graph, matches = analyse(loaded, progress, cache=options.cache, compare=False)
         regions, beside = choose_regions(graph, matches.regions, options.kinds)
@@ -112,7 +115,7 @@ def _beyond(told: Forecast, options: Options) -> list[str]:
     budget = options.memory.budget
     if budget is None or told.host <= budget:
         return []
-    return [f"--memory-budget {show_size(budget)} is less than that: this export takes more"]
+    return [f"--memory-budget {show_size(budget)} is less than that: this export may take more"]
 
 
 def _check(name: str, options: Options) -> None:

@@ -279,7 +279,8 @@ def _finish(
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
         except Exception as error:
-            problem = f"no tokenizer could be loaded: {first_line(error)}"
+            there = any(folder.glob("*token*")) or any(folder.glob("vocab*"))
+            problem = f"no tokenizer could be loaded: {first_line(error) if there else 'there is no tokenizer.json'}"
     model.eval().requires_grad_(False)
     if hasattr(model.config, "quantization_config"):  # a dequantised GGUF still says it is quantised
         del model.config.quantization_config

@@ -20,7 +20,10 @@ def find_onnx(name: Path) -> Path:
     """The .onnx file that ``name`` is, or holds where it is a folder. Raises ModelNotFoundError."""
     path = name / ONNX_FILE if name.is_dir() else name
     if not path.is_file():
-        raise ModelNotFoundError(f"no ONNX model at {path}; give a folder that export wrote, or an .onnx file")
+        raise ModelNotFoundError(
+            f"no ONNX model at {path}; give an .onnx file or a folder that export wrote (with --ratio 0 it writes the "
+            "dense model)"
+        )
     return path
 
 

@@ -53,6 +53,15 @@ def test_a_failed_stage_is_not_told_as_done(capsys: pytest.CaptureFixture[str]) 
     assert progress.seconds == {}
 
 
+def test_a_log_is_told_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 25))
+    monkeypatch.setattr("dotresize_fx.progress.time.perf_counter", lambda: float(next(clock)))
+    with Progress().stage("sweep", 6) as step:  # 25 s each
+        for _ in range(6):
+            step()
+    assert capsys.readouterr().err.splitlines()[:-1] == ["sweep: 3 of 6, 75 s"]
+
+
 class Terminal(io.StringIO):
     """Standard error as a terminal sees it."""
 

@@ -85,7 +85,7 @@ def copied(model_folder: Folder, tmp_path: Path) -> Path:
         (["--plan", "plan.json", "--ratio", "0.2"], "--plan says all widths, so --ratio cannot be given beside it: "),
         (["--plan", "plan.json", "--regions", "ffn", "--multiple", "8"], "so --regions, --multiple cannot be given"),
         (["--seed", "-1"], "--seed is -1: it must be at least 0"),
-        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--unknown"], "unrecognized arguments: --unknown (see `dotresize-fx export --help`)"),
     ],
 )
 def test_options_that_cannot_be_used(export: Refused, tmp_path: Path, options: list[str], said: str) -> None:
