@@ -16,7 +16,7 @@ from dotresize_fx.graph import Kind
 from dotresize_fx.memory import show_size
 from dotresize_fx.offload.pinned_memory import pinned_size
 from dotresize_fx.prices import SIDE_BY_SIDE
-from dotresize_fx.regions import Region
+from dotresize_fx.regions import Region, RegionKind
 from dotresize_fx.sensitivity import GPU_SCALE, PRICE_TOKENS, SHAPE_TOKENS
 
 # Copies of the stream that the sweep holds: dense, which is wanted behind a sublayer, slim, what its reader should put
@@ -49,6 +49,8 @@ PRODUCT, REACHED = {"cpu": 1024, "cuda": 4096}, {"cpu": 1.0, "cuda": 0.8}
 QUEUED = 3e-5
 # Operations for each weight and token of a step of repair: forward and both ways back.
 REPAIRED = 6.0
+# How often such a step reads or writes each of attention's scores, bytes a second of that.
+SCORED, WRITTEN = 28, {"cpu": 1e10, "cuda": 2e12}
 # Copies of a stream to and from pinned memory a sublayer, and bytes a second of these.
 COPIES, COPIED = 6, 5e10
 
@@ -140,6 +142,7 @@ def forecast(graph: FxGraph, regions: Sequence[Region], work: Work) -> Forecast:
     solved = sum(SOLVING[work.device] * float(n) ** 3 for n in widths) * (work.cut + work.measured)
     parameters = sum(weights) / 4
     solving = operations / rate / REACHED[work.device] + solved / double
+    solving += work.cut * work.steps * work.at_once * SCORED * 4 * _scores(cost, regions) / WRITTEN[work.device]
     if work.device != "cpu":
         solving += QUEUED * work.passes * work.tokens / work.at_once * len(graph.ops)
     if work.streams == "pinned":
@@ -193,6 +196,12 @@ def _summing(graph: FxGraph, region: Region, work: Work) -> float:
     """Operations of its Gram matrices and products with what is wanted, as it is and merged."""
     n = _width(graph, region)
     return 2.0 * 2 * work.tokens * n * (GRAM_SHARE * n + _read_rows(graph, region, n))
+
+
+def _scores(cost: Cost, regions: Sequence[Region]) -> float:
+    """Of all attentions together for a token, where they are repaired."""
+    sizes = [region.width for region in regions if region.kind in (RegionKind.QUERY_KEY, RegionKind.VALUE)]
+    return cost.attention_macs_per_token / 2 / max(sizes) if sizes else 0.0
 
 
 def _read_rows(graph: FxGraph, region: Region, n: int) -> int:
