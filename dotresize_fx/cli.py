@@ -110,19 +110,21 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+def _mistake(message: str, command: str) -> NoReturn:
+    _fail(f"{message} (see `{command} --help`)", UsageError.exit_code)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        _fail(f"{message} (see `{self.prog} --help`)", UsageError.exit_code)
+        _mistake(message, self.prog)
 
 
 def _parsed(arguments: Sequence[str] | None, started: float) -> argparse.Namespace:
     """What is not known is told by the command that it was given to."""
-    options, unknown = _parser().parse_known_args(arguments, argparse.Namespace(started=started))
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments, argparse.Namespace(started=started))
     if unknown:
-        _fail(
-            f"unrecognized arguments: {' '.join(unknown)} (see `dotresize-fx {options.command} --help`)",
-            UsageError.exit_code,
-        )
+        _mistake(f"unrecognized arguments: {' '.join(unknown)}", f"{parser.prog} {options.command}")
     return options
 
 

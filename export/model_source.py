@@ -279,7 +279,7 @@ def _finish(
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
         except Exception as error:
-            there = any(folder.glob("*token*")) or any(folder.glob("vocab*"))
+            there = any(any(folder.glob(name)) for name in ("*token*", "vocab*", "*.model"))
             problem = f"no tokenizer could be loaded: {first_line(error) if there else 'there is no tokenizer.json'}"
     model.eval().requires_grad_(False)
     if hasattr(model.config, "quantization_config"):  # a dequantised GGUF still says it is quantised
